@@ -1,0 +1,203 @@
+"""The graph as a value: frozen, batched, sorted by target, every size a Python int.
+
+Legend of letters, used in every docstring of ejmp: B structures, N atoms, E edges, K largest in-degree,
+C atom channels, M edge channels, R radial functions, S spherical functions, T tasks (heads).
+
+An edge runs from a source atom s to a target atom t. Its vector is r_t - r_s - offset . cell, so a vector points into
+the target, and an atom can have several edges to periodic images of one neighbour.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+IMAGE_BASE = 1 << 20
+"""Cell offsets are packed into one integer in this base; offsets beyond +-2^17 cells are refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdgeSet:
+    """Directed edges sorted by target, with CSR pointers over targets.
+
+    Within one target they are ordered by (distance rounded to 1e-6 A, source, offset).
+    """
+
+    source: Tensor
+    """[E] int64."""
+    target: Tensor
+    """[E] int64, ascending."""
+    offset: Tensor
+    """[E, 3] int32, cells by which the source is shifted."""
+    image: Tensor
+    """[E] int64, the offset packed into one number; sums of offsets are sums of images.
+
+    Two edges of one target have the same image of the same neighbour if source and image agree."""
+    ptr: Tensor
+    """[N + 1] int64; the edges into atom i are ptr[i] .. ptr[i + 1]."""
+    distance: Tensor
+    """[E], A."""
+    vector: Tensor
+    """[E, 3], unit vectors from source to target."""
+    max_degree: int
+    """K, the largest number of edges into one atom."""
+    swap: Tensor | None = None
+    """[E] int64, the counter-edge of each edge (main edges only)."""
+
+    @property
+    def num_edges(self) -> int:
+        """E."""
+        return self.source.shape[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtomGraph:
+    """A batch of structures with its four edge sets. Make one with `build_graph` or `graph_from_edges`.
+
+    Positions and cells are kept in float64 (subtracting images of a large cell in float32 would cost 1e-6 A);
+    distances and vectors have the dtype the graph was built with, and are differentiable if positions are.
+    """
+
+    positions: Tensor
+    """[N, 3] float64, A."""
+    atomic_numbers: Tensor
+    """[N] int64, 1..120."""
+    tags: Tensor
+    """[N] int64: 0 bulk, 1 surface, 2 adsorbate or molecule."""
+    cell: Tensor
+    """[B, 3, 3] float64, A, rows are lattice vectors; zero where not periodic."""
+    pbc: Tensor
+    """[B, 3] bool."""
+    batch: Tensor
+    """[N] int64, structure of each atom."""
+    ptr: Tensor
+    """[B + 1] int64, first atom of each structure."""
+    main: EdgeSet
+    """The edges that carry features; closed under swapping."""
+    atom_edges: EdgeSet
+    """Fewer, nearest neighbours for atom-to-edge and edge-to-atom messages (upstream: a2ee2a)."""
+    quad_edges: EdgeSet
+    """Fewest, nearest neighbours as middle edges of quadruplets (upstream: qint)."""
+    atom_pairs: EdgeSet
+    """All neighbours for atom-to-atom messages (upstream: a2a)."""
+
+    @property
+    def num_atoms(self) -> int:
+        """N."""
+        return self.positions.shape[0]
+
+    @property
+    def num_structures(self) -> int:
+        """B."""
+        return self.cell.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where every tensor of the graph is."""
+        return self.positions.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of distances and vectors."""
+        return self.main.distance.dtype
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Return the graph on another device, or with distances and vectors of another dtype."""
+        device = self.device if device is None else device
+        dtype = self.dtype if dtype is None else dtype
+        fixed = {"distance", "vector"}
+
+        def move(edges: EdgeSet) -> EdgeSet:
+            tensors = {f.name: getattr(edges, f.name) for f in dataclasses.fields(edges)}
+            moved = {
+                name: value.to(device, dtype if name in fixed else value.dtype)
+                for name, value in tensors.items()
+                if isinstance(value, Tensor)
+            }
+            return dataclasses.replace(edges, **moved)
+
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return type(self)(
+            **{name: move(value) if isinstance(value, EdgeSet) else value.to(device) for name, value in values.items()}
+        )
+
+    def with_positions(self, positions: Tensor) -> Self:
+        """Return the graph with the same edges at other positions; distances and vectors are recomputed.
+
+        Args:
+            positions: [N, 3], A; gradients flow to it through distances and vectors.
+
+        Raises:
+            ValueError: if the shape differs from this graph's positions.
+        """
+        if positions.shape != self.positions.shape:
+            raise ValueError(f"positions: expected shape {tuple(self.positions.shape)}, got {tuple(positions.shape)}")
+        positions = positions.double()
+        edge_sets = {}
+        for name in ("main", "atom_edges", "quad_edges", "atom_pairs"):
+            edges: EdgeSet = getattr(self, name)
+            distance, vector = edge_geometry(
+                positions, self.cell[self.batch[edges.target]], edges.source, edges.target, edges.offset
+            )
+            new = {"distance": distance.to(self.dtype), "vector": vector.to(self.dtype)}
+            edge_sets[name] = dataclasses.replace(edges, **new)
+        return dataclasses.replace(self, positions=positions, **edge_sets)
+
+
+def edge_geometry(
+    positions: Tensor, cells: Tensor, source: Tensor, target: Tensor, offset: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the lengths [E] in A and the unit vectors [E, 3] from source to target.
+
+    Args:
+        positions: [N, 3], A.
+        cells: [E, 3, 3], A, the cell of each edge's structure.
+        source: [E].
+        target: [E].
+        offset: [E, 3], cells by which the source is shifted.
+    """
+    shift = (offset.to(positions.dtype).unsqueeze(1) @ cells).squeeze(1)
+    vector = positions[target] - positions[source] - shift
+    distance = torch.linalg.vector_norm(vector, dim=-1)
+    return distance, vector / distance.unsqueeze(-1)
+
+
+def pack_offset(offset: Tensor) -> Tensor:
+    """Pack cell offsets [E, 3] into one int64 each, such that sums of offsets become sums of images.
+
+    Raises:
+        ValueError: if an offset is beyond +-2^17 cells (positions absurdly far outside their cell).
+    """
+    limit = IMAGE_BASE >> 3
+    if offset.numel() and offset.abs().max().item() > limit:
+        raise ValueError(f"positions: an atom is more than {limit} cells outside its cell; wrap the structure first")
+    x, y, z = offset.long().unbind(1)
+    return (x * IMAGE_BASE + y) * IMAGE_BASE + z
+
+
+def make_edge_set(  # noqa: PLR0913 - the parts of one value
+    positions: Tensor,
+    cells: Tensor,
+    source: Tensor,
+    offset: Tensor,
+    ptr: Tensor,
+    dtype: torch.dtype,
+    swap: Tensor | None = None,
+) -> EdgeSet:
+    """Complete a CSR edge list with targets, images, distances and vectors; `cells` is [N, 3, 3], per atom."""
+    degree = ptr.diff()
+    target = torch.repeat_interleave(torch.arange(len(degree), device=ptr.device), degree, output_size=len(source))
+    distance, vector = edge_geometry(positions, cells[target], source, target, offset)
+    return EdgeSet(
+        source=source,
+        target=target,
+        offset=offset,
+        image=pack_offset(offset),
+        ptr=ptr,
+        distance=distance.to(dtype),
+        vector=vector.to(dtype),
+        max_degree=int(degree.max()) if len(degree) else 0,
+        swap=swap,
+    )

@@ -1,0 +1,166 @@
+"""Find the four edge sets of a batch of structures: neighbour search, nearest-k selection, symmetrisation, CSR.
+
+An edge s -> t through cell offset o has the vector r_t - r_s - o . cell. It exists if its length, rounded to 1e-6 A, is
+at most the structure's cutoff. Per target the first `limits` edges in the order (rounded length, source, offset) are
+kept: one rule for every device, so ties in crystals are resolved alike everywhere. Of the main edges only those with
+source < target (or, for an atom's own image, a lexicographically negative offset) are taken, and each one's
+counter-edge is added. Quad edges must touch an atom of `quad_atom` at one end at least.
+
+The native search (csrc/cpu/neighbors.cpp) costs O(N); its plain-torch twin tries all pairs in all cells, O(N^2) per
+structure. Both return the same bits: lengths are computed by the same float64 operations in the same order.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ejmp_kernels import extension
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeighborQuery:
+    """What to search: a batch of structures as raw arrays, all on one device.
+
+    Letters: B structures, N atoms.
+    """
+
+    positions: Tensor
+    """[N, 3] float64, A, not wrapped."""
+    cell: Tensor
+    """[B, 3, 3] float64, A, rows are lattice vectors; never singular (complete non-periodic directions)."""
+    pbc: Tensor
+    """[B, 3] bool."""
+    ptr: Tensor
+    """[B + 1] int64, first atom of each structure."""
+    cutoff: Tensor
+    """[B] float64, A."""
+    limits: Tensor
+    """[B, 4] int64, most neighbours per atom: pairs, main, atom_edges, quad_edges; the first is the largest."""
+    quad_atom: Tensor
+    """[N] bool, atoms that a quad edge must touch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdgeList:
+    """Edges sorted by (target, rounded length, source, offset)."""
+
+    source: Tensor
+    """[E] int64."""
+    offset: Tensor
+    """[E, 3] int32, cells by which the source is shifted."""
+    ptr: Tensor
+    """[N + 1] int64, first edge into each atom."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbors:
+    """The four edge sets; `swap[e]` is the counter-edge of main edge e, [E] int64."""
+
+    pairs: EdgeList
+    main: EdgeList
+    atom_edges: EdgeList
+    quad_edges: EdgeList
+    swap: Tensor
+
+
+def find_neighbors(query: NeighborQuery) -> Neighbors:
+    """Search with the compiled cell list, on the CPU.
+
+    Raises:
+        RuntimeError: if the extension cannot be loaded, or a tensor has the wrong shape, type or device.
+    """
+    reason = extension.unavailable()
+    if reason is not None:
+        raise RuntimeError(f"native neighbour search: {reason}")
+    fields = (query.positions, query.cell, query.pbc, query.ptr, query.cutoff, query.limits, query.quad_atom)
+    out = torch.ops.ejmp.find_neighbors(*fields)
+    sets = [EdgeList(source=out[i], offset=out[i + 1], ptr=out[i + 2]) for i in range(0, 12, 3)]
+    return Neighbors(pairs=sets[0], main=sets[1], atom_edges=sets[2], quad_edges=sets[3], swap=out[12])
+
+
+def find_neighbors_reference(query: NeighborQuery) -> Neighbors:
+    """Search all pairs in all cells, in plain torch on any device: the specification of `find_neighbors`."""
+    num_atoms = len(query.positions)
+    found = [_search_structure(query, b) for b in range(len(query.cell))]
+    source, target, offset, rank = (torch.cat(column) for column in zip(*found, strict=True))
+    order = torch.arange(len(target), device=target.device) - _csr(target, num_atoms)[target]
+    most = query.limits.repeat_interleave(query.ptr.diff(), dim=0)[target]
+    pairs, main, near, quad = (order < most[:, j] for j in range(4))
+    quad = quad & (query.quad_atom[source] | query.quad_atom[target])
+    sets = [_select(keep, source, target, offset, num_atoms) for keep in (pairs, near, quad)]
+    closed, swap = _symmetrise(source[main], target[main], offset[main], rank[main], num_atoms)
+    return Neighbors(pairs=sets[0], main=closed, atom_edges=sets[1], quad_edges=sets[2], swap=swap)
+
+
+def _csr(target: Tensor, num_atoms: int) -> Tensor:
+    counts = torch.bincount(target, minlength=num_atoms)
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+
+
+def _select(keep: Tensor, source: Tensor, target: Tensor, offset: Tensor, num_atoms: int) -> EdgeList:
+    return EdgeList(source=source[keep], offset=offset[keep], ptr=_csr(target[keep], num_atoms))
+
+
+def _search_structure(query: NeighborQuery, b: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return source, target, offset, rank of every edge of one structure, in the rule's order."""
+    first, last = query.ptr[b].item(), query.ptr[b + 1].item()
+    positions, cell, pbc = query.positions[first:last], query.cell[b], query.pbc[b]
+    cutoff = query.cutoff[b].item()
+    inverse = torch.linalg.inv(cell)
+    wrap = torch.where(pbc, (positions @ inverse).floor(), 0.0).to(torch.int32)
+    # The distance between opposite faces of the cell is 1 / |column of the inverse|.
+    reach = torch.where(pbc, (cutoff * inverse.norm(dim=0)).floor() + 1, 0.0).int().tolist()
+    axes = [torch.arange(-n, n + 1, device=cell.device, dtype=torch.int32) for n in reach]
+    shifts = torch.cartesian_prod(*axes)
+    found = [torch.empty(0, dtype=torch.int64, device=cell.device)] * 2
+    parts = [(*found, shifts[:0], found[0])]
+    for rows in _chunks(len(positions), len(positions) * len(shifts)):
+        offset = shifts + (wrap[rows, None, None] - wrap[None, :, None])
+        o, c = offset.double().unbind(-1), cell
+        squared = torch.zeros((), dtype=torch.float64, device=cell.device)
+        for x in range(3):
+            delta = positions[rows, None, x] - positions[None, :, x]
+            shift = (o[0] * c[0, x] + o[1] * c[1, x]) + o[2] * c[2, x]
+            d = delta[..., None] - shift
+            squared = d * d if x == 0 else squared + d * d
+        rank = (squared.sqrt() * 1e6).round().long()
+        inside = rank <= round(cutoff * 1e6)
+        at = torch.arange(len(positions), device=cell.device)
+        inside &= ~((at[rows, None, None] == at[None, :, None]) & (offset == 0).all(-1))
+        target, source, image = inside.nonzero(as_tuple=True)
+        parts.append((source, target + rows.start, offset[target, source, image], rank[target, source, image]))
+    source, target, offset, rank = (torch.cat(column) for column in zip(*parts, strict=True))
+    # nonzero() already enumerates in the order (target, source, offset), which stable sorts keep.
+    order = rank.argsort(stable=True)
+    order = order[target[order].argsort(stable=True)]
+    return source[order] + first, target[order] + first, offset[order], rank[order]
+
+
+def _chunks(num_rows: int, row_size: int, budget: int = 4_000_000) -> Iterator[slice]:
+    """Split rows so that one chunk holds about `budget` candidate pairs."""
+    step = max(1, min(num_rows, math.floor(budget / max(row_size, 1))))
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
+
+
+def _symmetrise(
+    source: Tensor, target: Tensor, offset: Tensor, rank: Tensor, num_atoms: int
+) -> tuple[EdgeList, Tensor]:
+    """Keep one edge of each undirected pair, add its counter-edge, sort, and return the set and its swap."""
+    x, y, z = offset.unbind(1)
+    negative = (x < 0) | ((x == 0) & ((y < 0) | ((y == 0) & (z < 0))))
+    half = torch.where(source == target, negative, source < target)
+    source, target, offset, rank = source[half], target[half], offset[half], rank[half]
+    num_half = len(source)
+    source, target = torch.cat([source, target]), torch.cat([target, source])
+    offset, rank = torch.cat([offset, -offset]), torch.cat([rank, rank])
+    order = torch.arange(2 * num_half, device=source.device)
+    for key in (offset[:, 2], offset[:, 1], offset[:, 0], source, rank, target):
+        order = order[key[order].argsort(stable=True)]
+    place = torch.empty_like(order)
+    place[order] = torch.arange(2 * num_half, device=source.device)
+    swap = place[(order + num_half) % max(2 * num_half, 1)]
+    return EdgeList(source=source[order], offset=offset[order], ptr=_csr(target, num_atoms)), swap
