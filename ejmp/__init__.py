@@ -1,8 +1,23 @@
 """ejmp: JMP molecular foundation models, pruned, distilled, measured and fast."""
 
 from ejmp.build import build_graph, graph_from_edges
+from ejmp.config import JMPConfig, jmp_l, jmp_s
 from ejmp.graph import AtomGraph, EdgeSet
+from ejmp.model import JMP, Features, Output, gradient_forces
 from ejmp.structure import Structure
 
 __version__ = "0.1.0"
-__all__ = ["AtomGraph", "EdgeSet", "Structure", "build_graph", "graph_from_edges"]
+__all__ = [
+    "JMP",
+    "AtomGraph",
+    "EdgeSet",
+    "Features",
+    "JMPConfig",
+    "Output",
+    "Structure",
+    "build_graph",
+    "gradient_forces",
+    "graph_from_edges",
+    "jmp_l",
+    "jmp_s",
+]

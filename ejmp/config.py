@@ -1,0 +1,170 @@
+"""What a model is: one frozen dataclass, checked when made, and the presets of the JMP paper."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+
+@dataclass(frozen=True, kw_only=True)
+class JMPConfig:
+    """Sizes of a JMP model (GemNet-OC, arXiv 2204.02782; JMP, arXiv 2310.16802). Defaults are JMP-L.
+
+    Raises:
+        ValueError: if a size is not positive, or `kept_blocks` does not name `blocks` blocks in order.
+    """
+
+    blocks: int = 6
+    """Interaction blocks, 1..6 in the published models."""
+    num_tasks: int = 4
+    """T, energy (and force) heads."""
+    direct_forces: bool = True
+    """Whether the model has the edge branch that predicts forces without a gradient."""
+    energy_reduction: Literal["sum", "mean"] = "sum"
+    """"mean" over atoms for intensive targets (QMOF, Matbench)."""
+    kept_blocks: tuple[int, ...] | None = None
+    """Which blocks of the unpruned model these are; None if the model was never pruned."""
+
+    emb_size_atom: int = 256
+    emb_size_edge: int = 1024
+    emb_size_trip_in: int = 64
+    emb_size_trip_out: int = 128
+    emb_size_quad_in: int = 64
+    emb_size_quad_out: int = 32
+    emb_size_pair_in: int = 64
+    emb_size_pair_out: int = 64
+    emb_size_rbf: int = 32
+    emb_size_cbf: int = 16
+    emb_size_sbf: int = 64
+    num_radial: int = 128
+    num_spherical: int = 7
+    num_before_skip: int = 2
+    num_after_skip: int = 2
+    num_concat: int = 4
+    num_atom: int = 3
+    num_output_after_atom: int = 3
+    num_atom_emb_layers: int = 2
+    num_global_out_layers: int = 2
+    num_elements: int = 120
+    rbf_cutoff: float = 12.0
+    """A, where every radial basis ends, whatever the graph's cutoff is."""
+    envelope_exponent: int = 5
+
+    def __post_init__(self) -> None:
+        """Check the sizes."""
+        may_be_zero = {
+            "num_before_skip",
+            "num_after_skip",
+            "num_concat",
+            "num_atom",
+            "num_output_after_atom",
+            "num_atom_emb_layers",
+            "num_global_out_layers",
+        }
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, float) and value < (0 if field.name in may_be_zero else 1):
+                raise ValueError(f"JMPConfig.{field.name}: expected a positive number, got {value}")
+        if self.energy_reduction not in ("sum", "mean"):
+            raise ValueError(f'JMPConfig.energy_reduction: expected "sum" or "mean", got {self.energy_reduction!r}')
+        kept = self.kept_blocks
+        if kept is not None and (len(kept) != self.blocks or list(kept) != sorted(set(kept)) or kept[0] < 0):
+            raise ValueError(f"JMPConfig.kept_blocks: expected {self.blocks} ascending block numbers, got {kept}")
+
+    @classmethod
+    def from_upstream(cls, config: Mapping[str, Any], *, num_tasks: int = 4) -> Self:
+        """Translate upstream's size names (its `BackboneConfig` as a dict).
+
+        Args:
+            config: upstream's names and values.
+            num_tasks: number of heads; upstream keeps it elsewhere.
+
+        Raises:
+            ValueError: if a size is missing, or a setting asks for something JMP does not use.
+        """
+        for name, expected in _UPSTREAM_FIXED.items():
+            if config.get(name, expected) != expected:
+                raise ValueError(f"upstream config: {name}: only {expected!r} is supported, got {config[name]!r}")
+        missing = [name for name in _UPSTREAM_NAMES if name not in config]
+        if missing:
+            raise ValueError(f"upstream config: missing {', '.join(missing)}")
+        sizes = {ours: config[theirs] for theirs, ours in _UPSTREAM_NAMES.items()}
+        return cls(
+            num_tasks=num_tasks,
+            direct_forces=bool(config.get("direct_forces", True) and config.get("regress_forces", True)),
+            envelope_exponent=config.get("envelope", {}).get("exponent", 5),
+            energy_reduction="sum" if config.get("extensive", True) else "mean",
+            **sizes,
+        )
+
+
+_UPSTREAM_NAMES = {
+    "num_blocks": "blocks",
+    "emb_size_atom": "emb_size_atom",
+    "emb_size_edge": "emb_size_edge",
+    "emb_size_trip_in": "emb_size_trip_in",
+    "emb_size_trip_out": "emb_size_trip_out",
+    "emb_size_quad_in": "emb_size_quad_in",
+    "emb_size_quad_out": "emb_size_quad_out",
+    "emb_size_aint_in": "emb_size_pair_in",
+    "emb_size_aint_out": "emb_size_pair_out",
+    "emb_size_rbf": "emb_size_rbf",
+    "emb_size_cbf": "emb_size_cbf",
+    "emb_size_sbf": "emb_size_sbf",
+    "num_radial": "num_radial",
+    "num_spherical": "num_spherical",
+    "num_before_skip": "num_before_skip",
+    "num_after_skip": "num_after_skip",
+    "num_concat": "num_concat",
+    "num_atom": "num_atom",
+    "num_output_afteratom": "num_output_after_atom",
+    "num_atom_emb_layers": "num_atom_emb_layers",
+    "num_global_out_layers": "num_global_out_layers",
+    "num_elements": "num_elements",
+    "absolute_rbf_cutoff": "rbf_cutoff",
+}
+
+_UPSTREAM_FIXED = {
+    "activation": "scaled_silu",
+    "quad_interaction": True,
+    "atom_edge_interaction": True,
+    "edge_atom_interaction": True,
+    "atom_interaction": True,
+    "scale_basis": False,
+    "unique_basis_per_layer": False,
+    "learnable_rbf": False,
+    "forces_coupled": False,
+    "rbf": {"name": "gaussian"},
+    "rbf_spherical": None,
+    "cbf": {"name": "spherical_harmonics"},
+    "sbf": {"name": "legendre_outer"},
+    "qint_tags": [1, 2],
+}
+
+
+def jmp_l(*, blocks: int = 6, scalar: bool = False) -> JMPConfig:
+    """Return JMP-L: 6 blocks, 1024 edge channels.
+
+    Args:
+        blocks: interaction blocks.
+        scalar: the fine-tuning model without force branch and with one energy head.
+    """
+    return JMPConfig(blocks=blocks, direct_forces=not scalar, num_tasks=1 if scalar else 4)
+
+
+def jmp_s(*, blocks: int = 4, scalar: bool = False) -> JMPConfig:
+    """Return JMP-S: 4 blocks, 512 edge channels.
+
+    Args:
+        blocks: interaction blocks.
+        scalar: the fine-tuning model without force branch and with one energy head.
+    """
+    return dataclasses.replace(
+        jmp_l(blocks=blocks, scalar=scalar),
+        emb_size_edge=512,
+        emb_size_trip_out=64,
+        emb_size_quad_in=32,
+        emb_size_rbf=16,
+        emb_size_sbf=32,
+        num_concat=1,
+    )

@@ -1,0 +1,100 @@
+"""The small layers everything is made of: Dense, Residual, ScaleFactor, and their initialisation.
+
+Attribute names are upstream's, because the state dict's names are.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+INV_SQRT_2 = 1 / math.sqrt(2)
+INV_SQRT_3 = 1 / math.sqrt(3)
+
+
+class ScaledSiLU(nn.Module):
+    """SiLU(x) / 0.6, which keeps the variance of normal inputs near one (GemNet, arXiv 2106.08903)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply elementwise."""
+        return nn.functional.silu(x) * (1 / 0.6)
+
+
+@torch.no_grad()
+def he_orthogonal_(weight: Tensor) -> Tensor:
+    """Fill a weight with a semi-orthogonal matrix, standardised over its inputs and scaled by fan_in^-1/2.
+
+    A matrix [out, in] is standardised over `in`; a 3-d weight [R, S, emb] over its first two dimensions.
+    Source: GemNet's initialiser (arXiv 2106.08903), as JMP uses it.
+    """
+    if weight.is_meta:
+        return weight
+    nn.init.orthogonal_(weight)
+    inputs = [0, 1] if weight.ndim == 3 else [1]
+    fan_in = math.prod(weight.shape[i] for i in inputs)
+    variance, mean = torch.var_mean(weight, dim=inputs, unbiased=True, keepdim=True)
+    return weight.sub_(mean).div_((variance + 1e-6).sqrt()).mul_(fan_in**-0.5)
+
+
+class Plain(nn.Module):
+    """Linear without bias or activation; initialised he-orthogonal."""
+
+    def __init__(self, num_in: int, num_out: int) -> None:
+        super().__init__()
+        self.linear = nn.utils.skip_init(nn.Linear, num_in, num_out, bias=False)
+        he_orthogonal_(self.linear.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., num_in] to [..., num_out]."""
+        return self.linear(x)
+
+
+class Dense(Plain):
+    """Linear without bias, then ScaledSiLU."""
+
+    def __init__(self, num_in: int, num_out: int) -> None:
+        super().__init__(num_in, num_out)
+        self.activation = ScaledSiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., num_in] to [..., num_out]."""
+        return self.activation(self.linear(x))
+
+
+class Residual(nn.Module):
+    """(x + Dense(Dense(x))) / sqrt(2)."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.dense_mlp = nn.Sequential(Dense(size, size), Dense(size, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., size] to [..., size]."""
+        return (x + self.dense_mlp(x)) * INV_SQRT_2
+
+
+def residuals(num: int, size: int) -> nn.Sequential:
+    """Return `num` residual layers in a row."""
+    return nn.Sequential(*(Residual(size) for _ in range(num)))
+
+
+Reference = Callable[[], tuple[Tensor, Tensor | None]]
+"""What a ScaleFactor compares its output with: rows [n, C], and how often each row counts [n] or None for once."""
+
+
+class ScaleFactor(nn.Module):
+    """Multiply by a fitted number that gives an output the variance of a reference. 1 until it is fitted."""
+
+    scale_factor: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale_factor", torch.ones(()))
+        self.observer: Callable[[ScaleFactor, Tensor, Reference], None] | None = None
+
+    def forward(self, x: Tensor, reference: Reference) -> Tensor:
+        """Scale x; `reference` is only evaluated while factors are being fitted (`ejmp.fit_scale_factors`)."""
+        if self.observer is not None:
+            self.observer(self, x, reference)
+        return x * self.scale_factor.to(x.dtype)

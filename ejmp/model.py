@@ -1,0 +1,239 @@
+"""JMP: embed atoms and edges, run the blocks, read each block out, and turn that into energies and forces."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ejmp.bases import Bases
+from ejmp.config import JMPConfig
+from ejmp.geometry import compute_geometry
+from ejmp.graph import AtomGraph
+from ejmp.interactions import BlockInputs, InteractionBlock, OutputBlock
+from ejmp.layers import Dense, Residual, ScaledSiLU
+from ejmp_kernels import reference
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """What distillation and block relevance read; the embedding's output block comes first.
+
+    Gradients of an output with respect to any of these are those of the model.
+    """
+
+    x_E: tuple[Tensor, ...]
+    """blocks + 1 tensors [N, C]."""
+    x_F: tuple[Tensor, ...]
+    """blocks + 1 tensors [E, M] in the order of graph.main; empty without direct forces."""
+    mlp_E: tuple[Tensor, ...]
+    """Output of each layer of the final MLP, [N, C]; the heads read the last."""
+    mlp_F: tuple[Tensor, ...]
+    """The same on edges, [E, M]; empty without direct forces."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """Energies and direct forces of a batch."""
+
+    energy: Tensor
+    """[B, T], eV (per atom for energy_reduction="mean")."""
+    forces: Tensor | None
+    """[N, T, 3], eV/A; None without direct forces (use `ejmp.gradient_forces`)."""
+
+
+class AtomEmbedding(nn.Module):
+    """One row per element, Z - 1."""
+
+    def __init__(self, config: JMPConfig) -> None:
+        super().__init__()
+        self.atom_embedding = nn.Embedding(config.num_elements, config.emb_size_atom)
+
+    def forward(self, atomic_numbers: Tensor) -> Tensor:
+        """Map [N] to [N, C]."""
+        return self.atom_embedding(atomic_numbers - 1)
+
+
+class FinalMLP(nn.Module):
+    """Join the outputs of all blocks: Dense down to the size of one, then residuals (the paper's g)."""
+
+    def __init__(self, num_outputs: int, size: int, num_layers: int) -> None:
+        super().__init__()
+        self.out_mlp = nn.ModuleList([Dense(num_outputs * size, size), *(Residual(size) for _ in range(num_layers))])
+
+    def forward(self, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Map blocks + 1 tensors [., size] to the output of each layer, [., size]."""
+        value = torch.cat(x, dim=-1)
+        outputs = []
+        for layer in self.out_mlp:
+            value = layer(value)
+            outputs.append(value)
+        return tuple(outputs)
+
+
+class Backbone(nn.Module):
+    """Everything between the atom embedding and the heads."""
+
+    def __init__(self, config: JMPConfig) -> None:
+        super().__init__()
+        self.bases = Bases(config)
+        self.int_blocks = nn.ModuleList(InteractionBlock(config) for _ in range(config.blocks))
+        self.out_blocks = nn.ModuleList(OutputBlock(config) for _ in range(config.blocks + 1))
+        num_outputs, num_layers = config.blocks + 1, config.num_global_out_layers
+        self.out_mlp_E = FinalMLP(num_outputs, config.emb_size_atom, num_layers)
+        if config.direct_forces:
+            self.out_mlp_F = FinalMLP(num_outputs, config.emb_size_edge, num_layers)
+
+
+def _head(size: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for _ in range(4):
+        layers += [nn.Linear(size, size), ScaledSiLU()]
+    return nn.Sequential(*layers, nn.Linear(size, 1, bias=False))
+
+
+class Heads(nn.Module):
+    """One head per task, on atoms for energies and on edges for direct forces."""
+
+    def __init__(self, config: JMPConfig) -> None:
+        super().__init__()
+        self.out_energy = nn.ModuleList(_head(config.emb_size_atom) for _ in range(config.num_tasks))
+        if config.direct_forces:
+            self.out_forces = nn.ModuleList(_head(config.emb_size_edge) for _ in range(config.num_tasks))
+
+
+class JMP(nn.Module):
+    """A JMP model; its state dict has upstream's names, whatever the backend.
+
+    Args:
+        config: sizes; see `jmp_s`, `jmp_l`, `JMPConfig`.
+        backend: "reference" is plain torch; "auto" takes the best there is, today the reference.
+        precision: type of the linear maps. "fp32" computes in the parameters' own dtype (also float64); "bf16" and
+            "fp16" run the linear maps of embedding, blocks and final MLP in the low type and geometry, bases,
+            neighbour sums and heads in float32; "tf32" is float32 with TF32 products in the forward pass, CUDA only.
+
+    Raises:
+        ValueError: for an unknown backend or precision, or one that cannot be had.
+    """
+
+    def __init__(
+        self,
+        config: JMPConfig,
+        backend: Literal["auto", "reference"] = "auto",
+        precision: Precision = "fp32",
+    ) -> None:
+        super().__init__()
+        if backend not in ("auto", "reference"):
+            raise ValueError(f'backend: only "auto" and "reference" exist so far, got {backend!r}')
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision: expected one of {get_args(Precision)}, got {precision!r}")
+        self.config = config
+        self.backend = "reference"
+        self.precision: Precision = precision
+        self.embedding = AtomEmbedding(config)
+        self.backbone = Backbone(config)
+        self.output = Heads(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the parameters."""
+        return self.embedding.atom_embedding.weight.dtype
+
+    def forward(self, graph: AtomGraph, *, direct_forces: bool = True) -> Output:
+        """Predict energies and, if the model has them, direct forces.
+
+        Args:
+            graph: a batch whose dtype and device are the model's.
+            direct_forces: False skips the force branch of a model that has one.
+
+        Raises:
+            ValueError: if the graph's dtype or device is not the model's.
+        """
+        return self.heads(self.features(graph, direct_forces=direct_forces), graph)
+
+    def features(self, graph: AtomGraph, *, direct_forces: bool = True) -> Features:
+        """Run everything but the heads; `heads` turns the result into an `Output`. Arguments as for `forward`."""
+        self._check(graph)
+        forces = direct_forces and self.config.direct_forces
+        backbone = self.backbone
+        bases = backbone.bases(graph)
+        inputs = BlockInputs(graph=graph, bases=bases, geometry=compute_geometry(graph, self.config.num_spherical))
+        x_e, x_f = [], []
+        with self._linear_precision(graph.device):
+            h = self.embedding(graph.atomic_numbers)
+            m = backbone.bases.edge_emb(h, bases.radial, graph.main.source, graph.main.target)
+            for i, out_block in enumerate(backbone.out_blocks):
+                if i > 0:
+                    h, m = backbone.int_blocks[i - 1](h, m, inputs)
+                x_e.append(out_block.energy(h, m, bases.rbf_out, graph))
+                if forces:
+                    x_f.append(out_block.forces(m, bases.rbf_out))
+            mlp_e = backbone.out_mlp_E(tuple(x_e))
+            mlp_f = backbone.out_mlp_F(tuple(x_f)) if forces else ()
+        return Features(x_E=tuple(x_e), x_F=tuple(x_f), mlp_E=mlp_e, mlp_F=mlp_f)
+
+    def heads(self, features: Features, graph: AtomGraph) -> Output:
+        """Turn the last layer of the final MLP into energies and direct forces, in the parameters' dtype."""
+        atoms = features.mlp_E[-1].to(self.dtype)
+        per_atom = torch.cat([head(atoms) for head in self.output.out_energy], dim=1)
+        energy = reference.segment_sum(per_atom, graph.batch, graph.num_structures)
+        if self.config.energy_reduction == "mean":
+            energy = energy / graph.ptr.diff()[:, None]
+        if not features.mlp_F:
+            return Output(energy=energy, forces=None)
+        edges = features.mlp_F[-1].to(self.dtype)
+        magnitude = torch.stack([head(edges) for head in self.output.out_forces], dim=1)
+        forces = reference.segment_sum(magnitude * graph.main.vector[:, None], graph.main.target, graph.num_atoms)
+        return Output(energy=energy, forces=forces)
+
+    def _check(self, graph: AtomGraph) -> None:
+        weight = self.embedding.atom_embedding.weight
+        if graph.dtype != weight.dtype:
+            raise ValueError(f"graph: expected dtype {weight.dtype} (the model's), got {graph.dtype}; use graph.to()")
+        if graph.device != weight.device:
+            raise ValueError(f"graph: expected device {weight.device} (the model's), got {graph.device}")
+
+    def _linear_precision(self, device: torch.device) -> AbstractContextManager:
+        if self.precision == "tf32":
+            if device.type != "cuda":
+                raise ValueError(f'precision="tf32" needs a CUDA device, the model is on {device}')
+            return _tf32()
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(device.type, dtype=LOW_PRECISION[self.precision])
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def gradient_forces(model: JMP, graph: AtomGraph, task: int = 0, *, create_graph: bool = False) -> Tensor:
+    """Return forces as the negative gradient of one task's energy, [N, 3] in eV/A.
+
+    Args:
+        model: any JMP model; its direct-force branch is not run.
+        graph: a batch.
+        task: which energy head.
+        create_graph: keep the autograd graph, to differentiate the forces again (training on forces).
+
+    Raises:
+        ValueError: if the task does not exist.
+    """
+    if not 0 <= task < model.config.num_tasks:
+        raise ValueError(f"task: expected 0..{model.config.num_tasks - 1}, got {task}")
+    with torch.enable_grad():
+        positions = graph.positions if graph.positions.requires_grad else graph.positions.detach().requires_grad_()
+        energy = model(graph.with_positions(positions), direct_forces=False).energy[:, task].sum()
+        (gradient,) = torch.autograd.grad(energy, positions, create_graph=create_graph)
+    return -gradient.to(model.dtype)

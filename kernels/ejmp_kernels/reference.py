@@ -1,0 +1,132 @@
+"""Every operation in plain torch: the specification that the native and Triton kernels are tested against.
+
+Letters: N atoms, E edges, K most edges into one atom, C channels, S spherical functions, A embedding of a basis.
+
+Neighbour sums run over tables: for each output edge, the ids of the input edges that end at the same atom, padded to
+the largest in-degree with an id one past the last edge, which stands for a row of zeros. Kernels walk CSR pointers
+instead and never form a table.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def legendre(cosine: Tensor, num_spherical: int) -> Tensor:
+    """Return Y_l0(cosine) = sqrt((2l+1)/4pi) P_l(cosine) for l < num_spherical, stacked last: [..., S].
+
+    By Bonnet's recursion, l P_l = (2l-1) x P_{l-1} - (l-1) P_{l-2}. Polynomials need no clamp at |x| = 1.
+    """
+    values = [torch.ones_like(cosine), cosine]
+    for degree in range(2, num_spherical):
+        values.append(((2 * degree - 1) * cosine * values[-1] - (degree - 1) * values[-2]) / degree)
+    norm = [math.sqrt((2 * degree + 1) / (4 * math.pi)) for degree in range(num_spherical)]
+    return torch.stack([y * c for y, c in zip(values, norm, strict=False)], dim=-1)
+
+
+def unit_or_small(vector: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return v / max(|v|, eps) and whether |v| > eps; no gradient flows where it is not. [..., 3] -> [..., 3], [...]."""
+    squared = (vector * vector).sum(-1)
+    regular = squared > eps * eps
+    scale = torch.where(regular, squared, eps * eps).rsqrt()
+    return torch.where(regular[..., None], vector, vector.detach()) * scale[..., None], regular
+
+
+def gaussian_basis(distance: Tensor, offset: Tensor, temps: Tensor, cutoff: float, exponent: int) -> Tensor:
+    """Return u(d') exp(-t_k (d' - o_k)^2) with d' = distance / cutoff, [E] -> [E, R].
+
+    u is the polynomial envelope of order p = exponent (DimeNet, arXiv 2003.03123): u(1) = u'(1) = u''(1) = 0.
+    """
+    p = float(exponent)
+    x = distance / cutoff
+    a, b, c = -(p + 1) * (p + 2) / 2, p * (p + 2), -p * (p + 1) / 2
+    envelope = torch.where(x < 1, 1 + x**p * (a + x * (b + x * c)), 0.0)
+    return envelope[:, None] * torch.exp(-temps * (x[:, None] - offset) ** 2)
+
+
+def neighbor_table(atom: Tensor, ptr: Tensor, max_degree: int) -> Tensor:
+    """Return for each row the ids of the edges into its atom, padded with the number of edges.
+
+    Args:
+        atom: [E_out], an atom per row.
+        ptr: [N + 1], CSR pointers of the input edges.
+        max_degree: K.
+
+    Returns:
+        [E_out, K] int64.
+    """
+    first, last = ptr[atom], ptr[atom + 1]
+    table = first[:, None] + torch.arange(max_degree, device=ptr.device)
+    return torch.where(table < last[:, None], table, ptr[-1])
+
+
+def pad(x: Tensor) -> Tensor:
+    """Append the row of zeros that padded ids point to."""
+    return torch.cat([x, x.new_zeros(1, *x.shape[1:])])
+
+
+def gather(x: Tensor, table: Tensor) -> Tensor:
+    """Look up rows by a padded table: [E_in, ...], [E_out, K] -> [E_out, K, ...]."""
+    return pad(x)[table]
+
+
+def segment_sum(x: Tensor, target: Tensor, num_atoms: int) -> Tensor:
+    """Sum rows by target: [E, ...] -> [N, ...]."""
+    return x.new_zeros(num_atoms, *x.shape[1:]).index_add(0, target, x)
+
+
+def triplet(x: Tensor, weight: Tensor, table: Tensor, angular: Tensor) -> Tensor:
+    """Sum input edges over triplets and contract with the output edge's basis.
+
+    out[e, a, c] = sum_l weight[e, a, l] sum_k angular[e, l, k] x[table[e, k], c]. The quadruplet sum has the same form
+    with its 49 spherical functions.
+
+    Args:
+        x: [E_in, C].
+        weight: [E_out, A, S].
+        table: [E_out, K] ids into x, padded.
+        angular: [E_out, S, K], zero for pairs that are not a triplet.
+
+    Returns:
+        [E_out, A * C], basis-major.
+    """
+    summed = angular @ gather(x, table)
+    return (weight @ summed).flatten(1)
+
+
+def quadruplet(x: Tensor, weight: Tensor, table: Tensor, angular: Tensor) -> Tensor:
+    """Sum the triplet values d->b->a of all middle edges b->a over quadruplets; see `triplet`.
+
+    Args:
+        x: [E_mid, K, C], values of the edges d->b for each middle edge b->a.
+        weight: [E_out, A, S^2].
+        table: [E_out, K_mid] ids of middle edges, padded.
+        angular: [E_out, S^2, K_mid * K].
+
+    Returns:
+        [E_out, A * C], basis-major.
+    """
+    summed = angular @ gather(x, table).flatten(1, 2)
+    return (weight @ summed).flatten(1)
+
+
+def pair(h: Tensor, radial: Tensor, source: Tensor, table: Tensor) -> Tensor:
+    """Sum neighbours of each atom times their radial basis: out[n, r, c] = sum_e radial[e, r] h[source[e], c].
+
+    Args:
+        h: [N, C].
+        radial: [E, R].
+        source: [E].
+        table: [N, K] edges into each atom, padded.
+
+    Returns:
+        [N, R * C], radial-major.
+    """
+    neighbors = gather(h[source], table)
+    return (gather(radial, table).mT @ neighbors).flatten(1)
+
+
+def atom_sum(m: Tensor, radial: Tensor, target: Tensor, num_atoms: int) -> Tensor:
+    """Sum edge values times their radial filter into atoms: [E, M], [E, M] -> [N, M]."""
+    return segment_sum(m * radial, target, num_atoms)
