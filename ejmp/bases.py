@@ -86,7 +86,7 @@ class EdgeEmbedding(nn.Module):
 
     def forward(self, h: Tensor, x: Tensor, source: Tensor, target: Tensor) -> Tensor:
         """Map atoms [N, C] and edges [E, .] to edges [E, M]."""
-        return self.dense(torch.cat([h[source], h[target], x.to(h.dtype)], dim=-1))
+        return self.dense(torch.cat([h.index_select(0, source), h.index_select(0, target), x.to(h.dtype)], dim=-1))
 
 
 @dataclass(frozen=True, kw_only=True)

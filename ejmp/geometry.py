@@ -126,7 +126,7 @@ def _quadruplets(main: EdgeSet, quad: EdgeSet, num_spherical: int) -> Quadruplet
     regular = reference.gather(q_regular, middles) & p_regular[..., None]
     y_dihedral = reference.legendre(torch.where(regular, dihedral, dihedral.detach()), num_spherical)
     y_dihedral = y_dihedral * valid[..., None]
-    angular = torch.einsum("ebl,ebdm->elmbd", y_cab, y_dihedral)
+    angular = y_cab.mT[:, :, None, :, None] * y_dihedral.permute(0, 3, 1, 2)[:, None]
     return Quadruplets(
         inputs=inputs,
         inputs_valid=inputs_valid,

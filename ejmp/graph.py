@@ -159,7 +159,7 @@ def edge_geometry(
         offset: [E, 3], cells by which the source is shifted.
     """
     shift = (offset.to(positions.dtype).unsqueeze(1) @ cells).squeeze(1)
-    vector = positions[target] - positions[source] - shift
+    vector = positions.index_select(0, target) - positions.index_select(0, source) - shift
     distance = torch.linalg.vector_norm(vector, dim=-1)
     return distance, vector / distance.unsqueeze(-1)
 

@@ -39,7 +39,7 @@ class Bilinear(nn.Module):
 
 def swap_and_add(to_edge: Tensor, to_counter: Tensor, swap: Tensor) -> Tensor:
     """Return (to_edge[e] + to_counter[counter-edge of e]) / sqrt(2), [E, M]."""
-    return (to_edge + to_counter[swap]) * INV_SQRT_2
+    return (to_edge + to_counter.index_select(0, swap)) * INV_SQRT_2
 
 
 class TripletInteraction(nn.Module):
@@ -65,7 +65,7 @@ class TripletInteraction(nn.Module):
         """Filter and down-project inputs [N or E_in, .] to [E_in, C]; `source` gathers atoms onto edges."""
         x = self.dense_ba(x)
         if source is not None:
-            x = x[source]
+            x = x.index_select(0, source)
         filtered = self.scale_rbf(x * self.mlp_rbf(rbf), lambda: (x, None))
         return self.down_projection(filtered)
 
@@ -118,7 +118,7 @@ class QuadrupletInteraction(nn.Module):
             circular = (bases.cbf_quad @ quads.circular).mT
             x_t = gathered * self.mlp_cbf(circular)
             kept = quads.inputs_valid
-            x_t = self.scale_cbf(x_t, lambda: (gathered[kept], None)) * kept[..., None]
+            x_t = self.scale_cbf(x_t, lambda: (gathered[kept], None), rows=kept) * kept[..., None]
             summed = reference.quadruplet(x_t, bases.sbf_quad, quads.middles, quads.angular)
 
         def gathered_per_quadruplet() -> tuple[Tensor, Tensor]:

@@ -93,8 +93,14 @@ class ScaleFactor(nn.Module):
         self.register_buffer("scale_factor", torch.ones(()))
         self.observer: Callable[[ScaleFactor, Tensor, Reference], None] | None = None
 
-    def forward(self, x: Tensor, reference: Reference) -> Tensor:
-        """Scale x; `reference` is only evaluated while factors are being fitted (`ejmp.fit_scale_factors`)."""
+    def forward(self, x: Tensor, reference: Reference, rows: Tensor | None = None) -> Tensor:
+        """Scale x.
+
+        Args:
+            x: [..., C].
+            reference: evaluated only while factors are being fitted (`ejmp.fit_scale_factors`).
+            rows: [...] bool, which rows of x exist; None for all.
+        """
         if self.observer is not None:
-            self.observer(self, x, reference)
+            self.observer(self, x if rows is None else x[rows], reference)
         return x * self.scale_factor.to(x.dtype)

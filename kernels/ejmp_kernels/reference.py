@@ -68,7 +68,7 @@ def pad(x: Tensor) -> Tensor:
 
 def gather(x: Tensor, table: Tensor) -> Tensor:
     """Look up rows by a padded table: [E_in, ...], [E_out, K] -> [E_out, K, ...]."""
-    return pad(x)[table]
+    return pad(x).index_select(0, table.flatten()).unflatten(0, table.shape)
 
 
 def segment_sum(x: Tensor, target: Tensor, num_atoms: int) -> Tensor:
@@ -123,7 +123,7 @@ def pair(h: Tensor, radial: Tensor, source: Tensor, table: Tensor) -> Tensor:
     Returns:
         [N, R * C], radial-major.
     """
-    neighbors = gather(h[source], table)
+    neighbors = gather(h.index_select(0, source), table)
     return (gather(radial, table).mT @ neighbors).flatten(1)
 
 

@@ -1,0 +1,139 @@
+"""Structures to measure on: three built in, or anything ase.io reads."""
+
+import fnmatch
+import io
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A batch of structures with the graph settings its dataset is used with."""
+
+    name: str
+    structures: list[Any]
+    cutoff: float
+    """A."""
+    max_neighbors: list[int]
+    """One per structure."""
+
+
+def framework() -> Workload:
+    """Return the primitive cell of MOF-5 (106 atoms), at QMOF's settings.
+
+    Fm-3m, a = 25.832 A, positions rounded to 1e-4 from Eddaoudi et al., Science 295, 469 (2002), IRMOF-1.
+    """
+    from ase.spacegroup import crystal  # noqa: PLC0415
+
+    sites = {
+        "Zn": [(0.2934, 0.2934, 0.2934)],
+        "O": [(0.25, 0.25, 0.25), (0.2819, 0.2181, 0.1340)],
+        "C": [(0.25, 0.25, 0.1113), (0.25, 0.25, 0.0538), (0.2829, 0.2171, 0.0269)],
+        "H": [(0.3049, 0.1951, 0.0448)],
+    }
+    symbols = [symbol for symbol, places in sites.items() for _ in places]
+    basis = [place for places in sites.values() for place in places]
+    cell = [25.832] * 3 + [90] * 3
+    atoms = crystal(symbols, basis, spacegroup=225, cellpar=cell, primitive_cell=True)
+    return Workload(name="framework", structures=[atoms], cutoff=19.0, max_neighbors=[30])
+
+
+def molecules() -> Workload:
+    """Return 32 molecules of the G2 set with four atoms or more (ase.collections), at QM9's settings."""
+    from ase.collections import g2  # noqa: PLC0415
+
+    chosen = [atoms for name in g2.names if len(atoms := g2[name]) >= 4][:32]
+    return Workload(name="molecules", structures=chosen, cutoff=8.0, max_neighbors=[30] * len(chosen))
+
+
+def slab() -> Workload:
+    """Return CO on a 3x3x4 copper (111) slab with OC20's tags, at OC20's settings."""
+    from ase.build import add_adsorbate, fcc111, molecule  # noqa: PLC0415
+
+    atoms = fcc111("Cu", (3, 3, 4), vacuum=10.0, periodic=True)
+    atoms.set_tags([1 if layer == 1 else 0 for layer in atoms.get_tags()])
+    carbon_monoxide = molecule("CO")
+    carbon_monoxide.rotate(180, "x")
+    carbon_monoxide.set_tags([2, 2])
+    add_adsorbate(atoms, carbon_monoxide, height=1.85, position="ontop", mol_index=1)
+    return Workload(name="slab", structures=[atoms], cutoff=12.0, max_neighbors=[30])
+
+
+BUILT_IN = {"framework": framework, "molecules": molecules, "slab": slab}
+
+
+def read_structures(path: Path, *, select: str = "*", most: int = 1) -> list[Any]:
+    """Read the first structures of a file, folder or zip archive, in the order of their names.
+
+    Args:
+        path: a file ase.io reads, or a folder or zip archive of such files.
+        select: glob that the files' names in a folder or archive must match.
+        most: how many structures to read; a file may hold several.
+
+    Raises:
+        FileNotFoundError: if there is no such path.
+        ValueError: if nothing matches or a file cannot be read, naming it.
+    """
+    found: list[Any] = []
+    for name, frames in _frames(path, select):
+        for atoms in frames:
+            atoms.info["name"] = name
+            found.append(atoms)
+            if len(found) == most:
+                return found
+    if not found:
+        raise ValueError(f"{path}: no structure whose file matches {select!r}")
+    return found
+
+
+def _frames(path: Path, select: str) -> "Iterator[tuple[str, Any]]":
+    import ase.io  # noqa: PLC0415
+
+    def read(name: str, source: Any, file_format: str | None = None) -> tuple[str, Any]:
+        try:
+            return name, ase.io.read(source, index=":", format=file_format)
+        except Exception as error:
+            raise ValueError(f"{name}: ase.io cannot read it ({error})") from error
+
+    if not path.exists():
+        raise FileNotFoundError(path)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and fnmatch.fnmatch(file.name, select))
+        yield from (read(file.name, file) for file in files)
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = sorted(name for name in archive.namelist() if not name.endswith("/"))
+            for name in names:
+                if fnmatch.fnmatch(Path(name).name, select):
+                    text = io.StringIO(archive.read(name).decode())
+                    yield read(Path(name).name, text, Path(name).suffix.removeprefix("."))
+    else:
+        yield read(path.name, path)
+
+
+def qmof_neighbors(num_atoms: int) -> int:
+    """Return JMP's rule for QMOF: 30 neighbours, 10 above 200 atoms, 5 above 300."""
+    return 30 if num_atoms <= 200 else 10 if num_atoms <= 300 else 5
+
+
+def from_files(path: Path, *, select: str = "*", most: int = 1, cutoff: float | None = None) -> Workload:
+    """Make a workload of files: QMOF's settings (19 A) for periodic structures, QM9's (8 A) for molecules.
+
+    Args:
+        path: see `read_structures`.
+        select: see `read_structures`.
+        most: see `read_structures`.
+        cutoff: A, overrides the dataset's.
+    """
+    structures = read_structures(path, select=select, most=most)
+    if cutoff is None:
+        cutoff = 19.0 if any(atoms.pbc.any() for atoms in structures) else 8.0
+    names = [str(atoms.info["name"]) for atoms in structures]
+    name = names[0] if len(names) == 1 else f"{len(names)} structures of {path.name}"
+    neighbors = [qmof_neighbors(len(atoms)) for atoms in structures]
+    return Workload(name=name, structures=structures, cutoff=cutoff, max_neighbors=neighbors)
