@@ -3,23 +3,22 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ejmp.graph import AtomGraph, EdgeSet, edge_geometry, make_edge_set, pack_offset
-from ejmp.structure import Checked, check_structure, to_list
+from ejmp.graph import AtomGraph, EdgeSet, check_dtype, edge_geometry, make_edge_set, pack_offset
+from ejmp.structure import Checked, check_structure, is_integer, to_list
 from ejmp_kernels import extension
-from ejmp_kernels.neighbors import EdgeList, NeighborQuery, find_neighbors, find_neighbors_reference
+from ejmp_kernels.neighbors import EdgeList, NeighborQuery, find_neighbors, find_neighbors_reference, lexsort
 
 QUAD_TAGS = (1, 2)
 """Quadruplets are formed around surface and adsorbate or molecule atoms, not in the bulk."""
 MIN_DISTANCE = 0.01
 """A; two atoms closer than this are an error."""
 EDGE_SETS = ("main", "atom_edges", "quad_edges", "atom_pairs")
-
-Number = TypeVar("Number", int, float)
 
 
 def build_graph(  # noqa: PLR0913 - the public front door
@@ -106,7 +105,10 @@ def graph_from_edges(
     """
     device = torch.device(device)
     if set(edges) != set(EDGE_SETS):
-        raise ValueError(f"edges: expected the sets {sorted(EDGE_SETS)}, got {sorted(edges)}")
+        raise ValueError(f"edges: expected the sets {sorted(EDGE_SETS)}, got {sorted(map(str, edges))}")
+    wrong = [name for name, pair in edges.items() if not isinstance(pair, tuple | list) or len(pair) != 2]
+    if wrong:
+        raise ValueError(f"edges[{wrong[0]!r}]: expected (edge_index, offset), got {type(edges[wrong[0]]).__name__}")
     parts = _collate([check_structure(item, b, device) for b, item in enumerate(to_list(structures))])
     lists = {name: _sort_edges(parts, name, *edges[name]) for name in EDGE_SETS}
     graph = _assemble(parts, lists, _find_swap(lists["main"]), dtype)
@@ -131,14 +133,17 @@ def _warn_once(reason: str) -> None:
     warnings.warn(f"ejmp: neighbour search in plain torch, slower: {reason}", RuntimeWarning, stacklevel=4)
 
 
-def _per_structure(value: Number | Sequence[Number], num: int, name: str, kind: type[Number]) -> list[Number]:
-    values = [value] * num if isinstance(value, int | float) else [kind(v) for v in value]
+def _per_structure(value: Any, num: int, name: str, kind: type[float] | type[int]) -> list[Any]:
+    """Return one positive number of a kind for each structure."""
+    values = torch.as_tensor(value).tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value
+    values = [values] * num if np.ndim(values) == 0 else list(values)
     if len(values) != num:
         raise ValueError(f"{name}: expected one value or one per structure ({num}), got {len(values)}")
     for v in values:
-        if not 0 < v < float("inf") or isinstance(v, bool) or kind(v) != v:
-            raise ValueError(f"{name}: expected a positive {kind.__name__}, got {v}")
-    return values
+        number = isinstance(v, int | float | np.number) and not isinstance(v, bool)
+        if not number or not 0 < v < float("inf") or kind(v) != v:
+            raise ValueError(f"{name}: expected a positive {kind.__name__}, got {v!r}")
+    return [kind(v) for v in values]
 
 
 def _limits(k: int) -> list[int]:
@@ -161,8 +166,7 @@ def _collate(checked: list[Checked]) -> dict[str, Tensor]:
 
 
 def _assemble(parts: dict[str, Tensor], lists: dict[str, EdgeList], swap: Tensor, dtype: torch.dtype) -> AtomGraph:
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+    check_dtype(dtype)
     cells = parts["cell"][parts["batch"]]
     sets: dict[str, EdgeSet] = {}
     for name, found in lists.items():
@@ -173,7 +177,7 @@ def _assemble(parts: dict[str, Tensor], lists: dict[str, EdgeList], swap: Tensor
 
 def _check_distances(graph: AtomGraph) -> None:
     """Refuse two atoms on one spot, naming them."""
-    for edges in (graph.atom_pairs, graph.main):
+    for edges in (graph.atom_pairs, graph.main, graph.atom_edges, graph.quad_edges):
         close = (edges.distance.detach() <= MIN_DISTANCE).nonzero().flatten()
         if len(close):
             s, t = edges.source[close[0]].item(), edges.target[close[0]].item()
@@ -185,31 +189,40 @@ def _check_distances(graph: AtomGraph) -> None:
             )
 
 
-def _sort_edges(parts: dict[str, Tensor], name: str, edge_index: Tensor, offset: Tensor) -> EdgeList:
-    """Bring given edges into the order of the neighbour search."""
-    positions = parts["positions"].detach()
-    edge_index = torch.as_tensor(edge_index, device=positions.device)
-    offset = torch.as_tensor(offset, device=positions.device)
-    for tensor, what, shape in (
-        (edge_index, "edge_index", (2, edge_index.shape[-1])),
-        (offset, "offset", (edge_index.shape[-1], 3)),
-    ):
-        if tensor.shape != shape or tensor.is_floating_point():
-            raise ValueError(f"edges[{name!r}]: {what}: expected integers {list(shape)}, got {list(tensor.shape)}")
-    num_atoms = len(positions)
-    if edge_index.numel() and not (0 <= edge_index.min() and edge_index.max() < num_atoms):
+def _sort_edges(parts: dict[str, Tensor], name: str, edge_index: Any, offset: Any) -> EdgeList:
+    """Check given edges and bring them into the order of the neighbour search."""
+    positions, batch = parts["positions"].detach(), parts["batch"]
+    num_atoms, device = len(positions), positions.device
+    edge_index = _integers(edge_index, f"edges[{name!r}]: edge_index", (2, None), device)
+    num_edges = edge_index.shape[1]
+    offset = _integers(offset, f"edges[{name!r}]: offset", (num_edges, 3), device)
+    image = pack_offset(offset)
+    if num_edges and not (edge_index.min() >= 0 and edge_index.max() < num_atoms):
         raise ValueError(f"edges[{name!r}]: edge_index: atoms must be in 0..{num_atoms - 1}")
-    source, target = edge_index.long()
-    if (parts["batch"][source] != parts["batch"][target]).any():
+    source, target = edge_index
+    if (batch[source] != batch[target]).any():
         raise ValueError(f"edges[{name!r}]: edge_index: an edge joins two structures")
-    offset = offset.int()
-    distance, _ = edge_geometry(positions, parts["cell"][parts["batch"][target]], source, target, offset)
+    if (offset.bool() & ~parts["pbc"][batch[target]]).any():
+        raise ValueError(f"edges[{name!r}]: offset: not zero in a direction that is not periodic")
+    if torch.stack([source, target, image]).unique(dim=1).shape[1] != num_edges:
+        raise ValueError(f"edges[{name!r}]: an edge is there twice")
+    distance, _ = edge_geometry(positions, parts["cell"][batch[target]], source, target, offset)
     rank = (distance * 1e6).round().long()
-    order = torch.arange(len(source), device=positions.device)
-    for key in (offset[:, 2], offset[:, 1], offset[:, 0], source, rank, target):
-        order = order[key[order].argsort(stable=True)]
+    order = lexsort((target, rank, source, offset[:, 0], offset[:, 1], offset[:, 2]))
     ptr = torch.nn.functional.pad(torch.bincount(target, minlength=num_atoms).cumsum(0), (1, 0))
-    return EdgeList(source=source[order], offset=offset[order].contiguous(), ptr=ptr)
+    return EdgeList(source=source[order], offset=offset[order].int(), ptr=ptr)
+
+
+def _integers(value: Any, what: str, shape: tuple[int | None, int | None], device: torch.device) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{what}: expected an array of integers ({error})") from error
+    fits = tensor.ndim == 2 and all(n in (None, m) for n, m in zip(shape, tensor.shape, strict=True))
+    if not fits or not is_integer(tensor):
+        wanted = ", ".join("E" if n is None else str(n) for n in shape)
+        raise ValueError(f"{what}: expected integers [{wanted}], got {tensor.dtype} {list(tensor.shape)}")
+    return tensor.long()
 
 
 def _find_swap(main: EdgeList) -> Tensor:

@@ -151,7 +151,8 @@ def _read_safetensors(path: Path) -> State:
     from safetensors.torch import load_file  # noqa: PLC0415
 
     try:
-        return load_file(path)
+        # Copies are aligned in memory as fresh tensors are; products with unaligned weights round differently.
+        return {name: value.clone() for name, value in load_file(path).items()}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
 

@@ -9,11 +9,12 @@ the target, and an atom can have several edges to periodic images of one neighbo
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T", "AtomGraph", "EdgeSet")
 IMAGE_BASE = 1 << 20
 """Cell offsets are packed into one integer in this base; offsets beyond +-2^17 cells are refused."""
 
@@ -104,24 +105,18 @@ class AtomGraph:
         return self.main.distance.dtype
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Return the graph on another device, or with distances and vectors of another dtype."""
-        device = self.device if device is None else device
-        dtype = self.dtype if dtype is None else dtype
-        fixed = {"distance", "vector"}
+        """Return the graph on another device, or with distances and vectors of another dtype.
 
-        def move(edges: EdgeSet) -> EdgeSet:
-            tensors = {f.name: getattr(edges, f.name) for f in dataclasses.fields(edges)}
-            moved = {
-                name: value.to(device, dtype if name in fixed else value.dtype)
-                for name, value in tensors.items()
-                if isinstance(value, Tensor)
-            }
-            return dataclasses.replace(edges, **moved)
-
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return type(self)(
-            **{name: move(value) if isinstance(value, EdgeSet) else value.to(device) for name, value in values.items()}
-        )
+        Raises:
+            ValueError: if the dtype is not float32 or float64.
+        """
+        device = self.device if device is None else torch.device(device)
+        graph = self
+        if device != self.device:
+            graph = _move(self, device)
+        if dtype is not None and dtype != self.dtype:
+            graph = graph._recomputed(graph.positions, check_dtype(dtype))
+        return graph
 
     def with_positions(self, positions: Tensor) -> Self:
         """Return the graph with the same edges at other positions; distances and vectors are recomputed.
@@ -134,16 +129,38 @@ class AtomGraph:
         """
         if positions.shape != self.positions.shape:
             raise ValueError(f"positions: expected shape {tuple(self.positions.shape)}, got {tuple(positions.shape)}")
-        positions = positions.double()
+        return self._recomputed(positions.to(self.device, torch.float64), self.dtype)
+
+    def _recomputed(self, positions: Tensor, dtype: torch.dtype) -> Self:
         edge_sets = {}
         for name in ("main", "atom_edges", "quad_edges", "atom_pairs"):
             edges: EdgeSet = getattr(self, name)
-            distance, vector = edge_geometry(
-                positions, self.cell[self.batch[edges.target]], edges.source, edges.target, edges.offset
-            )
-            new = {"distance": distance.to(self.dtype), "vector": vector.to(self.dtype)}
-            edge_sets[name] = dataclasses.replace(edges, **new)
+            cells = self.cell[self.batch[edges.target]]
+            distance, vector = edge_geometry(positions, cells, edges.source, edges.target, edges.offset)
+            edge_sets[name] = dataclasses.replace(edges, distance=distance.to(dtype), vector=vector.to(dtype))
         return dataclasses.replace(self, positions=positions, **edge_sets)
+
+
+def _move(value: T, device: torch.device) -> T:
+    moved = {}
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        if isinstance(item, EdgeSet):
+            moved[field.name] = _move(item, device)
+        elif isinstance(item, Tensor):
+            moved[field.name] = item.to(device)
+    return dataclasses.replace(value, **moved)
+
+
+def check_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype if distances can have it.
+
+    Raises:
+        ValueError: if it is not float32 or float64.
+    """
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+    return dtype
 
 
 def edge_geometry(
@@ -172,7 +189,7 @@ def pack_offset(offset: Tensor) -> Tensor:
     """
     limit = IMAGE_BASE >> 3
     if offset.numel() and offset.abs().max().item() > limit:
-        raise ValueError(f"positions: an atom is more than {limit} cells outside its cell; wrap the structure first")
+        raise ValueError(f"offset: an image more than {limit} cells away; wrap the structure first")
     x, y, z = offset.long().unbind(1)
     return (x * IMAGE_BASE + y) * IMAGE_BASE + z
 

@@ -42,7 +42,7 @@ class Plain(nn.Module):
 
     def __init__(self, num_in: int, num_out: int) -> None:
         super().__init__()
-        self.linear = nn.utils.skip_init(nn.Linear, num_in, num_out, bias=False)
+        self.linear = nn.utils.skip_init(nn.Linear, num_in, num_out, bias=False, device=torch.get_default_device())
         he_orthogonal_(self.linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -93,6 +93,9 @@ def _fit(model: JMP, factor: ScaleFactor, graphs: Sequence[AtomGraph], name: str
         factor.observer = None
     value = (variances[0] / variances[1]).sqrt().item()
     if not 0 < value < float("inf"):
-        raise ValueError(f"{name}: cannot be fitted on these batches: variance of reference and output {variances}")
+        raise ValueError(
+            f"{name}: cannot be fitted on these batches: the variances of its reference and output are "
+            f"{variances.tolist()}; structures with several elements are needed"
+        )
     factor.scale_factor.fill_(value)
     return value

@@ -11,6 +11,10 @@ from torch import Tensor
 MAX_ATOMIC_NUMBER = 120
 MIN_CELL_HEIGHT = 0.1
 """A; a periodic cell thinner than this counts as one without a volume."""
+MAX_COORDINATE = 1e6
+"""A; further out, float64 coordinates are no longer exact to the 1e-6 A that distances are compared at."""
+MAX_CELLS_OUTSIDE = 1 << 16
+TAGS = (0, 1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,20 +77,25 @@ def check_structure(structure: Any, b: int, device: torch.device) -> Checked:
     """
     numbers = _tensor(structure.numbers, b, "numbers", device)
     positions = _tensor(structure.positions, b, "positions", device)
-    if numbers.ndim != 1 or numbers.is_floating_point() or numbers.dtype == torch.bool:
+    if numbers.numel() == 0:
+        raise ValueError(f"structure {b}: numbers: the structure has no atoms")
+    if numbers.ndim != 1 or not is_integer(numbers):
         raise ValueError(f"structure {b}: numbers: expected integers [n], got {_describe(numbers)}")
     n = len(numbers)
-    if n == 0:
-        raise ValueError(f"structure {b}: numbers: the structure has no atoms")
     if positions.shape != (n, 3) or not positions.is_floating_point():
         raise ValueError(f"structure {b}: positions: expected floats [{n}, 3], got {_describe(positions)}")
     if not torch.isfinite(positions).all():
         raise ValueError(f"structure {b}: positions: NaN or infinite coordinates")
+    if positions.abs().max() > MAX_COORDINATE:
+        raise ValueError(f"structure {b}: positions: coordinates beyond {MAX_COORDINATE:g} A; move the structure")
     wrong = numbers[(numbers < 1) | (numbers > MAX_ATOMIC_NUMBER)]
     if len(wrong):
         raise ValueError(f"structure {b}: numbers: expected 1..{MAX_ATOMIC_NUMBER}, got {wrong[0].item()}")
     pbc = _pbc(getattr(structure, "pbc", False), b, device)
     cell, search_cell = _cell(getattr(structure, "cell", None), pbc, b, device)
+    outside = (positions.detach().double() @ torch.linalg.inv(search_cell))[:, pbc].abs() > MAX_CELLS_OUTSIDE
+    if outside.any():
+        raise ValueError(f"structure {b}: positions: more than {MAX_CELLS_OUTSIDE} cells outside the cell; wrap them")
     tags = _tags(structure, n, b, device)
     return Checked(numbers.long(), positions.double(), cell, search_cell, pbc, tags)
 
@@ -95,9 +104,15 @@ def _tensor(value: Any, b: int, field: str, device: torch.device) -> Tensor:
     try:
         if isinstance(value, Tensor):
             return value.to(device)
-        return torch.as_tensor(np.asarray(value), device=device)
+        array = np.asarray(value)
+        return torch.as_tensor(array.astype(np.int64) if array.dtype.kind == "u" else array, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"structure {b}: {field}: expected an array of numbers ({error})") from error
+
+
+def is_integer(value: Tensor) -> bool:
+    """Return whether a tensor holds integers (booleans are not)."""
+    return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
 
 
 def _describe(value: Tensor) -> str:
@@ -106,7 +121,7 @@ def _describe(value: Tensor) -> str:
 
 def _pbc(value: Any, b: int, device: torch.device) -> Tensor:
     pbc = _tensor(value, b, "pbc", device)
-    if pbc.numel() not in (1, 3) or pbc.ndim > 1 or pbc.is_floating_point():
+    if pbc.numel() not in (1, 3) or pbc.ndim > 1 or not (pbc.dtype == torch.bool or is_integer(pbc)):
         raise ValueError(f"structure {b}: pbc: expected one bool or three, got {_describe(pbc)}")
     return pbc.bool().expand(3).clone()
 
@@ -152,6 +167,8 @@ def _tags(structure: Any, n: int, b: int, device: torch.device) -> Tensor:
     if value is None:
         return torch.full((n,), 2, dtype=torch.int64, device=device)
     tags = _tensor(value, b, "tags", device)
-    if tags.shape != (n,) or tags.is_floating_point():
+    if tags.shape != (n,) or not is_integer(tags):
         raise ValueError(f"structure {b}: tags: expected integers [{n}], got {_describe(tags)}")
+    if not torch.isin(tags, torch.tensor(TAGS, device=device)).all():
+        raise ValueError(f"structure {b}: tags: expected 0 (bulk), 1 (surface), 2 (adsorbate), got {tags.unique()}")
     return tags.long()

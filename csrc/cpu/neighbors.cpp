@@ -245,6 +245,8 @@ Neighbors find_neighbors(const double* positions, const double* cell, const bool
                          const double* cutoff, const int64_t* limits, const bool* quad_atom, int64_t num_structures,
                          int num_threads) {
     const int64_t n = ptr[num_structures];
+    // Waking threads costs more than searching around a few atoms, above all where cores are shared.
+    num_threads = static_cast<int>(std::clamp<int64_t>(n / 32, 1, num_threads));
     std::vector<CellList> cells(num_structures);
     std::vector<int64_t> structure(n);
     std::array<std::vector<int64_t>, 4> most;

@@ -11,7 +11,7 @@ structure. Both return the same bits: lengths are computed by the same float64 o
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +95,14 @@ def find_neighbors_reference(query: NeighborQuery) -> Neighbors:
     return Neighbors(pairs=sets[0], main=closed, atom_edges=sets[1], quad_edges=sets[2], swap=swap)
 
 
+def lexsort(keys: Sequence[Tensor]) -> Tensor:
+    """Return the order that sorts by the first key, ties by the second, and so on, [n] int64."""
+    order = torch.arange(len(keys[0]), device=keys[0].device)
+    for key in reversed(keys):
+        order = order[key[order].argsort(stable=True)]
+    return order
+
+
 def _csr(target: Tensor, num_atoms: int) -> Tensor:
     counts = torch.bincount(target, minlength=num_atoms)
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
@@ -134,8 +142,7 @@ def _search_structure(query: NeighborQuery, b: int) -> tuple[Tensor, Tensor, Ten
         parts.append((source, target + rows.start, offset[target, source, image], rank[target, source, image]))
     source, target, offset, rank = (torch.cat(column) for column in zip(*parts, strict=True))
     # nonzero() already enumerates in the order (target, source, offset), which stable sorts keep.
-    order = rank.argsort(stable=True)
-    order = order[target[order].argsort(stable=True)]
+    order = lexsort((target, rank))
     return source[order] + first, target[order] + first, offset[order], rank[order]
 
 
@@ -157,9 +164,7 @@ def _symmetrise(
     num_half = len(source)
     source, target = torch.cat([source, target]), torch.cat([target, source])
     offset, rank = torch.cat([offset, -offset]), torch.cat([rank, rank])
-    order = torch.arange(2 * num_half, device=source.device)
-    for key in (offset[:, 2], offset[:, 1], offset[:, 0], source, rank, target):
-        order = order[key[order].argsort(stable=True)]
+    order = lexsort((target, rank, source, offset[:, 0], offset[:, 1], offset[:, 2]))
     place = torch.empty_like(order)
     place[order] = torch.arange(2 * num_half, device=source.device)
     swap = place[(order + num_half) % max(2 * num_half, 1)]

@@ -1,0 +1,80 @@
+"""Turn benchmark results into a table and a picture."""
+
+from pathlib import Path
+from typing import Any
+
+COLUMNS = (
+    "precision | blocks | structures/s | atoms/s | edges/s | ms median | ms p95 | x of 6 blocks | published x | GMAC | "
+    "GFLOP | work | M parameters | peak MiB | % of GEMM rate"
+)
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return a Markdown table of a block-count benchmark."""
+    lines = [f"| {COLUMNS} |", "|" + " --- |" * (COLUMNS.count("|") + 1)]
+    for row in result["rows"]:
+        published = row.get("published_throughput_ratio")
+        cells = [
+            row["precision"],
+            str(row["blocks"]),
+            f"{row['structures_per_s']:.3g}",
+            f"{row['atoms_per_s']:.4g}",
+            f"{row['edges_per_s']:.4g}",
+            f"{row['ms']['median']:.0f}",
+            f"{row['ms']['p95']:.0f}",
+            f"{row['ratio']['structures_per_s']:.2f}",
+            f"{published:.2f}" if published else "-",
+            f"{row['gmac']:.1f}",
+            f"{row['gflop']:.1f}",
+            f"{row['ratio']['gmac']:.2f}",
+            f"{row['parameters'] / 1e6:.1f}",
+            f"{row['peak_memory_mib']:.0f}",
+            f"{100 * row['gemm_share']:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Return the lines that belong above the table."""
+    work, made = result["workload"], result["provenance"]
+    sizes = work["sizes"]
+    rates = ", ".join(f"{name} {rate['median']:.0f}" for name, rate in result["gemm_gflops"].items())
+    return "\n".join(
+        [
+            f"{result['model']} on {work['name']}: {work['structures']} structure(s), {sizes['atoms']} atoms, "
+            f"{sizes['edges']} edges, {sizes['edge_to_edge']} triplets, {sizes['quadruplets']} quadruplets "
+            f"({work['cutoff']:g} A, {'/'.join(map(str, work['max_neighbors']))} neighbours)",
+            f"{made.get('gpu', made['cpu'])}, {made['threads']} threads, torch {made['torch']}, commit "
+            f"{made['commit']}, load before {made['load_before']:.2f}, {result['rows'][0]['ms']['samples']} rounds",
+            f"matrix products at ({sizes['edges']}, 1024, 1024), GFLOP/s: {rates}; the last column is of the fastest",
+            f"graph building: {result['graph_ms']['median']:.1f} ms median, not part of the times below",
+            result["convention"],
+        ]
+    )
+
+
+def picture(result: dict[str, Any], path: Path) -> None:
+    """Draw throughput over that of 6 blocks against the number of blocks, with the published curve."""
+    import matplotlib as mpl  # noqa: PLC0415
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for precision in dict.fromkeys(row["precision"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["precision"] == precision]
+        blocks = [row["blocks"] for row in rows]
+        axes.plot(blocks, [row["ratio"]["structures_per_s"] for row in rows], "o-", label=f"ejmp, {precision}")
+    rows = [row for row in result["rows"] if row["precision"] == result["rows"][0]["precision"]]
+    blocks = [row["blocks"] for row in rows]
+    published = [(row["blocks"], row["published_throughput_ratio"]) for row in rows if "published_throughput_ratio" in row]
+    if published:
+        axes.plot(*zip(*published, strict=True), "s--", color="gray", label="published (V100)")
+    axes.plot(blocks, [1 / row["ratio"]["gmac"] for row in rows], ":", color="black", label="work alone")
+    axes.set(xlabel="interaction blocks", ylabel=f"throughput over {max(blocks)} blocks", xticks=blocks)
+    axes.set_title(f"{result['model'].split(',')[0]}, {result['workload']['name']}")
+    axes.invert_xaxis()
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,57 @@
+"""How the project is laid out: what imports what, how long files are, how light `import ejmp` is."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {"ase", "lmdb", "deepspeed", "fvcore", "h5py", "mpi4py", "matplotlib", "safetensors", "scipy"}
+# Each module may import those before it, not those after it.
+ORDER = (
+    "graph", "config", "structure", "build", "layers", "geometry", "bases", "interactions", "model",
+    "scaling", "prune", "checkpoint", "flops", "workloads", "bench", "report", "cli",
+)  # fmt: skip
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_imports_run_one_way():
+    modules = {path.stem: path for path in (ROOT / "ejmp").glob("*.py") if path.stem != "__init__"}
+    assert set(modules) == set(ORDER)
+    for name, path in modules.items():
+        used = {module.split(".")[1] for module in imports(path) if module.startswith("ejmp.")} & set(ORDER)
+        late = {other for other in used if ORDER.index(other) >= ORDER.index(name)}
+        assert not late, f"ejmp/{name}.py imports {late}"
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert not {m.split(".")[0] for m in imports(path)} & (HEAVY | {"ejmp"}), path
+
+
+@pytest.mark.parametrize("path", sorted(p for p in ROOT.rglob("*.py") if ".venv" not in p.parts), ids=lambda p: p.name)
+def test_files_are_short(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_import_is_light():
+    """Best of three of the time `import ejmp` adds to `import torch`, and nothing optional comes with it."""
+    code = (
+        "import sys, time, json, torch, numpy; t = time.perf_counter(); import ejmp; "
+        "print(json.dumps([time.perf_counter() - t, sorted(m.split('.')[0] for m in sys.modules)]))"
+    )
+    seconds = []
+    for _ in range(3):
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        took, loaded = json.loads(run.stdout)
+        seconds.append(took)
+        assert not HEAVY & set(loaded)
+    assert min(seconds) < 0.5
