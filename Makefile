@@ -11,10 +11,10 @@ CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.cpp)
 
 .PHONY: test bench lint format clean
 test: .venv/built
-	$(BIN)/python -m pytest tests benchmarks
+	$(BIN)/python -m pytest
 
 bench: .venv/built
-	$(BIN)/ejmp bench --output results/blocks.json
+	$(BIN)/ejmp bench --precision fp32 --seconds 90 --output results/blocks.json
 
 lint: .venv/built
 	$(BIN)/pip install --quiet --editable .[dev] --no-build-isolation

@@ -3,10 +3,11 @@
 1. When an atom crosses the boundary of a nearest-k selection, edges appear and vanish: how far does the energy jump?
 2. Near a straight line of three atoms a dihedral angle is undefined: how large do gradient forces become?
 
-Usage: python benchmarks/measure_limits.py [results/limits.json]      (a small JMP-S, random weights, fitted factors, float64)
+Usage: python benchmarks/measure_limits.py [benchmarks/results/limits.json]
 """
 
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -19,7 +20,6 @@ from ase.build import bulk, molecule
 import ejmp
 from ejmp.bench import provenance
 from ejmp.build import EDGE_SETS
-
 
 
 def make_model(graph):
@@ -45,7 +45,7 @@ def energy(model, graph):
 
 
 def neighbor_jumps(max_neighbors=30, cutoff=12.0, length=0.1, steps=20):
-    """Move one atom of a rattled Cu3Au crystal along a line; bisect every change of an edge set and measure the jump."""
+    """Move one atom of a rattled Cu3Au crystal along a line; measure the jump at every change of an edge set."""
     atoms = bulk("Cu", cubic=True).repeat((2, 2, 1))
     atoms.symbols[::4] = "Au"
     atoms.rattle(0.05, seed=1)
@@ -58,7 +58,7 @@ def neighbor_jumps(max_neighbors=30, cutoff=12.0, length=0.1, steps=20):
     model = make_model(graph(0.0))
     grid = np.linspace(0, length, steps + 1)
     rows = []
-    for low, high in zip(grid[:-1], grid[1:], strict=True):
+    for low, high in itertools.pairwise(grid):
         for below, above in bisect(graph, low, high):
             before, after = graph(below), graph(above)
             sets = keys(before), keys(after)
@@ -67,7 +67,8 @@ def neighbor_jumps(max_neighbors=30, cutoff=12.0, length=0.1, steps=20):
             rows.append({"x": below, "changed": changed, "jump": jump})
     ends = [energy(model, graph(x)) for x in grid]
     slope = np.abs(np.diff(ends)).max() / (grid[1] - grid[0])
-    jumps = {name: [abs(r["jump"]) for r in rows if r["changed"][name]] for name in ("main", "atom_edges", "quad_edges")}
+    limited = ("main", "atom_edges", "quad_edges")
+    jumps = {name: [abs(r["jump"]) for r in rows if r["changed"][name]] for name in limited}
     return {
         "system": f"Cu12Au4 crystal, {max_neighbors} neighbours, {cutoff} A; one atom moved by {length} A",
         "energy": ends[0],
@@ -91,30 +92,28 @@ def bisect(graph, low, high, width=1e-9):
 
 
 def linear_forces():
-    """Bend linear molecules by moving one inner atom sideways; report the largest gradient force at each bend."""
+    """Bend linear molecules into a zigzag; report the largest gradient force at each bend."""
     acetylene = molecule("C2H2")
     carbon_dioxide = Atoms("OCO", [[0, 0, -1.16], [0, 0, 0], [0, 0, 1.16]])
     rows = []
-    for name, atoms, moved in (
-        ("CO2", carbon_dioxide, 1),
-        ("C2H2", acetylene, 0),
-        ("CH3CN", molecule("CH3CN"), 0),
-    ):
+    zigzag = torch.tensor([1.0, -0.6, 0.3, -0.1, 0.0, 0.0], dtype=torch.float64)
+    for name, atoms in (("CO2", carbon_dioxide), ("C2H2", acetylene), ("CH3CN", molecule("CH3CN"))):
         graph = ejmp.build_graph(atoms, 12.0, dtype=torch.float64)
         model = make_model(ejmp.build_graph(molecule("CH3CH2OH"), 12.0, dtype=torch.float64))
         single = ejmp.JMP(model.config)
         single.load_state_dict(model.state_dict())
         for bend in (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
             positions = graph.positions.clone()
-            positions[moved, 0] += bend
+            positions[:, 0] += bend * zigzag[: len(atoms)]
             bent = graph.with_positions(positions)
             double = ejmp.gradient_forces(model, bent)
+            rounded = ejmp.gradient_forces(single, bent.to(dtype=torch.float32))
             rows.append(
                 {
                     "molecule": name,
                     "bend_A": bend,
                     "largest_force_float64": double.abs().max().item(),
-                    "largest_force_float32": ejmp.gradient_forces(single, bent.to(dtype=torch.float32)).abs().max().item(),
+                    "largest_force_float32": rounded.abs().max().item(),
                     "energy": energy(model, bent),
                     "finite_difference_error": difference_error(model, bent, double),
                 }
@@ -138,7 +137,8 @@ def difference_error(model, graph, forces, step=1e-9):
 if __name__ == "__main__":
     result = {
         "benchmark": "limits",
-        "model": "JMP-S at 64 atom and 128 edge channels, 2 blocks, scalar, random weights (seed 0), fitted ScaleFactors; energies in its own units",
+        "model": "JMP-S at 64 atom and 128 edge channels, 2 blocks, scalar, random weights (seed 0), fitted "
+        "ScaleFactors; energies in its own units",
         "neighbor_boundaries": [neighbor_jumps(), neighbor_jumps(max_neighbors=60)],
         "near_linear": linear_forces(),
         "provenance": provenance(torch.device("cpu")),

@@ -46,10 +46,10 @@ std::vector<Tensor> find_neighbors(const Tensor& positions, const Tensor& cell, 
     const Tensor r = positions.contiguous(), c = cell.contiguous(), p = pbc.contiguous(), s = ptr.contiguous(),
                  rc = cutoff.contiguous(), k = limits.contiguous(), q = quad_atom.contiguous();
     TORCH_CHECK(s[num_structures].item<int64_t>() == num_atoms, "find_neighbors: ptr must end with ", num_atoms);
-    ejmp::Neighbors found = ejmp::find_neighbors(
-        r.const_data_ptr<double>(), c.const_data_ptr<double>(), p.const_data_ptr<bool>(), s.const_data_ptr<int64_t>(),
-        rc.const_data_ptr<double>(), k.const_data_ptr<int64_t>(), q.const_data_ptr<bool>(), num_structures,
-        at::get_num_threads());
+    ejmp::Neighbors found =
+        ejmp::find_neighbors(r.const_data_ptr<double>(), c.const_data_ptr<double>(), p.const_data_ptr<bool>(),
+                             s.const_data_ptr<int64_t>(), rc.const_data_ptr<double>(), k.const_data_ptr<int64_t>(),
+                             q.const_data_ptr<bool>(), num_structures, at::get_num_threads());
     std::vector<Tensor> out;
     append(out, std::move(found.pairs));
     append(out, std::move(found.main));

@@ -1,7 +1,8 @@
 """The block-count benchmark: one workload through models of 6, 5, 4, 3, 2 blocks, interleaved, gated, in one run."""
 
 import copy
-import datetime
+import datetime as dt
+import functools
 import itertools
 import os
 import platform
@@ -9,8 +10,7 @@ import statistics
 import subprocess
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from torch.utils._pytree import tree_leaves
 import ejmp
 from ejmp.flops import GraphSizes, count_macs, graph_sizes
 from ejmp.graph import AtomGraph
-from ejmp.model import JMP, Precision
+from ejmp.model import JMP, LOW_PRECISION, Precision, allow_tf32
 from ejmp.prune import prune
 from ejmp.workloads import Workload
+from ejmp_kernels import extension
 
 PUBLISHED_THROUGHPUT = {6: 1.00, 5: 1.14, 4: 1.34, 3: 1.61, 2: 1.99}
 """Ghunaim et al., table 2: samples/s on one V100, over that of 6 blocks."""
@@ -179,7 +180,7 @@ class StoragePeak(TorchDispatchMode):
         self.held = self.peak = 0
         self.seen = {value.untyped_storage()._cdata for value in known if isinstance(value, Tensor)}  # noqa: SLF001
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and note the storages it made."""
         out = func(*args, **(kwargs or {}))
         for value in tree_leaves(out):
@@ -204,28 +205,17 @@ def gemm_rates(rows: int, precisions: Sequence[Precision], device: torch.device,
     """
     rates = {}
     for precision in precisions:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+        dtype = LOW_PRECISION.get(precision, torch.float32)
         x = torch.randn(rows, 1024, device=device, dtype=dtype)
         w = torch.randn(1024, 1024, device=device, dtype=dtype)
-        libraries = {"torch": torch.nn.functional.linear}
+        libraries: dict[str, Callable[..., Tensor]] = {"torch": torch.nn.functional.linear}
         if device.type == "cpu" and precision == "fp32" and torch.backends.mkldnn.is_available():
             libraries["onednn"] = lambda x, w: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")  # noqa: SLF001
         for library, product in libraries.items():
-            with tf32(enabled=precision == "tf32"):
+            with allow_tf32(precision == "tf32"):
                 seconds = [_time_call(lambda p=product, a=x, b=w: p(a, b), device) for _ in range(repeats + 1)][1:]
             rates[f"{precision} {library}"] = 2e-9 * rows * 1024 * 1024 / statistics.median(seconds)
     return rates
-
-
-@contextmanager
-def tf32(*, enabled: bool) -> Iterator[None]:
-    """Allow TF32 in float32 matrix products on CUDA for a while."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = enabled
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -240,7 +230,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     found = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "commit": commit,
         "ejmp": ejmp.__version__,
         "torch": torch.__version__,
@@ -268,12 +258,16 @@ def _time_call(call: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _timed_graph(plan: Plan, device: torch.device) -> tuple[AtomGraph, dict[str, float]]:
-    def build() -> AtomGraph:
-        return workload_graph(plan.workload, device=device)
-
-    graph = build()
-    return graph, _summary([1e3 * _time_call(build, device) for _ in range(9)])
+def _timed_graph(plan: Plan, device: torch.device) -> tuple[AtomGraph, dict[str, dict[str, float]]]:
+    """Build the graph by turns with every backend there is; return the graph and milliseconds by backend."""
+    backends = ["reference"] if extension.unavailable() else ["native", "reference"]
+    samples: dict[str, list[float]] = {backend: [] for backend in backends}
+    graph = workload_graph(plan.workload, device=device)
+    for _ in range(7):
+        for backend, found in samples.items():
+            build = functools.partial(workload_graph, plan.workload, device=device, backend=backend)
+            found.append(1e3 * _time_call(build, device))
+    return graph, {backend: _summary(found) for backend, found in samples.items()}
 
 
 Times = dict[tuple[int, str], list[float]]
@@ -307,9 +301,7 @@ def _best(rates: dict[str, list[float]], precision: str) -> float:
     return max(statistics.median(values) for name, values in rates.items() if name.startswith(f"{precision} "))
 
 
-def _row(
-    model: JMP, graph: AtomGraph, sizes: GraphSizes, seconds: list[float], gemm_gflops: float
-) -> dict[str, Any]:
+def _row(model: JMP, graph: AtomGraph, sizes: GraphSizes, seconds: list[float], gemm_gflops: float) -> dict[str, Any]:
     summary = _summary([1e3 * s for s in seconds])
     median = summary["median"] / 1e3
     gmac = sum(count_macs(model.config, sizes).values()) * 1e-9

@@ -135,8 +135,8 @@ def _warn_once(reason: str) -> None:
 
 def _per_structure(value: Any, num: int, name: str, kind: type[float] | type[int]) -> list[Any]:
     """Return one positive number of a kind for each structure."""
-    values = torch.as_tensor(value).tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value
-    values = [values] * num if np.ndim(values) == 0 else list(values)
+    given = value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value
+    values: list[Any] = [given] * num if np.ndim(given) == 0 else list(given)
     if len(values) != num:
         raise ValueError(f"{name}: expected one value or one per structure ({num}), got {len(values)}")
     for v in values:
@@ -172,7 +172,8 @@ def _assemble(parts: dict[str, Tensor], lists: dict[str, EdgeList], swap: Tensor
     for name, found in lists.items():
         own_swap = swap if name == "main" else None
         sets[name] = make_edge_set(parts["positions"], cells, found.source, found.offset, found.ptr, dtype, own_swap)
-    return AtomGraph(**parts, **sets)
+    fields: dict[str, Any] = {**parts, **sets}
+    return AtomGraph(**fields)
 
 
 def _check_distances(graph: AtomGraph) -> None:
@@ -180,9 +181,9 @@ def _check_distances(graph: AtomGraph) -> None:
     for edges in (graph.atom_pairs, graph.main, graph.atom_edges, graph.quad_edges):
         close = (edges.distance.detach() <= MIN_DISTANCE).nonzero().flatten()
         if len(close):
-            s, t = edges.source[close[0]].item(), edges.target[close[0]].item()
-            b = int(graph.batch[t].item())
-            first = int(graph.ptr[b].item())
+            s, t = (int(ends[close[0]]) for ends in (edges.source, edges.target))
+            b = int(graph.batch[t])
+            first = int(graph.ptr[b])
             raise ValueError(
                 f"structure {b}: positions: atoms {s - first} and {t - first} are on one spot "
                 f"({edges.distance[close[0]].item():.4f} A apart, at least {MIN_DISTANCE} A needed)"

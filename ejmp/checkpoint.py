@@ -166,7 +166,7 @@ def _read_lightning(path: Path) -> State:
     except Exception as error:
         raise ValueError(f"{path}: not a checkpoint of plain tensors ({error})") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise ValueError(f"{path}: expected a Lightning checkpoint, a dict with a state_dict")
+        raise ValueError(f"{path}: expected a Lightning checkpoint, a dict with a state_dict")  # noqa: TRY004
     state: State = dict(checkpoint["state_dict"])
     optimizers = checkpoint.get("optimizer_states") or [{}]
     ema = optimizers[0].get("ema")
@@ -188,8 +188,9 @@ def _use_ema(path: Path, state: State, ema: tuple[Tensor, ...]) -> None:
         raise ValueError(f"{path}: {len(ema)} EMA weights for {len(names)} parameters")
     for name, average in zip(names, ema, strict=True):
         if average.shape != state[name].shape:
-            raise ValueError(f"{path}: EMA weight of {name}: expected {list(state[name].shape)}, got "
-                             f"{list(average.shape)}")
+            raise ValueError(
+                f"{path}: EMA weight of {name}: expected {list(state[name].shape)}, got {list(average.shape)}"
+            )
         state[name] = average
     for name in [name for name in state if ".seq_energy_pre." in name]:
         del state[name]

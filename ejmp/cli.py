@@ -27,7 +27,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_bench)
     built_in = ("framework", "molecules", "slab")
     parser.add_argument("--workload", choices=built_in, default="framework", help="a built-in workload")
-    parser.add_argument("--structures", type=Path, metavar="PATH", help="a file ase.io reads, or a zip or folder of them")
+    parser.add_argument("--structures", type=Path, metavar="PATH", help="a file ase.io reads, a zip or a folder")
     parser.add_argument("--select", default="*", metavar="GLOB", help="files of the zip or folder to take")
     parser.add_argument("--batch", type=int, default=1, help="structures of PATH in the batch")
     parser.add_argument("--cutoff", type=float, help="A; default: that of the dataset the structures are like")

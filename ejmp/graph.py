@@ -115,7 +115,7 @@ class AtomGraph:
         if device != self.device:
             graph = _move(self, device)
         if dtype is not None and dtype != self.dtype:
-            graph = graph._recomputed(graph.positions, check_dtype(dtype))
+            graph = graph._recomputed(graph.positions, check_dtype(dtype))  # noqa: SLF001 - of its own class
         return graph
 
     def with_positions(self, positions: Tensor) -> Self:

@@ -227,9 +227,7 @@ class InteractionBlock(nn.Module):
         graph, bases, geometry = inputs.graph, inputs.bases, inputs.geometry
         layer = self.edge_atom_interaction
         x = layer.inputs(m, bases.rbf_edge_atom)
-        return layer.to_atoms(
-            x, bases.cbf_edge_atom, geometry.edge_to_atom, graph.atom_edges.target, graph.num_atoms
-        )
+        return layer.to_atoms(x, bases.cbf_edge_atom, geometry.edge_to_atom, graph.atom_edges.target, graph.num_atoms)
 
 
 class OutputBlock(AtomUpdate):

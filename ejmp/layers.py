@@ -42,8 +42,10 @@ class Plain(nn.Module):
 
     def __init__(self, num_in: int, num_out: int) -> None:
         super().__init__()
-        self.linear = nn.utils.skip_init(nn.Linear, num_in, num_out, bias=False, device=torch.get_default_device())
-        he_orthogonal_(self.linear.weight)
+        linear = nn.utils.skip_init(nn.Linear, num_in, num_out, bias=False, device=torch.get_default_device())
+        assert isinstance(linear, nn.Linear)
+        he_orthogonal_(linear.weight)
+        self.linear = linear
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., num_in] to [..., num_out]."""

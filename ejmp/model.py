@@ -170,6 +170,7 @@ class JMP(nn.Module):
             for i, out_block in enumerate(backbone.out_blocks):
                 if i > 0:
                     h, m = backbone.int_blocks[i - 1](h, m, inputs)
+                assert isinstance(out_block, OutputBlock)
                 x_e.append(out_block.energy(h, m, bases.rbf_out, graph))
                 if forces:
                     x_f.append(out_block.forces(m, bases.rbf_out))
@@ -202,16 +203,17 @@ class JMP(nn.Module):
         if self.precision == "tf32":
             if device.type != "cuda":
                 raise ValueError(f'precision="tf32" needs a CUDA device, the model is on {device}')
-            return _tf32()
+            return allow_tf32()
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(device.type, dtype=LOW_PRECISION[self.precision])
 
 
 @contextmanager
-def _tf32() -> Iterator[None]:
+def allow_tf32(allowed: bool = True) -> Iterator[None]:
+    """Allow, or forbid, TF32 in float32 matrix products on CUDA for a while."""
     before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = allowed
     try:
         yield
     finally:

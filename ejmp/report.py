@@ -39,18 +39,23 @@ def summary(result: dict[str, Any]) -> str:
     """Return the lines that belong above the table."""
     work, made = result["workload"], result["provenance"]
     sizes = work["sizes"]
+    graphs = ", ".join(f"{name} {found['median']:.1f}" for name, found in result["graph_ms"].items())
     rates = ", ".join(f"{name} {rate['median']:.0f}" for name, rate in result["gemm_gflops"].items())
     return "\n".join(
-        [
-            f"{result['model']} on {work['name']}: {work['structures']} structure(s), {sizes['atoms']} atoms, "
-            f"{sizes['edges']} edges, {sizes['edge_to_edge']} triplets, {sizes['quadruplets']} quadruplets "
-            f"({work['cutoff']:g} A, {'/'.join(map(str, work['max_neighbors']))} neighbours)",
-            f"{made.get('gpu', made['cpu'])}, {made['threads']} threads, torch {made['torch']}, commit "
-            f"{made['commit']}, load before {made['load_before']:.2f}, {result['rows'][0]['ms']['samples']} rounds",
+        (
+            (
+                f"{result['model']} on {work['name']}: {work['structures']} structure(s), {sizes['atoms']} atoms, "
+                f"{sizes['edges']} edges, {sizes['edge_to_edge']} triplets, {sizes['quadruplets']} quadruplets "
+                f"({work['cutoff']:g} A, {'/'.join(map(str, work['max_neighbors']))} neighbours)"
+            ),
+            (
+                f"{made.get('gpu', made['cpu'])}, {made['threads']} threads, torch {made['torch']}, commit "
+                f"{made['commit']}, load before {made['load_before']:.2f}, {result['rows'][0]['ms']['samples']} rounds"
+            ),
             f"matrix products at ({sizes['edges']}, 1024, 1024), GFLOP/s: {rates}; the last column is of the fastest",
-            f"graph building: {result['graph_ms']['median']:.1f} ms median, not part of the times below",
+            f"graph building, ms, not part of the times below: {graphs}",
             result["convention"],
-        ]
+        )
     )
 
 
@@ -68,7 +73,8 @@ def picture(result: dict[str, Any], path: Path) -> None:
         axes.plot(blocks, [row["ratio"]["structures_per_s"] for row in rows], "o-", label=f"ejmp, {precision}")
     rows = [row for row in result["rows"] if row["precision"] == result["rows"][0]["precision"]]
     blocks = [row["blocks"] for row in rows]
-    published = [(row["blocks"], row["published_throughput_ratio"]) for row in rows if "published_throughput_ratio" in row]
+    published = [(row["blocks"], row.get("published_throughput_ratio")) for row in rows]
+    published = [point for point in published if point[1] is not None]
     if published:
         axes.plot(*zip(*published, strict=True), "s--", color="gray", label="published (V100)")
     axes.plot(blocks, [1 / row["ratio"]["gmac"] for row in rows], ":", color="black", label="work alone")

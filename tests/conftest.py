@@ -1,4 +1,4 @@
-"""Shared inputs: the golden outputs and real data beside the project, and small structures that are hard to get right."""
+"""Shared inputs: the golden outputs and real data beside the project."""
 
 import json
 import os

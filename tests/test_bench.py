@@ -101,8 +101,7 @@ def test_blocks_benchmark_end_to_end(tmp_path, capsys):
     assert 1.3 < rows[0]["gmac"] / rows[1]["gmac"] < 1.55
     assert rows[0]["atoms_per_s"] == pytest.approx(3 * rows[0]["structures_per_s"])
     assert rows[0]["gemm_share"] == pytest.approx(
-        rows[0]["gflop"] / rows[0]["ms"]["median"] * 1e3
-        / max(v["median"] for v in result["gemm_gflops"].values())
+        rows[0]["gflop"] / rows[0]["ms"]["median"] * 1e3 / max(v["median"] for v in result["gemm_gflops"].values())
     )
     assert all(row["peak_memory_mib"] > 0 and row["ms"]["samples"] >= 2 for row in rows)
     assert {"cpu", "torch", "commit", "date", "load_before"} <= set(result["provenance"])

@@ -88,7 +88,7 @@ def test_integers_of_every_width_are_numbers(dtype):
         ("atom_edges", lambda i, o: (i[:, :1] * 0 + 1, o[:1]), "structure 0: positions: atoms 1 and 1 are on one spot"),
         ("atom_pairs", lambda i, o: (i, o + torch.tensor([1, 0, 0])), "not zero in a direction that is not periodic"),
         ("atom_pairs", lambda i, o: (i, o.long() + 2**32), "offset: an image more than"),
-        ("atom_pairs", lambda i, o: (i.bool(), o), "edge_index: expected integers"),
+        ("atom_pairs", lambda i, o: (i > 0, o), "edge_index: expected integers"),
         ("atom_pairs", lambda i, o: (torch.tensor(3), o), "edge_index: expected integers"),
         ("atom_pairs", lambda i, o: (i, "nothing"), "offset: expected an array"),
     ],
@@ -96,5 +96,5 @@ def test_integers_of_every_width_are_numbers(dtype):
 def test_wrong_edges_are_refused(name, change, message):
     waters = [molecule("H2O"), molecule("H2O")]
     edges = edges_of(build_graph(waters))
-    with pytest.raises(ValueError, match=rf"^edges\[.{name}.\]: .*{message}|^{message}|^{message.partition(': ')[2] or '-'}"):
+    with pytest.raises(ValueError, match=rf"^edges\[.{name}.\]: .*{message}|^{message}"):
         graph_from_edges(waters, edges | {name: change(*edges[name])})

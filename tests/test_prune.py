@@ -51,9 +51,18 @@ def test_random_final_mlp(tiny):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"blocks": 1, "keep": (0,)}, {"blocks": 0}, {"blocks": 4}, {"keep": ()}, {"keep": (2, 1)}, {"keep": (0, 3)},
-     {"keep": (-1,)}, {"blocks": 1, "final_mlp": "new"}],
+    [
+        {},
+        {"blocks": 1, "keep": (0,)},
+        {"blocks": 0},
+        {"blocks": 4},
+        {"keep": ()},
+        {"keep": (2, 1)},
+        {"keep": (0, 3)},
+        {"keep": (-1,)},
+        {"blocks": 1, "final_mlp": "new"},
+    ],
 )
 def test_refused(tiny, options):
-    with pytest.raises(ValueError, match="prune|final_mlp"):
+    with pytest.raises(ValueError, match=r"prune|final_mlp"):
         ejmp.prune(tiny, **options)

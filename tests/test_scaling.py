@@ -47,18 +47,22 @@ def test_every_factor_is_fitted_in_forward_order(model, graphs):
     assert order.index("backbone.int_blocks.0.quad_interaction.scale_cbf") < order.index(
         "backbone.int_blocks.0.quad_interaction.scale_sbf_sum"
     )
-    assert order.index("backbone.out_blocks.1.scale_sum") < order.index("backbone.int_blocks.1.trip_interaction.scale_rbf")
+    later = "backbone.int_blocks.1.trip_interaction.scale_rbf"
+    assert order.index("backbone.out_blocks.1.scale_sum") < order.index(later)
     assert all(0 < value != 1 for value in fitted.values())
 
 
 def test_values_follow_the_definition(model, graphs):
-    """Fitted factors rescale outputs to their reference's variance, pooled over batches; checked in the last block."""
+    """Fitted factors give outputs their reference's variance, pooled over batches; checked in the last block."""
     ejmp.fit_scale_factors(model, graphs)
     block = model.backbone.int_blocks[2]
-    state = {n: v.item() for n, v in model.state_dict().items() if n.startswith("backbone.int_blocks.2") and v.ndim == 0}
+    state = {name: value.item() for name, value in model.state_dict().items() if value.ndim == 0}
     expected = {}
     trip, quad, near, pair = (
-        block.trip_interaction, block.quad_interaction, block.atom_edge_interaction, block.atom_interaction,
+        block.trip_interaction,
+        block.quad_interaction,
+        block.atom_edge_interaction,
+        block.atom_interaction,
     )
     outs, refs = {}, {}
 
@@ -77,7 +81,8 @@ def test_values_follow_the_definition(model, graphs):
                 x = x[graph.atom_edges.source]
             down_in, down_out = capture(model, graph, layer.down_projection)
             add(f"{name}.scale_rbf", down_in / layer.scale_rbf.scale_factor, x)
-            add(f"{name}.scale_cbf_sum", capture(model, graph, layer.mlp_cbf)[1], down_out[triplets.table[triplets.valid]])
+            inputs = down_out[triplets.table[triplets.valid]]
+            add(f"{name}.scale_cbf_sum", capture(model, graph, layer.mlp_cbf)[1], inputs)
         quads = geometry.quadruplets
         x = capture(model, graph, quad.down_projection)[1]
         x = torch.cat([x, torch.zeros_like(x[:1])])[quads.inputs]

@@ -26,8 +26,8 @@ struct Neighbor {
 // One structure's atoms sorted into bins.
 struct CellList {
     const double* cell;
-    double inverse[3][3];                 // cartesian -> fractional: f_j = sum_i r_i inverse[i][j]
-    double low[3], width[3], height[3];   // fractional origin and extent of the bins, distance between cell faces
+    double inverse[3][3];                // cartesian -> fractional: f_j = sum_i r_i inverse[i][j]
+    double low[3], width[3], height[3];  // fractional origin and extent of the bins, distance between cell faces
     bool periodic[3];
     int64_t bins[3];
     std::vector<double> fractional;       // [n, 3], wrapped into the cell in periodic directions
@@ -253,8 +253,7 @@ Neighbors find_neighbors(const double* positions, const double* cell, const bool
     for (auto& column : most) column.resize(n);
 #pragma omp parallel for num_threads(num_threads) schedule(dynamic)
     for (int64_t b = 0; b < num_structures; ++b) {
-        cells[b] =
-            make_cell_list(positions + 3 * ptr[b], ptr[b + 1] - ptr[b], cell + 9 * b, pbc + 3 * b, cutoff[b]);
+        cells[b] = make_cell_list(positions + 3 * ptr[b], ptr[b + 1] - ptr[b], cell + 9 * b, pbc + 3 * b, cutoff[b]);
         for (int64_t i = ptr[b]; i < ptr[b + 1]; ++i) {
             structure[i] = b;
             for (int j = 0; j < 4; ++j) most[j][i] = limits[4 * b + j];

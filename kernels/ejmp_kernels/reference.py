@@ -26,7 +26,7 @@ def legendre(cosine: Tensor, num_spherical: int) -> Tensor:
 
 
 def unit_or_small(vector: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return v / max(|v|, eps) and whether |v| > eps; no gradient flows where it is not. [..., 3] -> [..., 3], [...]."""
+    """Return v / max(|v|, eps), [..., 3], and whether |v| > eps, [...]; no gradient flows where it is not."""
     squared = (vector * vector).sum(-1)
     regular = squared > eps * eps
     scale = torch.where(regular, squared, eps * eps).rsqrt()

@@ -1,0 +1,35 @@
+"""README's example runs, and its figures are those of the committed JSON files."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from ejmp import report
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_example_runs():
+    example = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    assert len(example.strip().splitlines()) <= 10
+    run = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == [
+        "torch.Size([2, 4]) torch.Size([12, 4, 3])",
+        "27082752 20401920",
+    ]
+
+
+def test_table_is_the_committed_result():
+    result = json.loads((RESULTS / "blocks_mof_cpu.json").read_text())
+    assert report.table(result) in README
+    assert [row["blocks"] for row in result["rows"]] == [6, 5, 4, 3, 2] * 2
+    assert "dirty" not in result["provenance"]["commit"]
+
+
+def test_every_named_file_exists():
+    for name in re.findall(r"`((?:benchmarks|launch|csrc|kernels|ejmp|tests)/[\w./]+)`", README):
+        assert (ROOT / name).exists(), name
