@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ejmp.graph import AtomGraph, EdgeSet, check_dtype, edge_geometry, make_edge_set, pack_offset
+from ejmp.graph import AtomGraph, EdgeSet, check_dtype, edge_geometry, edge_shift, make_edge_set, pack_offset
 from ejmp.structure import Checked, check_structure, is_integer, to_list
 from ejmp_kernels import extension
 from ejmp_kernels.neighbors import EdgeList, NeighborQuery, find_neighbors, find_neighbors_reference, lexsort
@@ -167,11 +167,10 @@ def _collate(checked: list[Checked]) -> dict[str, Tensor]:
 
 def _assemble(parts: dict[str, Tensor], lists: dict[str, EdgeList], swap: Tensor, dtype: torch.dtype) -> AtomGraph:
     check_dtype(dtype)
-    cells = parts["cell"][parts["batch"]]
     sets: dict[str, EdgeSet] = {}
     for name, found in lists.items():
         own_swap = swap if name == "main" else None
-        sets[name] = make_edge_set(parts["positions"], cells, found.source, found.offset, found.ptr, dtype, own_swap)
+        sets[name] = make_edge_set(parts["positions"], found, parts["cell"], parts["ptr"], dtype, own_swap)
     fields: dict[str, Any] = {**parts, **sets}
     return AtomGraph(**fields)
 
@@ -207,7 +206,10 @@ def _sort_edges(parts: dict[str, Tensor], name: str, edge_index: Any, offset: An
         raise ValueError(f"edges[{name!r}]: offset: not zero in a direction that is not periodic")
     if torch.stack([source, target, image]).unique(dim=1).shape[1] != num_edges:
         raise ValueError(f"edges[{name!r}]: an edge is there twice")
-    distance, _ = edge_geometry(positions, parts["cell"][batch[target]], source, target, offset)
+    by_target = target.argsort(stable=True)
+    source, target, offset = source[by_target], target[by_target], offset[by_target]
+    shift = edge_shift(offset, parts["cell"], torch.bincount(batch[target], minlength=len(parts["cell"])))
+    distance, _ = edge_geometry(positions, source, target, shift)
     rank = (distance * 1e6).round().long()
     order = lexsort((target, rank, source, offset[:, 0], offset[:, 1], offset[:, 2]))
     ptr = torch.nn.functional.pad(torch.bincount(target, minlength=num_atoms).cumsum(0), (1, 0))

@@ -14,6 +14,8 @@ from typing import Self, TypeVar
 import torch
 from torch import Tensor
 
+from ejmp_kernels.neighbors import EdgeList
+
 T = TypeVar("T", "AtomGraph", "EdgeSet")
 IMAGE_BASE = 1 << 20
 """Cell offsets are packed into one integer in this base; offsets beyond +-2^17 cells are refused."""
@@ -36,6 +38,8 @@ class EdgeSet:
     """[E] int64, the offset packed into one number; sums of offsets are sums of images.
 
     Two edges of one target have the same image of the same neighbour if source and image agree."""
+    shift: Tensor
+    """[E, 3] float64, A, offset . cell."""
     ptr: Tensor
     """[N + 1] int64; the edges into atom i are ptr[i] .. ptr[i + 1]."""
     distance: Tensor
@@ -135,8 +139,7 @@ class AtomGraph:
         edge_sets = {}
         for name in ("main", "atom_edges", "quad_edges", "atom_pairs"):
             edges: EdgeSet = getattr(self, name)
-            cells = self.cell[self.batch[edges.target]]
-            distance, vector = edge_geometry(positions, cells, edges.source, edges.target, edges.offset)
+            distance, vector = edge_geometry(positions, edges.source, edges.target, edges.shift)
             edge_sets[name] = dataclasses.replace(edges, distance=distance.to(dtype), vector=vector.to(dtype))
         return dataclasses.replace(self, positions=positions, **edge_sets)
 
@@ -163,22 +166,30 @@ def check_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def edge_geometry(
-    positions: Tensor, cells: Tensor, source: Tensor, target: Tensor, offset: Tensor
-) -> tuple[Tensor, Tensor]:
+def edge_geometry(positions: Tensor, source: Tensor, target: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """Return the lengths [E] in A and the unit vectors [E, 3] from source to target.
 
     Args:
         positions: [N, 3], A.
-        cells: [E, 3, 3], A, the cell of each edge's structure.
         source: [E].
         target: [E].
-        offset: [E, 3], cells by which the source is shifted.
+        shift: [E, 3], A, by which the source is shifted.
     """
-    shift = (offset.to(positions.dtype).unsqueeze(1) @ cells).squeeze(1)
     vector = positions.index_select(0, target) - positions.index_select(0, source) - shift
     distance = torch.linalg.vector_norm(vector, dim=-1)
     return distance, vector / distance.unsqueeze(-1)
+
+
+def edge_shift(offset: Tensor, cell: Tensor, edges_per_structure: Tensor) -> Tensor:
+    """Return offset . cell, [E, 3] float64 in A, of edges that are ordered by structure.
+
+    Args:
+        offset: [E, 3].
+        cell: [B, 3, 3] float64, A.
+        edges_per_structure: [B].
+    """
+    parts = offset.split(edges_per_structure.tolist())
+    return torch.cat([part.to(cell.dtype) @ c for part, c in zip(parts, cell, strict=True)])
 
 
 def pack_offset(offset: Tensor) -> Tensor:
@@ -194,27 +205,28 @@ def pack_offset(offset: Tensor) -> Tensor:
     return (x * IMAGE_BASE + y) * IMAGE_BASE + z
 
 
-def make_edge_set(  # noqa: PLR0913 - the parts of one value
-    positions: Tensor,
-    cells: Tensor,
-    source: Tensor,
-    offset: Tensor,
-    ptr: Tensor,
-    dtype: torch.dtype,
-    swap: Tensor | None = None,
+def make_edge_set(
+    positions: Tensor, found: EdgeList, cell: Tensor, atom_ptr: Tensor, dtype: torch.dtype, swap: Tensor | None = None
 ) -> EdgeSet:
-    """Complete a CSR edge list with targets, images, distances and vectors; `cells` is [N, 3, 3], per atom."""
-    degree = ptr.diff()
-    target = torch.repeat_interleave(torch.arange(len(degree), device=ptr.device), degree, output_size=len(source))
-    distance, vector = edge_geometry(positions, cells[target], source, target, offset)
+    """Complete a CSR edge list with targets, images, shifts, distances and vectors.
+
+    On the CPU, edges are taken in pieces that stay in the cache.
+    """
+    degree, num_edges = found.ptr.diff(), len(found.source)
+    target = torch.repeat_interleave(torch.arange(len(degree), device=degree.device), degree, output_size=num_edges)
+    shift = edge_shift(found.offset, cell, found.ptr[atom_ptr].diff())
+    piece = max(1, num_edges if positions.device.type != "cpu" or positions.requires_grad else 1 << 16)
+    columns = [column.split(piece) for column in (found.source, target, shift)]
+    pieces = [edge_geometry(positions, *rows) for rows in zip(*columns, strict=True)]
     return EdgeSet(
-        source=source,
+        source=found.source,
         target=target,
-        offset=offset,
-        image=pack_offset(offset),
-        ptr=ptr,
-        distance=distance.to(dtype),
-        vector=vector.to(dtype),
-        max_degree=int(degree.max()) if len(degree) else 0,
+        offset=found.offset,
+        image=torch.cat([pack_offset(rows) for rows in found.offset.split(piece)]),
+        shift=shift,
+        ptr=found.ptr,
+        distance=torch.cat([distance.to(dtype) for distance, _ in pieces]),
+        vector=torch.cat([vector.to(dtype) for _, vector in pieces]),
+        max_degree=int(degree.max()),
         swap=swap,
     )
