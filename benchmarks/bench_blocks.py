@@ -14,7 +14,7 @@ from ejmp.model import gradient_forces
 
 
 @pytest.mark.parametrize("blocks", [6, 5, 4, 3, 2])
-def bench_forward(benchmark, provenance, models, workload, machine, blocks):  # noqa: PLR0913
+def bench_forward(benchmark, provenance, models, workload, machine, blocks):
     device, precision = machine
     if blocks not in models:
         pytest.skip(f"the model has {max(models)} blocks")

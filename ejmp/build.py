@@ -21,7 +21,7 @@ MIN_DISTANCE = 0.01
 EDGE_SETS = ("main", "atom_edges", "quad_edges", "atom_pairs")
 
 
-def build_graph(  # noqa: PLR0913 - the public front door
+def build_graph(
     structures: Any,
     cutoff: float | Sequence[float] = 12.0,
     max_neighbors: int | Sequence[int] = 30,

@@ -117,7 +117,7 @@ def _block(c: JMPConfig, n: GraphSizes) -> dict[str, int]:
     }
 
 
-def _triplet(  # noqa: PLR0913 - the sizes of one interaction
+def _triplet(
     c: JMPConfig, rows_in: int, width_in: int, rows_mid: int, triplets: int, rows_out: int, width_out: int
 ) -> int:
     size_in, size_out, basis = c.emb_size_trip_in, c.emb_size_trip_out, c.emb_size_cbf

@@ -19,7 +19,7 @@ def test_example_runs():
     run = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines() == [
         "torch.Size([2, 4]) torch.Size([12, 4, 3])",
-        "27082752 20401920",
+        "27082752 18558464",
     ]
 
 
