@@ -45,7 +45,10 @@ std::vector<Tensor> find_neighbors(const Tensor& positions, const Tensor& cell, 
     check(quad_atom, "quad_atom", at::kBool, {num_atoms});
     const Tensor r = positions.contiguous(), c = cell.contiguous(), p = pbc.contiguous(), s = ptr.contiguous(),
                  rc = cutoff.contiguous(), k = limits.contiguous(), q = quad_atom.contiguous();
-    TORCH_CHECK(s[num_structures].item<int64_t>() == num_atoms, "find_neighbors: ptr must end with ", num_atoms);
+    const bool covers = s[0].item<int64_t>() == 0 && s[num_structures].item<int64_t>() == num_atoms;
+    TORCH_CHECK(covers && s.diff().ge(0).all().item<bool>(), "find_neighbors: ptr must rise from 0 to ", num_atoms);
+    const bool ordered = k.ge(0).all().item<bool>() && k.le(k.slice(1, 0, 1)).all().item<bool>();
+    TORCH_CHECK(ordered, "find_neighbors: limits must not be negative, and the first the largest");
     ejmp::Neighbors found =
         ejmp::find_neighbors(r.const_data_ptr<double>(), c.const_data_ptr<double>(), p.const_data_ptr<bool>(),
                              s.const_data_ptr<int64_t>(), rc.const_data_ptr<double>(), k.const_data_ptr<int64_t>(),

@@ -12,7 +12,7 @@ from ejmp_kernels import reference
 
 
 class GaussianBasis(nn.Module):
-    """Centres and inverse widths of the Gaussians: float32 buffers, as upstream stores them, in every precision."""
+    """Centres and inverse widths of the Gaussians, with the float32 values that upstream stores."""
 
     offset: Tensor
     temps: Tensor

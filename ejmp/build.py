@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ejmp.graph import AtomGraph, EdgeSet, check_dtype, edge_geometry, edge_shift, make_edge_set, pack_offset
+from ejmp.graph import EDGE_SETS, AtomGraph, EdgeSet, check_dtype, edge_geometry, edge_shift, make_edge_set, pack_offset
 from ejmp.structure import Checked, check_structure, is_integer, to_list
 from ejmp_kernels import extension
 from ejmp_kernels.neighbors import EdgeList, NeighborQuery, find_neighbors, find_neighbors_reference, lexsort
 
 QUAD_TAGS = (1, 2)
 """Quadruplets are formed around surface and adsorbate or molecule atoms, not in the bulk."""
+MAX_CUTOFF, MAX_NEIGHBORS = 1_000.0, 1_000_000
 MIN_DISTANCE = 0.01
 """A; two atoms closer than this are an error."""
-EDGE_SETS = ("main", "atom_edges", "quad_edges", "atom_pairs")
 
 
 def build_graph(
@@ -59,8 +59,8 @@ def build_graph(
     native = _resolve(backend)
     search_device = torch.device("cpu") if native else device
     checked = [check_structure(item, b, search_device) for b, item in enumerate(listed)]
-    cutoffs = _per_structure(cutoff, len(listed), "cutoff", float)
-    limits = _per_structure(max_neighbors, len(listed), "max_neighbors", int)
+    cutoffs = _per_structure(cutoff, len(listed), "cutoff", MAX_CUTOFF)
+    limits = _per_structure(max_neighbors, len(listed), "max_neighbors", MAX_NEIGHBORS)
     parts = _collate(checked)
     query = NeighborQuery(
         positions=parts["positions"].detach(),
@@ -133,16 +133,17 @@ def _warn_once(reason: str) -> None:
     warnings.warn(f"ejmp: neighbour search in plain torch, slower: {reason}", RuntimeWarning, stacklevel=4)
 
 
-def _per_structure(value: Any, num: int, name: str, kind: type[float] | type[int]) -> list[Any]:
-    """Return one positive number of a kind for each structure."""
+def _per_structure(value: Any, num: int, name: str, most: float) -> list[Any]:
+    """Return one positive number of the type of `most`, and no larger, for each structure."""
+    kind = type(most)
     given = value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value
     values: list[Any] = [given] * num if np.ndim(given) == 0 else list(given)
     if len(values) != num:
         raise ValueError(f"{name}: expected one value or one per structure ({num}), got {len(values)}")
     for v in values:
         number = isinstance(v, int | float | np.number) and not isinstance(v, bool)
-        if not number or not 0 < v < float("inf") or kind(v) != v:
-            raise ValueError(f"{name}: expected a positive {kind.__name__}, got {v!r}")
+        if not number or not 0 < v <= most or kind(v) != v:
+            raise ValueError(f"{name}: expected a positive {kind.__name__} up to {most}, got {v!r}")
     return [kind(v) for v in values]
 
 

@@ -58,34 +58,53 @@ def load(
 def save(model: JMP, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write a directory with model.safetensors and config.json, complete or not at all.
 
-    Tensors that upstream stores under two names are written once.
+    Tensors that upstream stores under two names are written once. A model that is replaced is moved aside, to
+    PATH.old, until the new one is in place.
 
     Args:
         model: what to save.
         path: the directory; its parent must exist.
-        overwrite: replace a directory that is there.
+        overwrite: replace a model that is there.
 
     Raises:
-        FileExistsError: if the directory exists and overwrite is False.
+        FileExistsError: if the path exists and overwrite is False, or it is not a model of ejmp.
     """
     from safetensors.torch import save_file  # noqa: PLC0415 - building a model does not need it
 
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; pass overwrite=True to replace it")
+    aside = path.with_name(f"{path.name}.old")
+    if path.exists():
+        if not overwrite:
+            raise FileExistsError(f"{path} exists; pass overwrite=True to replace it")
+        _check_replaceable(path)
+        if aside.exists():
+            raise FileExistsError(f"{aside} is in the way: an earlier save was cut off; look at it and remove it")
     state = model.state_dict()
     kept = {names[0]: state[names[0]].contiguous() for names in _aliases(model)}
     config = {"format": FORMAT, **dataclasses.asdict(model.config)}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        new, old = Path(scratch, "new"), Path(scratch, "old")
+        new = Path(scratch, "new")
         new.mkdir()
         save_file(kept, new / "model.safetensors")
         (new / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        if path.exists():
-            path.rename(old)
-        new.rename(path)
-        if old.exists():
-            shutil.rmtree(old)
+        if not path.exists():
+            new.rename(path)
+            return
+        path.rename(aside)
+        try:
+            new.rename(path)
+        except BaseException:
+            aside.rename(path)
+            raise
+        shutil.rmtree(aside)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuse to replace anything that is not a saved model."""
+    try:
+        _read_config(path / "config.json")
+    except (OSError, ValueError) as error:
+        raise FileExistsError(f"{path} is not a saved model, and is not replaced ({error})") from error
 
 
 def infer_config(state: State) -> JMPConfig:
@@ -208,6 +227,7 @@ def _aliases(model: JMP) -> list[list[str]]:
 def _match(model: JMP, state: State) -> State:
     """Give every name of the model its tensor, strictly; one name of a shared tensor is enough.
 
+    Half-precision weights become float32: a model computes in low precision, but does not keep its weights in it.
     A ScaleFactor of zero is upstream's mark for one that was never fitted; it acts as one.
     """
     expected = model.state_dict()
@@ -222,6 +242,10 @@ def _match(model: JMP, state: State) -> State:
             raise ValueError(f"checkpoint: {' and '.join(present)} must be one tensor, but differ")
         if value.shape != expected[names[0]].shape:
             differing.append(f"{names[0]} {list(value.shape)} instead of {list(expected[names[0]].shape)}")
+        if not value.is_floating_point():
+            raise ValueError(f"checkpoint: {names[0]}: expected floats, got {value.dtype}")
+        if value.dtype not in (torch.float32, torch.float64):
+            value = value.float()
         if names[0].endswith(".scale_factor"):
             value = torch.where(value == 0, torch.ones_like(value), value)
         matched.update(dict.fromkeys(names, value))

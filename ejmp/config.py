@@ -63,8 +63,10 @@ class JMPConfig:
         }
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type in (int, float) and value < (0 if field.name in may_be_zero else 1):
-                raise ValueError(f"JMPConfig.{field.name}: expected a positive number, got {value}")
+            if field.type is int and (type(value) is not int or value < (0 if field.name in may_be_zero else 1)):
+                raise ValueError(f"JMPConfig.{field.name}: expected a positive integer, got {value!r}")
+        if not isinstance(self.rbf_cutoff, int | float) or not 0 < self.rbf_cutoff < float("inf"):
+            raise ValueError(f"JMPConfig.rbf_cutoff: expected a positive number, got {self.rbf_cutoff!r}")
         if self.energy_reduction not in ("sum", "mean"):
             raise ValueError(f'JMPConfig.energy_reduction: expected "sum" or "mean", got {self.energy_reduction!r}')
         kept = self.kept_blocks

@@ -20,10 +20,10 @@ class Triplets:
     angular: Tensor
     """[E_out, S, K]."""
 
-    def counts(self) -> Tensor:
-        """Return how many triplets each input edge takes part in, [E_in] float (plus the padded id)."""
+    def counts(self, num_inputs: int) -> Tensor:
+        """Return how many triplets each of the input edges takes part in, [E_in] float."""
         weights = self.valid.flatten().to(self.angular.dtype)
-        return torch.bincount(self.table.flatten(), weights=weights, minlength=int(self.table.max()) + 1)
+        return torch.bincount(self.table.flatten(), weights=weights, minlength=num_inputs + 1)[:num_inputs]
 
 
 @dataclass(frozen=True, kw_only=True)

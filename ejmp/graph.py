@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ejmp_kernels.neighbors import EdgeList
 
-T = TypeVar("T", "AtomGraph", "EdgeSet")
+Value = TypeVar("Value", "AtomGraph", "EdgeSet")
+EDGE_SETS = ("main", "atom_edges", "quad_edges", "atom_pairs")
 IMAGE_BASE = 1 << 20
 """Cell offsets are packed into one integer in this base; offsets beyond +-2^17 cells are refused."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class EdgeSet:
     """Directed edges sorted by target, with CSR pointers over targets.
 
@@ -57,7 +58,7 @@ class EdgeSet:
         return self.source.shape[0]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class AtomGraph:
     """A batch of structures with its four edge sets. Make one with `build_graph` or `graph_from_edges`.
 
@@ -137,14 +138,14 @@ class AtomGraph:
 
     def _recomputed(self, positions: Tensor, dtype: torch.dtype) -> Self:
         edge_sets = {}
-        for name in ("main", "atom_edges", "quad_edges", "atom_pairs"):
+        for name in EDGE_SETS:
             edges: EdgeSet = getattr(self, name)
             distance, vector = edge_geometry(positions, edges.source, edges.target, edges.shift)
             edge_sets[name] = dataclasses.replace(edges, distance=distance.to(dtype), vector=vector.to(dtype))
         return dataclasses.replace(self, positions=positions, **edge_sets)
 
 
-def _move(value: T, device: torch.device) -> T:
+def _move(value: Value, device: torch.device) -> Value:
     moved = {}
     for field in dataclasses.fields(value):
         item = getattr(value, field.name)

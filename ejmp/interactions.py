@@ -71,7 +71,7 @@ class TripletInteraction(nn.Module):
 
     def outputs(self, summed: Tensor, x: Tensor, triplets: Triplets) -> Tensor:
         """Mix the neighbour sums [rows, A * C] and scale them to the variance of their inputs."""
-        return self.scale_cbf_sum(self.mlp_cbf(summed), lambda: (x, triplets.counts()[: len(x)]))
+        return self.scale_cbf_sum(self.mlp_cbf(summed), lambda: (x, triplets.counts(len(x))))
 
     def to_edges(self, x: Tensor, cbf: Tensor, triplets: Triplets, swap: Tensor) -> Tensor:
         """Sum over triplets into output edges, [E, M]."""

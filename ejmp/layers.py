@@ -81,7 +81,7 @@ def residuals(num: int, size: int) -> nn.Sequential:
     return nn.Sequential(*(Residual(size) for _ in range(num)))
 
 
-Reference = Callable[[], tuple[Tensor, Tensor | None]]
+Comparison = Callable[[], tuple[Tensor, Tensor | None]]
 """What a ScaleFactor compares its output with: rows [n, C], and how often each row counts [n] or None for once."""
 
 
@@ -93,16 +93,16 @@ class ScaleFactor(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("scale_factor", torch.ones(()))
-        self.observer: Callable[[ScaleFactor, Tensor, Reference], None] | None = None
+        self.observer: Callable[[ScaleFactor, Tensor, Comparison], None] | None = None
 
-    def forward(self, x: Tensor, reference: Reference, rows: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, compared_with: Comparison, rows: Tensor | None = None) -> Tensor:
         """Scale x.
 
         Args:
             x: [..., C].
-            reference: evaluated only while factors are being fitted (`ejmp.fit_scale_factors`).
+            compared_with: evaluated only while factors are being fitted (`ejmp.fit_scale_factors`).
             rows: [...] bool, which rows of x exist; None for all.
         """
         if self.observer is not None:
-            self.observer(self, x if rows is None else x[rows], reference)
+            self.observer(self, x if rows is None else x[rows], compared_with)
         return x * self.scale_factor.to(x.dtype)

@@ -115,10 +115,11 @@ class JMP(nn.Module):
         backend: "reference" is plain torch; "auto" takes the best there is, today the reference.
         precision: type of the linear maps. "fp32" computes in the parameters' own dtype (also float64); "bf16" and
             "fp16" run the linear maps of embedding, blocks and final MLP in the low type and geometry, bases,
-            neighbour sums and heads in float32; "tf32" is float32 with TF32 products in the forward pass, CUDA only.
+            neighbour sums, heads and the atoms' residual stream in float32 (the edges' stream is in the low type);
+            "tf32" is float32 with TF32 products in the forward pass. All but "fp32" need float32 parameters.
 
     Raises:
-        ValueError: for an unknown backend or precision, or one that cannot be had.
+        ValueError: for an unknown backend or precision; and, when called, for one that the device does not have.
     """
 
     def __init__(
@@ -200,24 +201,37 @@ class JMP(nn.Module):
             raise ValueError(f"graph: expected device {weight.device} (the model's), got {graph.device}")
 
     def _linear_precision(self, device: torch.device) -> AbstractContextManager:
-        if self.precision == "tf32":
-            if device.type != "cuda":
-                raise ValueError(f'precision="tf32" needs a CUDA device, the model is on {device}')
-            return allow_tf32()
         if self.precision == "fp32":
             return nullcontext()
+        if self.dtype != torch.float32:
+            raise ValueError(f"precision={self.precision!r} needs float32 parameters, the model has {self.dtype}")
+        check_precision(self.precision, device)
+        if self.precision == "tf32":
+            return tf32_products()
         return torch.autocast(device.type, dtype=LOW_PRECISION[self.precision])
 
 
+def check_precision(precision: Precision, device: torch.device) -> None:
+    """Do nothing if a device has a precision.
+
+    Raises:
+        ValueError: tf32 needs an NVIDIA GPU of compute capability 8.0 or newer, and bf16 such a GPU or a CPU.
+    """
+    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if not capable and (precision == "tf32" or (precision == "bf16" and device.type == "cuda")):
+        raise ValueError(f'precision="{precision}" needs CUDA and compute capability 8.0, the model is on {device}')
+
+
 @contextmanager
-def allow_tf32(allowed: bool = True) -> Iterator[None]:
-    """Allow, or forbid, TF32 in float32 matrix products on CUDA for a while."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
+def tf32_products() -> Iterator[None]:
+    """Use TF32 in float32 matrix products on CUDA for a while."""
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "tf32"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        settings.fp32_precision = before
 
 
 def gradient_forces(model: JMP, graph: AtomGraph, task: int = 0, *, create_graph: bool = False) -> Tensor:

@@ -1,12 +1,13 @@
 """Fit the ScaleFactors of a model, once, on a few batches."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ejmp.graph import AtomGraph
-from ejmp.layers import Reference, ScaleFactor
+from ejmp.layers import Comparison, ScaleFactor
 from ejmp.model import JMP
 
 
@@ -15,12 +16,16 @@ class _FactorReachedError(Exception):
 
 
 def _variance(rows: Tensor, weights: Tensor | None = None) -> float:
-    """Return the unbiased variance over rows, averaged over columns; a row of weight w counts w times."""
+    """Return the unbiased variance over rows, averaged over columns; a row of weight w counts w times.
+
+    NaN if there are fewer than two rows.
+    """
     rows = rows.flatten(0, -2).double()
-    if weights is None:
-        return rows.var(dim=0).mean().item()
-    weights = weights.double()[:, None]
+    weights = torch.ones(len(rows), 1, device=rows.device) if weights is None else weights[:, None]
+    weights = weights.double()
     total = weights.sum()
+    if total < 2:
+        return math.nan
     mean = (rows * weights).sum(0) / total
     return (((rows - mean) ** 2 * weights).sum(0) / (total - 1)).mean().item()
 
@@ -61,7 +66,7 @@ def fit_scale_factors(model: JMP, graphs: Sequence[AtomGraph]) -> dict[str, floa
 def _forward_order(model: JMP, names: dict[ScaleFactor, str], graph: AtomGraph) -> list[ScaleFactor]:
     order: list[ScaleFactor] = []
 
-    def note(factor: ScaleFactor, _output: Tensor, _reference: Reference) -> None:
+    def note(factor: ScaleFactor, _output: Tensor, _compared_with: Comparison) -> None:
         order.append(factor)
 
     for factor in names:
@@ -77,9 +82,11 @@ def _forward_order(model: JMP, names: dict[ScaleFactor, str], graph: AtomGraph) 
 def _fit(model: JMP, factor: ScaleFactor, graphs: Sequence[AtomGraph], name: str) -> float:
     variances = torch.zeros(2, dtype=torch.float64)
 
-    def observe(_factor: ScaleFactor, output: Tensor, reference: Reference) -> None:
+    def observe(_factor: ScaleFactor, output: Tensor, compared_with: Comparison) -> None:
         rows = output.flatten(0, -2).shape[0]
-        variances.add_(torch.tensor([_variance(*reference()), _variance(output)], dtype=torch.float64) * rows)
+        both = torch.tensor([_variance(*compared_with()), _variance(output)], dtype=torch.float64)
+        if not both.isnan().any():  # a batch with fewer than two rows, such as one without triplets, says nothing
+            variances.add_(both * rows)
         raise _FactorReachedError
 
     factor.observer = observe
@@ -95,7 +102,7 @@ def _fit(model: JMP, factor: ScaleFactor, graphs: Sequence[AtomGraph], name: str
     if not 0 < value < float("inf"):
         raise ValueError(
             f"{name}: cannot be fitted on these batches: the variances of its reference and output are "
-            f"{variances.tolist()}; structures with several elements are needed"
+            f"{variances.tolist()}; they need several elements, and triplets and quadruplets"
         )
     factor.scale_factor.fill_(value)
     return value

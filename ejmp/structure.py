@@ -105,7 +105,8 @@ def _tensor(value: Any, b: int, field: str, device: torch.device) -> Tensor:
         if isinstance(value, Tensor):
             return value.to(device)
         array = np.asarray(value)
-        return torch.as_tensor(array.astype(np.int64) if array.dtype.kind == "u" else array, device=device)
+        kind = np.dtype(np.int64) if array.dtype.kind == "u" else array.dtype.newbyteorder("=")
+        return torch.as_tensor(np.array(array, dtype=kind, order="C"), device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"structure {b}: {field}: expected an array of numbers ({error})") from error
 

@@ -1,7 +1,7 @@
 """Structures to measure on: three built in, or anything ase.io reads."""
 
 import fnmatch
-import io
+import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,28 +92,34 @@ def read_structures(path: Path, *, select: str = "*", most: int = 1) -> list[Any
 
 
 def _frames(path: Path, select: str) -> "Iterator[tuple[str, Any]]":
-    import ase.io  # noqa: PLC0415
-
-    def read(name: str, source: Any, file_format: str | None = None) -> tuple[str, Any]:
-        try:
-            return name, ase.io.read(source, index=":", format=file_format)
-        except Exception as error:
-            raise ValueError(f"{name}: ase.io cannot read it ({error})") from error
-
     if not path.exists():
         raise FileNotFoundError(path)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and fnmatch.fnmatch(file.name, select))
-        yield from (read(file.name, file) for file in files)
+        files = sorted(file for file in path.rglob("*") if file.is_file() and _is_wanted(file.name, select))
+        yield from ((file.name, _read(file)) for file in files)
     elif zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = sorted(name for name in archive.namelist() if not name.endswith("/"))
-            for name in names:
-                if fnmatch.fnmatch(Path(name).name, select):
-                    text = io.StringIO(archive.read(name).decode())
-                    yield read(Path(name).name, text, Path(name).suffix.removeprefix("."))
+        with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
+            for name in sorted(archive.namelist()):
+                base = Path(name).name
+                if not name.endswith("/") and _is_wanted(base, select):
+                    Path(folder, base).write_bytes(archive.read(name))
+                    yield base, _read(Path(folder, base))
     else:
-        yield read(path.name, path)
+        yield path.name, _read(path)
+
+
+def _is_wanted(name: str, select: str) -> bool:
+    return fnmatch.fnmatch(name, select) and not name.startswith(".")
+
+
+def _read(file: Path) -> list[Any]:
+    import ase.io  # noqa: PLC0415
+
+    try:
+        frames = ase.io.read(file, index=":")
+    except Exception as error:
+        raise ValueError(f"{file.name}: ase.io cannot read it ({type(error).__name__}: {error})") from error
+    return frames if isinstance(frames, list) else [frames]
 
 
 def qmof_neighbors(num_atoms: int) -> int:

@@ -5,11 +5,32 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <exception>
 
 #include "../ops.h"
 
 namespace ejmp {
 namespace {
+
+// Keeps the first exception of a parallel region, which must not leave the region on its own.
+class Guard {
+  public:
+    template <typename F>
+    void run(F&& work) {
+        try {
+            work();
+        } catch (...) {
+#pragma omp critical(ejmp_guard)
+            if (!error_) error_ = std::current_exception();
+        }
+    }
+    void rethrow() const {
+        if (error_) std::rethrow_exception(error_);
+    }
+
+  private:
+    std::exception_ptr error_;
+};
 
 using Shift = std::array<int32_t, 3>;
 
@@ -251,26 +272,34 @@ Neighbors find_neighbors(const double* positions, const double* cell, const bool
     std::vector<int64_t> structure(n);
     std::array<std::vector<int64_t>, 4> most;
     for (auto& column : most) column.resize(n);
+    Guard guard;
 #pragma omp parallel for num_threads(num_threads) schedule(dynamic)
     for (int64_t b = 0; b < num_structures; ++b) {
-        cells[b] = make_cell_list(positions + 3 * ptr[b], ptr[b + 1] - ptr[b], cell + 9 * b, pbc + 3 * b, cutoff[b]);
+        guard.run([&] {
+            const int64_t first = ptr[b];
+            cells[b] = make_cell_list(positions + 3 * first, ptr[b + 1] - first, cell + 9 * b, pbc + 3 * b, cutoff[b]);
+        });
         for (int64_t i = ptr[b]; i < ptr[b + 1]; ++i) {
             structure[i] = b;
             for (int j = 0; j < 4; ++j) most[j][i] = limits[4 * b + j];
         }
     }
+    guard.rethrow();
     std::vector<std::vector<Neighbor>> lists(n);
 #pragma omp parallel num_threads(num_threads)
     {
         std::vector<Neighbor> found;
 #pragma omp for schedule(dynamic, 8)
         for (int64_t i = 0; i < n; ++i) {
-            const int64_t b = structure[i], first = ptr[b];
-            search_atom(cells[b], positions + 3 * first, i - first, cutoff[b], most[0][i], found);
-            for (Neighbor& neighbor : found) neighbor.source += first;
-            lists[i] = found;
+            guard.run([&] {
+                const int64_t b = structure[i], first = ptr[b];
+                search_atom(cells[b], positions + 3 * first, i - first, cutoff[b], most[0][i], found);
+                for (Neighbor& neighbor : found) neighbor.source += first;
+                lists[i] = found;
+            });
         }
     }
+    guard.rethrow();
     Neighbors result;
     result.pairs = pack(lists, num_threads);
     const auto closed = symmetrise(nearest(lists, most[1], nullptr));

@@ -120,7 +120,7 @@ def _search_structure(query: NeighborQuery, b: int) -> tuple[Tensor, Tensor, Ten
     inverse = torch.linalg.inv(cell)
     wrap = torch.where(pbc, (positions @ inverse).floor(), 0.0).to(torch.int32)
     # The distance between opposite faces of the cell is 1 / |column of the inverse|.
-    reach = torch.where(pbc, (cutoff * inverse.norm(dim=0)).floor() + 1, 0.0).int().tolist()
+    reach = torch.where(pbc, ((cutoff + 1e-6) * inverse.norm(dim=0)).floor() + 1, 0.0).int().tolist()
     axes = [torch.arange(-n, n + 1, device=cell.device, dtype=torch.int32) for n in reach]
     shifts = torch.cartesian_prod(*axes)
     found = [torch.empty(0, dtype=torch.int64, device=cell.device)] * 2
