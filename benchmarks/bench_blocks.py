@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ejmp import bench
+from ejmp import machine as machine_of
 from ejmp.flops import count_macs, graph_sizes
 from ejmp.model import gradient_forces
 
@@ -20,12 +21,12 @@ def bench_forward(benchmark, provenance, models, workload, machine, blocks):
         pytest.skip(f"the model has {max(models)} blocks")
     model = models[blocks].to(device)
     graph = bench.workload_graph(workload, device=device)
-    errors = bench.check_model(model, (precision,))
-    gemm = max(bench.gemm_rates(graph.main.num_edges, (precision,), graph.device).values())
+    errors = bench.check_model(model, (precision,), models[max(models)].to(device))
+    gemm = max(machine_of.gemm_rates(graph.main.num_edges, (precision,), graph.device).values())
     benchmark.pedantic(bench.time_forward, (model, graph, precision), rounds=3, warmup_rounds=1)
     median = benchmark.stats.stats.median
     gmac = sum(count_macs(model.config, graph_sizes(graph)).values()) * 1e-9
-    provenance |= {
+    provenance |= machine_of.provenance(graph.device) | {
         "structures_per_s": graph.num_structures / median,
         "atoms_per_s": graph.num_atoms / median,
         "edges_per_s": graph.main.num_edges / median,
@@ -37,7 +38,8 @@ def bench_forward(benchmark, provenance, models, workload, machine, blocks):
         "error_vs_float64": errors[precision],
         "convention": bench.FLOP_CONVENTION,
     }
-    models[blocks].to("cpu")
+    for used in (model, models[max(models)]):
+        used.to("cpu")
 
 
 @pytest.mark.parametrize("blocks", [4])

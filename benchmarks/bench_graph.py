@@ -6,7 +6,7 @@ from ase.build import bulk
 
 import ejmp
 from ejmp import bench
-from ejmp.build import EDGE_SETS
+from ejmp.graph import EDGE_SETS
 
 
 def rows(graph):

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import ejmp
 from ejmp import bench, workloads
+from ejmp.machine import precisions_of
+from ejmp.machine import provenance as describe_machine
 
 
 def pytest_addoption(parser):
@@ -17,12 +18,10 @@ def pytest_addoption(parser):
     group.addoption("--small", action="store_true", help="JMP-S instead of JMP-L")
 
 
-def devices():
-    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-
-
-def precisions(device):
-    return ["fp32", "tf32", "bf16", "fp16"] if device == "cuda" else ["fp32", "bf16"]
+def machines():
+    """Every device there is, with each precision worth measuring on it."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return [(device, precision) for device in devices for precision in precisions_of(torch.device(device))]
 
 
 def pytest_generate_tests(metafunc):
@@ -31,8 +30,7 @@ def pytest_generate_tests(metafunc):
         names = list(workloads.BUILT_IN) if given is None else [given.name]
         metafunc.parametrize("workload", names, indirect=True, scope="session")
     if "machine" in metafunc.fixturenames:
-        pairs = [(device, precision) for device in devices() for precision in precisions(device)]
-        metafunc.parametrize("machine", pairs, ids="-".join, scope="session")
+        metafunc.parametrize("machine", machines(), ids="-".join, scope="session")
 
 
 @pytest.fixture(scope="session")
@@ -46,15 +44,12 @@ def workload(request):
 @pytest.fixture(scope="session")
 def models(request):
     """One model, and its first 5, 4, 3, 2 blocks."""
-    torch.manual_seed(0)
     small = request.config.getoption("small")
-    full = (ejmp.jmp_s if small else ejmp.jmp_l)(scalar=True, blocks=4 if small else 6)
-    model = ejmp.JMP(full).eval()
-    return {b: ejmp.prune(model, blocks=b) for b in range(full.blocks, 1, -1)}
+    return bench.make_models((4, 3, 2) if small else (6, 5, 4, 3, 2), small=small)
 
 
 @pytest.fixture
 def provenance(benchmark):
-    """Fill a benchmark's extra_info; the test adds what it measured on."""
-    benchmark.extra_info.update(bench.provenance(torch.device("cpu")))
+    """Fill a benchmark's extra_info; the test adds what it measured on, and the device if it is not the CPU."""
+    benchmark.extra_info.update(describe_machine(torch.device("cpu")))
     return benchmark.extra_info

@@ -18,8 +18,8 @@ from ase import Atoms
 from ase.build import bulk, molecule
 
 import ejmp
-from ejmp.bench import provenance
-from ejmp.build import EDGE_SETS
+from ejmp.graph import EDGE_SETS
+from ejmp.machine import provenance
 
 
 def make_model(graph):
@@ -66,14 +66,12 @@ def neighbor_jumps(max_neighbors=30, cutoff=12.0, length=0.1, steps=20):
             jump = energy(model, after) - energy(model, before)
             rows.append({"x": below, "changed": changed, "jump": jump})
     ends = [energy(model, graph(x)) for x in grid]
-    slope = np.abs(np.diff(ends)).max() / (grid[1] - grid[0])
     limited = ("main", "atom_edges", "quad_edges")
     jumps = {name: [abs(r["jump"]) for r in rows if r["changed"][name]] for name in limited}
     return {
         "system": f"Cu12Au4 crystal, {max_neighbors} neighbours, {cutoff} A; one atom moved by {length} A",
         "energy": ends[0],
         "energy_change_along_path": max(ends) - min(ends),
-        "steepest_slope_per_A": slope,
         "boundary_crossings": len(rows),
         "largest_jump": {name: max(values, default=0.0) for name, values in jumps.items()},
         "median_jump": {name: float(np.median(values)) if values else 0.0 for name, values in jumps.items()},

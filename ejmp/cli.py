@@ -5,8 +5,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ejmp import __version__
+
+if TYPE_CHECKING:
+    from ejmp.workloads import Workload
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -14,54 +18,73 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ejmp", description="JMP molecular foundation models: measure, prune, run.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    _add_bench(commands.add_parser("bench", help="throughput, FLOPs and memory for 6..2 blocks"))
+    _add_bench(commands.add_parser("bench", help="throughput, FLOPs and memory by number of blocks"))
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except ModuleNotFoundError as error:
+        print(f"ejmp {options.command}: {error}; pip install ejmp[bench] brings it", file=sys.stderr)
+    except (ValueError, OSError) as error:
         print(f"ejmp {options.command}: {error}", file=sys.stderr)
-        return 2
+    return 2
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_bench)
     built_in = ("framework", "molecules", "slab")
-    parser.add_argument("--workload", choices=built_in, default="framework", help="a built-in workload")
+    parser.add_argument("--workload", choices=built_in, help="a built-in workload (default: framework)")
     parser.add_argument("--structures", type=Path, metavar="PATH", help="a file ase.io reads, a zip or a folder")
     parser.add_argument("--select", default="*", metavar="GLOB", help="files of the zip or folder to take")
-    parser.add_argument("--batch", type=int, default=1, help="structures of PATH in the batch")
+    parser.add_argument("--batch", type=int, default=1, help="structures of PATH in the batch (default: 1)")
     parser.add_argument("--cutoff", type=float, help="A; default: that of the dataset the structures are like")
-    parser.add_argument("--blocks", type=int, nargs="+", default=[6, 5, 4, 3, 2])
-    parser.add_argument("--precision", nargs="+", choices=("fp32", "tf32", "bf16", "fp16"), default=["fp32", "bf16"])
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--blocks", type=int, nargs="+", help="default: 6 5 4 3 2, for JMP-S 4 3 2")
+    parser.add_argument(
+        "--precision", nargs="+", choices=("fp32", "tf32", "bf16", "fp16"), help="default: all there are"
+    )
+    parser.add_argument("--device", help="default: cuda if there is one, or else cpu")
     parser.add_argument("--seconds", type=float, default=100, help="go on measuring this long (at least two rounds)")
     parser.add_argument("--small", action="store_true", help="JMP-S instead of JMP-L")
     parser.add_argument("--output", type=Path, metavar="JSON", help="write the results, and a picture beside them")
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from ejmp import bench, report, workloads  # noqa: PLC0415
+    import torch  # noqa: PLC0415
 
-    if options.structures is None:
-        workload = workloads.BUILT_IN[options.workload]()
-    else:
-        workload = workloads.from_files(
-            options.structures, select=options.select, most=options.batch, cutoff=options.cutoff
-        )
+    from ejmp import bench, machine, report  # noqa: PLC0415
+
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     plan = bench.Plan(
-        workload=workload,
-        blocks=tuple(options.blocks),
-        precisions=tuple(options.precision),
-        device=options.device,
+        workload=_workload(options),
+        blocks=tuple(options.blocks or ((4, 3, 2) if options.small else (6, 5, 4, 3, 2))),
+        precisions=tuple(options.precision or machine.precisions_of(device)),
+        device=str(device),
         seconds=options.seconds,
         small=options.small,
     )
+    if options.output is not None:
+        report.need_matplotlib()
+        options.output.parent.mkdir(parents=True, exist_ok=True)
     result = bench.run(plan, report=lambda line: print(line, file=sys.stderr, flush=True))
     print(report.summary(result), report.table(result), sep="\n\n")
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=1) + "\n")
         picture = options.output.with_suffix(".png")
         report.picture(result, picture)
         print(f"\n{options.output} {picture}")
     return 0
+
+
+def _workload(options: argparse.Namespace) -> "Workload":
+    from ejmp import workloads  # noqa: PLC0415
+
+    if options.structures is not None:
+        if options.workload is not None:
+            raise ValueError("--workload and --structures exclude each other")
+        if options.batch < 1:
+            raise ValueError(f"--batch: expected 1 or more, got {options.batch}")
+        return workloads.from_files(
+            options.structures, select=options.select, most=options.batch, cutoff=options.cutoff
+        )
+    if options.select != "*" or options.batch != 1 or options.cutoff is not None:
+        raise ValueError("--select, --batch and --cutoff need --structures")
+    return workloads.BUILT_IN[options.workload or "framework"]()

@@ -4,14 +4,15 @@ from pathlib import Path
 from typing import Any
 
 COLUMNS = (
-    "precision | blocks | structures/s | atoms/s | edges/s | ms median | ms p95 | x of 6 blocks | published x | GMAC | "
-    "GFLOP | work | M parameters | peak MiB | % of GEMM rate"
+    "precision | blocks | structures/s | atoms/s | edges/s | ms median | ms p95 | x of {most} blocks | published x | "
+    "GMAC | GFLOP | of {most} | parameters | of {most} | peak MiB | of {most} | % of GEMM rate"
 )
 
 
 def table(result: dict[str, Any]) -> str:
     """Return a Markdown table of a block-count benchmark."""
-    lines = [f"| {COLUMNS} |", "|" + " --- |" * (COLUMNS.count("|") + 1)]
+    head = COLUMNS.format(most=max(row["blocks"] for row in result["rows"]))
+    lines = [f"| {head} |", "|" + " --- |" * (head.count("|") + 1)]
     for row in result["rows"]:
         published = row.get("published_throughput_ratio")
         cells = [
@@ -27,8 +28,10 @@ def table(result: dict[str, Any]) -> str:
             f"{row['gmac']:.1f}",
             f"{row['gflop']:.1f}",
             f"{row['ratio']['gmac']:.2f}",
-            f"{row['parameters'] / 1e6:.1f}",
+            f"{row['parameters']:,}",
+            f"{row['ratio']['parameters']:.2f}",
             f"{row['peak_memory_mib']:.0f}",
+            f"{row['ratio']['peak_memory_mib']:.2f}",
             f"{100 * row['gemm_share']:.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -59,11 +62,20 @@ def summary(result: dict[str, Any]) -> str:
     )
 
 
-def picture(result: dict[str, Any], path: Path) -> None:
-    """Draw throughput over that of 6 blocks against the number of blocks, with the published curve."""
+def need_matplotlib() -> None:
+    """Find out before a measurement, not after it, whether a picture of it can be drawn.
+
+    Raises:
+        ModuleNotFoundError: if matplotlib is not installed.
+    """
     import matplotlib as mpl  # noqa: PLC0415
 
     mpl.use("Agg")
+
+
+def picture(result: dict[str, Any], path: Path) -> None:
+    """Draw throughput over that of 6 blocks against the number of blocks, with the published curve."""
+    need_matplotlib()
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")

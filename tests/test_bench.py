@@ -1,17 +1,18 @@
 """The benchmark itself: workloads, the gate, the memory meter, the table, the command line."""
 
 import json
+import sys
 import zipfile
 
 import ase.io
 import numpy as np
 import pytest
 import torch
-from ase.build import molecule
+from ase.build import bulk, molecule
 from ase.neighborlist import neighbor_list
 
 import ejmp
-from ejmp import bench, cli, report, workloads
+from ejmp import bench, cli, machine, report, workloads
 
 
 def test_framework_is_mof_5():
@@ -47,14 +48,22 @@ def test_structures_from_file_folder_and_zip(tmp_path):
     (tmp_path / "folder").mkdir()
     ase.io.write(tmp_path / "folder" / "a.xyz", ethanol)
     ase.io.write(tmp_path / "folder" / "b.xyz", water)
+    ase.io.write(tmp_path / "POSCAR", bulk("Cu"), format="vasp")
+    ase.io.write(tmp_path / "a.traj", [ethanol, water])
     with zipfile.ZipFile(tmp_path / "c.zip", "w") as archive:
+        archive.writestr("__MACOSX/._b.xyz", "junk")
         archive.write(tmp_path / "folder" / "b.xyz", "deep/b.xyz")
+        archive.write(tmp_path / "a.traj", "a.traj")
+        archive.write(tmp_path / "POSCAR", "copper/POSCAR")
+    sizes = [len(atoms) for atoms in workloads.read_structures(tmp_path / "c.zip", most=9)]
+    assert sizes == [9, 3, 1, 3]
     assert workloads.from_files(tmp_path / "b.extxyz", most=2).max_neighbors == [30, 30]
     assert len(workloads.read_structures(tmp_path / "b.extxyz", most=5)) == 2
     assert len(workloads.read_structures(tmp_path / "folder")[0]) == 9
     assert len(workloads.read_structures(tmp_path / "folder", select="b*")[0]) == 3
-    workload = workloads.from_files(tmp_path / "c.zip")
+    workload = workloads.from_files(tmp_path / "c.zip", select="*.xyz")
     assert (workload.name, workload.cutoff) == ("b.xyz", 8.0)
+    assert workloads.from_files(tmp_path / "c.zip", select="POSCAR").cutoff == 19.0
     with pytest.raises(ValueError, match="no structure"):
         workloads.read_structures(tmp_path / "folder", select="z*")
     (tmp_path / "folder" / "0.cif").write_text("nonsense")
@@ -73,13 +82,20 @@ def test_the_gate_stops_a_wrong_model(tiny_config, monkeypatch):
         bench.check_model(model, ("bf16",))
     with torch.no_grad():
         model.backbone.int_blocks[0].dense_ca.linear.weight[0, 0] = float("nan")
-    with pytest.raises(RuntimeError, match="fp32: error nan"):
+    with pytest.raises(RuntimeError, match=r"3 blocks: .*error nan"):
         bench.check_model(model, ("fp32",))
+
+
+def test_the_gate_stops_wrong_blocks(tiny_config):
+    full = ejmp.JMP(tiny_config)
+    assert bench.check_model(ejmp.prune(full, blocks=2), ("fp32",), full)
+    with pytest.raises(RuntimeError, match="block 2 gives something else"):
+        bench.check_model(ejmp.prune(full, keep=(0, 2)), ("fp32",), full)
 
 
 def test_storage_peak_counts_bytes():
     kept = torch.zeros(1000)
-    with bench.StoragePeak([kept]) as memory:
+    with machine.StoragePeak([kept]) as memory:
         doubled = kept.view(10, 100) * 2
         (doubled + 1).sum()
         del doubled
@@ -115,3 +131,14 @@ def test_command_line_refuses_bad_input(tmp_path, capsys):
     assert "none.xyz" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["bench", "--precision", "fp8"])
+    for wrong in (["--batch", "2"], ["--cutoff", "3"], ["--structures", "x", "--workload", "slab"]):
+        assert cli.main(["bench", *wrong]) == 2
+    ase.io.write(tmp_path / "alone.xyz", ase.Atoms("He"))
+    assert cli.main(["bench", "--structures", str(tmp_path / "alone.xyz")]) == 2
+    assert "nothing to measure" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_before_measuring(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["bench", "--output", "never.json"]) == 2
+    assert "pip install ejmp[bench]" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Files: upstream's Lightning checkpoint, ejmp's own directory, and everything that must be refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,6 +142,36 @@ def test_save_and_load(tmp_path, tiny):
     ejmp.save(tiny, tmp_path / "small", overwrite=True)
     assert same_weights(ejmp.load(tmp_path / "small"), tiny)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["small"]
+
+
+def test_replacing_loses_nothing(tmp_path, tiny, monkeypatch):
+    path = tmp_path / "model"
+    ejmp.save(tiny, path)
+    real, renames = Path.rename, []
+
+    def failing(self, target):
+        renames.append(self)
+        if len(renames) == 2:
+            raise OSError("disk full")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="disk full"):
+        ejmp.save(ejmp.prune(tiny, blocks=1), path, overwrite=True)
+    monkeypatch.undo()
+    assert same_weights(ejmp.load(path), tiny)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "a.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="not a saved model"):
+        ejmp.save(tiny, tmp_path / "thesis", overwrite=True)
+    assert (tmp_path / "thesis" / "a.tex").exists()
+
+
+def test_half_precision_weights_become_float32(lightning, tiny_weights):
+    model = ejmp.load(lightning(state={name: value.bfloat16() for name, value in tiny_weights.items()}))
+    assert model.dtype == torch.float32
+    assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
 
 
 def test_damaged_directory(tmp_path, tiny):

@@ -73,7 +73,16 @@ def test_from_upstream_refuses(change, message):
 
 
 @pytest.mark.parametrize(
-    "change", [{"blocks": 0}, {"emb_size_edge": -1}, {"energy_reduction": "max"}, {"kept_blocks": (0, 1)}]
+    "change",
+    [
+        {"blocks": 0},
+        {"blocks": 2.0},
+        {"blocks": "2"},
+        {"rbf_cutoff": float("nan")},
+        {"emb_size_edge": -1},
+        {"energy_reduction": "max"},
+        {"kept_blocks": (0, 1)},
+    ],
 )
 def test_config_refuses(change):
     with pytest.raises(ValueError, match=next(iter(change))):

@@ -16,8 +16,7 @@ from tolerances import assert_close
 
 import ejmp
 from ejmp import Structure, build_graph, graph_from_edges
-from ejmp.build import EDGE_SETS
-from ejmp.graph import IMAGE_BASE, pack_offset
+from ejmp.graph import EDGE_SETS, IMAGE_BASE, pack_offset
 
 UPSTREAM = {"main": "main", "atom_edges": "a2ee2a", "quad_edges": "qint", "atom_pairs": "a2a"}
 UNCUT = 100_000

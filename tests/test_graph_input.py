@@ -38,8 +38,14 @@ def test_impossible_structures_are_named(field, value, backend):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("cutoff", value) for value in (0, -1.0, np.nan, np.inf, [3.0], [3.0, -3.0], [], "8", None, [3.0, np.nan])),
-        *(("max_neighbors", value) for value in (0, -1, 2.5, True, [3], [3, 0], [3, 3, 3], [3, 2.5], [True, 3])),
+        *(
+            ("cutoff", value)
+            for value in (0, -1.0, np.nan, np.inf, [3.0], [3.0, -3.0], [], "8", None, 1e13, [3.0, np.nan])
+        ),
+        *(
+            ("max_neighbors", value)
+            for value in (0, -1, 2.5, True, [3], [3, 0], [3, 3, 3], [3, 2.5], [True, 3], 2**63 - 1)
+        ),
         *(("structures", value) for value in ([], 5, [GOOD, object()])),
         ("backend", "fast"),
         ("dtype", torch.float16),
@@ -64,6 +70,19 @@ def test_numbers_of_every_library_are_options(value):
     expected = build_graph([GOOD, GOOD], 8.0, 8)
     assert differences(build_graph([GOOD, GOOD], value, 8), expected) == []
     assert differences(build_graph([GOOD, GOOD], 8.0, value), expected) == []
+
+
+def test_memory_layout_does_not_matter():
+    atoms = molecule("CH3CH2OH")
+    expected = build_graph(atoms, 8.0)
+    positions, numbers = atoms.positions, atoms.numbers
+    frozen = positions.copy()
+    frozen.setflags(write=False)
+    layouts = [np.asfortranarray(positions), frozen, positions.astype(">f8"), torch.tensor(positions).T.contiguous().T]
+    for layout in layouts:
+        assert differences(build_graph(Structure(numbers=numbers.astype(">i4"), positions=layout), 8.0), expected) == []
+    backwards = build_graph(Structure(numbers=numbers[::-1], positions=positions[::-1]), 8.0)
+    assert backwards.main.num_edges == expected.main.num_edges
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint64, np.int8, np.int32])

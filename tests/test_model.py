@@ -1,5 +1,7 @@
 """What must hold for any weights: invariances, derivatives, hard structures, precisions, clear errors."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -156,8 +158,6 @@ def test_no_quadruplets(tiny):
 
 
 def test_energy_reduction_mean(tiny_config, tiny_weights):
-    import dataclasses
-
     mean = ejmp.JMP(dataclasses.replace(tiny_config, energy_reduction="mean"))
     total = ejmp.JMP(tiny_config)
     for model in (mean, total):
@@ -168,8 +168,6 @@ def test_energy_reduction_mean(tiny_config, tiny_weights):
 
 
 def test_scalar_model_has_no_force_branch(tiny_config):
-    import dataclasses
-
     model = ejmp.JMP(dataclasses.replace(tiny_config, direct_forces=False, num_tasks=1))
     out = model(ejmp.build_graph(molecule("H2O"), 8.0))
     assert out.forces is None
@@ -199,6 +197,9 @@ def test_model_refuses(tiny, tiny_config):
         ejmp.JMP(tiny_config, precision="fp8")
     with pytest.raises(ValueError, match="CUDA"):
         ejmp.JMP(tiny_config, precision="tf32")(ejmp.build_graph(water, 8.0))
+    for precision in ("bf16", "fp16", "tf32"):
+        with pytest.raises(ValueError, match="needs float32 parameters"):
+            ejmp.JMP(tiny_config, precision=precision).double()(ejmp.build_graph(water, 8.0, **DOUBLE))
     with pytest.raises(ValueError, match=r"task: expected 0\.\.3, got 4"):
         ejmp.gradient_forces(tiny, ejmp.build_graph(water, 8.0, **DOUBLE), task=4)
 
@@ -214,15 +215,30 @@ def test_initialisation_keeps_variance():
     assert (basis.var(dim=(0, 1)) * 128 * 49).detach().numpy() == pytest.approx(1, rel=2e-2)
 
 
-def test_energy_jumps_only_where_the_neighbours_change(tiny):
-    """Along a path, the energy is smooth within one set of edges: interpolating it is wrong by second order only."""
-    golden = load_golden("triclinic")
-    graph = golden.graph()
-    direction = torch.zeros_like(graph.positions)
-    direction[3] = torch.tensor([0.6, 0.64, 0.48])
-    path = [graph.with_positions(graph.positions + x * direction) for x in (0, 1e-4, 2e-4)]
-    energies = [tiny(point).energy[0, 0].item() for point in path]
-    assert abs(energies[0] - 2 * energies[1] + energies[2]) < 1e-6
+def test_energy_jumps_where_the_neighbours_change_and_nowhere_else(tiny):
+    """Bisect the first change of an edge set along a path; the energy jumps there, and only there."""
+    structure = load_golden("triclinic").structures[0]
+
+    def at(x):
+        positions = structure.positions.copy()
+        positions[3] += x * np.array([0.6, 0.64, 0.48])
+        return ejmp.build_graph(dataclasses.replace(structure, positions=positions), 12.0, 30, **DOUBLE)
+
+    def edges(graph):
+        sets = (graph.main, graph.atom_edges, graph.quad_edges)
+        return [set(zip(e.source.tolist(), e.target.tolist(), e.image.tolist(), strict=True)) for e in sets]
+
+    low, high, start = 0.0, 0.5, edges(at(0.0))
+    assert edges(at(high)) != start
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if edges(at(middle)) == start else (low, middle)
+    left = [tiny(at(low - x)).energy[0, 0].item() for x in (2e-6, 1e-6, 0)]
+    right = [tiny(at(high + x)).energy[0, 0].item() for x in (0, 1e-6, 2e-6)]
+    slope = max(abs(left[2] - left[0]), abs(right[2] - right[0])) / 2e-6
+    assert abs(right[0] - left[2]) > 1e3 * slope * (high - low)
+    for side in (left, right):
+        assert abs(side[0] - 2 * side[1] + side[2]) < 1e-3 * abs(side[2] - side[0]) + 1e-12
 
 
 def test_real_molecules_run(tiny):

@@ -91,11 +91,30 @@ def test_values_follow_the_definition(model, graphs):
         x_t = torch.cat([x_t, torch.zeros_like(x_t[:1])]) * quad.scale_cbf.scale_factor
         add("quad_interaction.scale_sbf_sum", capture(model, graph, quad.mlp_sbf)[1], x_t[quads.middles][quads.valid])
         x = capture(model, graph, pair.down_projection)[1]
+        near_atoms, triplets = block.edge_atom_interaction, geometry.edge_to_atom
+        down_out = capture(model, graph, near_atoms.down_projection)[1]
+        inputs = down_out[triplets.table[triplets.valid]]
+        add("edge_atom_interaction.scale_cbf_sum", capture(model, graph, near_atoms.mlp_cbf)[1], inputs)
+        update = block.atom_update
+        scaled = capture(model, graph, update.layers)[0]
+        after_skip = capture(model, graph, block.layers_after_skip)[1]
+        add("atom_update.scale_sum", scaled / update.scale_sum.scale_factor, after_skip)
         add("atom_interaction.scale_rbf_sum", capture(model, graph, pair.bilinear)[1], x[graph.atom_pairs.source])
     for name, outputs in outs.items():
         expected[name] = pooled(outputs, refs[name])
     got = {name: state[f"backbone.int_blocks.2.{name}.scale_factor"] for name in expected}
     assert got == pytest.approx(expected, rel=1e-9)
+
+
+def test_batches_that_say_nothing_do_not_count(model, graphs):
+    """HCl has no triplet: its batch adds nothing to factors of triplets, and the others are still fitted."""
+    two_atoms = ejmp.build_graph(molecule("HCl"), 5.0, dtype=torch.float64)
+    alone = ejmp.fit_scale_factors(model, graphs[:1])
+    both = ejmp.fit_scale_factors(model, [*graphs[:1], two_atoms])
+    assert all(0 < value < float("inf") for value in both.values())
+    assert both["backbone.out_blocks.0.scale_sum"] != alone["backbone.out_blocks.0.scale_sum"]
+    with pytest.raises(ValueError, match="triplets"):
+        ejmp.fit_scale_factors(model, [two_atoms])
 
 
 def test_fitting_again_changes_nothing(model, graphs):

@@ -1,0 +1,130 @@
+"""Instruments: timing, matrix-product rates, memory in use, and where and on what a number was measured."""
+
+import datetime as dt
+import math
+import os
+import platform
+import statistics
+import subprocess
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import ejmp
+from ejmp.model import LOW_PRECISION, Precision, check_precision, tf32_products
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a CUDA device has done everything it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_call(call: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds a call takes, with the device idle before and after."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def summarise(values: Sequence[float]) -> dict[str, float]:
+    """Return median, 95th percentile (nearest rank) and number of samples."""
+    ordered = sorted(values)
+    rank = math.ceil(0.95 * len(ordered)) - 1
+    return {"median": statistics.median(ordered), "p95": ordered[rank], "samples": len(ordered)}
+
+
+def precisions_of(device: torch.device) -> list[Precision]:
+    """Return the precisions worth measuring on a device: all it has, but not the CPU's slow fp16."""
+    found: list[Precision] = []
+    for precision in ("fp32", "tf32", "bf16", "fp16"):
+        try:
+            check_precision(precision, device)
+        except ValueError:
+            continue
+        if precision != "fp16" or device.type == "cuda":
+            found.append(precision)
+    return found
+
+
+class StoragePeak(TorchDispatchMode):
+    """Follow the bytes of all tensors made inside the context; scratch memory inside an operation is not seen."""
+
+    def __init__(self, known: Iterable[Any]) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self.seen = {value.untyped_storage()._cdata for value in known if isinstance(value, Tensor)}  # noqa: SLF001
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and note the storages it made."""
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                if storage._cdata not in self.seen:  # noqa: SLF001
+                    self.seen.add(storage._cdata)  # noqa: SLF001
+                    self.held += storage.nbytes()
+                    self.peak = max(self.peak, self.held)
+                    weakref.finalize(storage, self._release, storage._cdata, storage.nbytes())  # noqa: SLF001
+        return out
+
+    def _release(self, storage: int, size: int) -> None:
+        self.seen.discard(storage)
+        self.held -= size
+
+
+def gemm_rates(rows: int, precisions: Sequence[Precision], device: torch.device, repeats: int = 3) -> dict[str, float]:
+    """Measure the machine's matrix products at (rows, 1024, 1024) with every library at hand, in GFLOP/s.
+
+    torch's float32 product goes to MKL, which is slow on AMD CPUs; the oneDNN in the same torch is often twice as fast.
+    """
+    rates = {}
+    for precision in precisions:
+        dtype = LOW_PRECISION.get(precision, torch.float32)
+        x = torch.randn(rows, 1024, device=device, dtype=dtype)
+        w = torch.randn(1024, 1024, device=device, dtype=dtype)
+        libraries: dict[str, Callable[..., Tensor]] = {"torch": torch.nn.functional.linear}
+        if device.type == "cpu" and precision == "fp32" and torch.backends.mkldnn.is_available():
+            libraries["onednn"] = lambda x, w: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")  # noqa: SLF001
+        for library, product in libraries.items():
+            with tf32_products() if precision == "tf32" else nullcontext():
+                seconds = [time_call(lambda p=product, a=x, b=w: p(a, b), device) for _ in range(repeats + 1)][1:]
+            rates[f"{precision} {library}"] = 2e-9 * rows * 1024 * 1024 / statistics.median(seconds)
+    return rates
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Return what a number needs to be believed: hardware, versions, commit, load, date."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    found = {
+        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "commit": commit,
+        "ejmp": ejmp.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_before": os.getloadavg()[0],
+    }
+    if device.type == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return found
