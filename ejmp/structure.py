@@ -93,9 +93,10 @@ def check_structure(structure: Any, b: int, device: torch.device) -> Checked:
         raise ValueError(f"structure {b}: numbers: expected 1..{MAX_ATOMIC_NUMBER}, got {wrong[0].item()}")
     pbc = _pbc(getattr(structure, "pbc", False), b, device)
     cell, search_cell = _cell(getattr(structure, "cell", None), pbc, b, device)
-    outside = (positions.detach().double() @ torch.linalg.inv(search_cell))[:, pbc].abs() > MAX_CELLS_OUTSIDE
-    if outside.any():
-        raise ValueError(f"structure {b}: positions: more than {MAX_CELLS_OUTSIDE} cells outside the cell; wrap them")
+    if pbc.any():
+        cells_away = (positions.detach().double() @ torch.linalg.inv(search_cell)).abs().amax(0)
+        if (cells_away[pbc] > MAX_CELLS_OUTSIDE).any():
+            raise ValueError(f"structure {b}: positions: more than {MAX_CELLS_OUTSIDE} cells outside the cell")
     tags = _tags(structure, n, b, device)
     return Checked(numbers.long(), positions.double(), cell, search_cell, pbc, tags)
 
@@ -140,6 +141,8 @@ def _cell(value: Any, pbc: Tensor, b: int, device: torch.device) -> tuple[Tensor
         cell = cell[0]
     if cell.shape != (3, 3) or cell.dtype == torch.bool or cell.is_complex():
         raise ValueError(f"structure {b}: cell: expected floats [3, 3], got {_describe(cell)}")
+    if not pbc.any():
+        return torch.zeros(3, 3, dtype=torch.float64, device=device), torch.eye(3, dtype=torch.float64, device=device)
     cell = torch.where(pbc[:, None], cell.double(), 0.0)
     if not torch.isfinite(cell).all():
         raise ValueError(f"structure {b}: cell: NaN or infinite lattice vectors")
@@ -149,9 +152,9 @@ def _cell(value: Any, pbc: Tensor, b: int, device: torch.device) -> tuple[Tensor
         # The right singular vectors beyond the rank span what the periodic vectors leave free.
         _, _, rows = torch.linalg.svd(cell[pbc], full_matrices=True)
         complete[free] = rows[3 - len(free) :]
-    heights = 1 / torch.linalg.pinv(complete).norm(dim=0)
-    singular = torch.linalg.svdvals(complete).min() < 1e-9
-    if pbc.any() and (singular or heights[pbc].min() < MIN_CELL_HEIGHT):
+    inverse, singular = torch.linalg.inv_ex(complete)
+    heights = 1 / inverse.norm(dim=0)  # the distance between opposite faces
+    if singular or not heights[pbc].min() >= MIN_CELL_HEIGHT:
         raise ValueError(
             f"structure {b}: cell: a periodic cell needs a volume; its faces are closer than {MIN_CELL_HEIGHT} A "
             f"or its vectors are dependent: {cell.tolist()}"

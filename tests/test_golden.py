@@ -56,13 +56,17 @@ def test_counts(golden):
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_energy_and_forces(golden, tiny, tiny_config, tiny_weights, dtype):
-    model = tiny
-    if dtype == torch.float32:
-        model = ejmp.JMP(tiny_config)
-        model.load_state_dict(tiny_weights)
-    graph = golden.graph(dtype=dtype)
+@pytest.fixture(params=[torch.float64, torch.float32], ids=str)
+def model(request, tiny_config, tiny_weights):
+    """The golden model in both dtypes."""
+    model = ejmp.JMP(tiny_config)
+    model.load_state_dict(tiny_weights)
+    return model.to(request.param)
+
+
+def test_energy_and_forces(golden, model):
+    dtype = model.dtype
+    graph = golden.graph(dtype)
     out = model(graph)
     assert out.energy.dtype == out.forces.dtype == dtype
     assert_close(out.energy, golden.values["energy"], dtype)
@@ -70,32 +74,32 @@ def test_energy_and_forces(golden, tiny, tiny_config, tiny_weights, dtype):
     assert_close(ejmp.gradient_forces(model, graph), golden.values["gradient_forces"], dtype, order=1)
 
 
-def test_features(golden, tiny):
-    graph, values = golden.graph(), golden.values
-    features = tiny.features(graph)
+def test_features(golden, model):
+    graph, values, dtype = golden.graph(model.dtype), golden.values, model.dtype
+    features = model.features(graph)
     for i, x in enumerate(features.x_E):
-        assert_close(x, values[f"x_E.{i}"])
+        assert_close(x, values[f"x_E.{i}"], dtype)
     for i, x in enumerate(features.mlp_E):
-        assert_close(x, values[f"out_mlp_E.{i}"])
+        assert_close(x, values[f"out_mlp_E.{i}"], dtype)
     if "x_F.0" in values:
         rows = edge_order(graph, values)
         for i, x in enumerate(features.x_F):
-            assert_close(x, values[f"x_F.{i}"][rows])
+            assert_close(x, values[f"x_F.{i}"][rows], dtype)
         for i, x in enumerate(features.mlp_F):
-            assert_close(x, values[f"out_mlp_F.{i}"][rows])
+            assert_close(x, values[f"out_mlp_F.{i}"][rows], dtype)
 
 
-def test_relevance(golden, tiny):
-    graph = golden.graph()
-    features = tiny.features(graph)
-    out = tiny.heads(features, graph)
+def test_relevance(golden, model):
+    graph = golden.graph(model.dtype)
+    features = model.features(graph)
+    out = model.heads(features, graph)
     for blocks, loss, expected in (
         (features.x_E, out.energy.abs().sum(), golden.values["relevance_E"]),
         (features.x_F, out.forces.abs().sum(), golden.values["relevance_F"]),
     ):
         gradients = torch.autograd.grad(loss, blocks, retain_graph=True)
         scores = [(x * g).relu().mean() for x, g in zip(blocks, gradients, strict=True)]
-        assert_close(torch.stack(scores).detach(), expected)
+        assert_close(torch.stack(scores).detach(), expected, model.dtype)
 
 
 def test_parameter_gradients(golden, tiny):
