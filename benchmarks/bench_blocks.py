@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ejmp import bench
-from ejmp import machine as machine_of
-from ejmp.flops import count_macs, graph_sizes
+from ejmp.flops import graph_sizes
+from ejmp.machine import gemm_rates
 from ejmp.model import gradient_forces
 
 
@@ -22,18 +22,10 @@ def bench_forward(benchmark, provenance, models, workload, machine, blocks):
     model = models[blocks].to(device)
     graph = bench.workload_graph(workload, device=device)
     errors = bench.check_model(model, (precision,), models[max(models)].to(device))
-    gemm = max(machine_of.gemm_rates(graph.main.num_edges, (precision,), graph.device).values())
+    gemm = max(gemm_rates(graph.main.num_edges, (precision,), graph.device).values())
     benchmark.pedantic(bench.time_forward, (model, graph, precision), rounds=3, warmup_rounds=1)
-    median = benchmark.stats.stats.median
-    gmac = sum(count_macs(model.config, graph_sizes(graph)).values()) * 1e-9
-    provenance |= machine_of.provenance(graph.device) | {
-        "structures_per_s": graph.num_structures / median,
-        "atoms_per_s": graph.num_atoms / median,
-        "edges_per_s": graph.main.num_edges / median,
-        "gmac": gmac,
-        "gflop": 2 * gmac,
-        "gemm_share": 2 * gmac / median / gemm,
-        "parameters": sum(p.numel() for p in model.parameters()),
+    seconds = benchmark.stats.stats.data
+    provenance |= bench.make_row(model, graph, graph_sizes(graph), seconds, gemm) | {
         "peak_memory_mib": bench.peak_memory(model, graph, precision) / 2**20,
         "error_vs_float64": errors[precision],
         "convention": bench.FLOP_CONVENTION,

@@ -49,7 +49,8 @@ def models(request):
 
 
 @pytest.fixture
-def provenance(benchmark):
-    """Fill a benchmark's extra_info; the test adds what it measured on, and the device if it is not the CPU."""
-    benchmark.extra_info.update(describe_machine(torch.device("cpu")))
+def provenance(benchmark, request):
+    """Fill a benchmark's extra_info before it runs; the test adds what it measured on."""
+    device = request.getfixturevalue("machine")[0] if "machine" in request.fixturenames else "cpu"
+    benchmark.extra_info.update(describe_machine(torch.device(device)))
     return benchmark.extra_info

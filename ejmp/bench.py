@@ -79,7 +79,7 @@ def run(plan: Plan, report: Callable[[str], None] = lambda _line: None) -> dict[
     times, rates = _rounds(plan, models, graph, report)
     sizes = graph_sizes(graph)
     rows = [
-        _row(models[b], graph, sizes, times[b, p], _best(rates, p))
+        make_row(models[b], graph, sizes, times[b, p], _best(rates, p))
         | {"precision": p, "peak_memory_mib": memory[b, p] / 2**20, "error_vs_float64": gates[b][p]}
         for p in plan.precisions
         for b in plan.blocks
@@ -133,11 +133,11 @@ def check_model(model: JMP, precisions: Sequence[Precision], full: JMP | None = 
     """
     device, blocks = model.embedding.atom_embedding.weight.device, model.config.blocks
     graph = ejmp.build_graph(ejmp.Structure(numbers=METHANOL[0], positions=METHANOL[1]), 12.0, device=device)
-    double, double_graph = copy.deepcopy(model).double(), graph.to(dtype=torch.float64)
+    double, in_double = copy.deepcopy(model).double(), graph.to(dtype=torch.float64)
     double.precision = "fp32"
-    exact = double.features(double_graph).mlp_E[-1]
+    exact = double.features(in_double).mlp_E[-1]
     quarter = torch.tensor([[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64, device=device)
-    turned = double.features(graph.to(dtype=torch.float64).with_positions(graph.positions @ quarter)).mlp_E[-1]
+    turned = double.features(in_double.with_positions(graph.positions @ quarter)).mlp_E[-1]
     if not _error(turned, exact) <= 1e-9:
         raise RuntimeError(f"{blocks} blocks: not invariant under rotation, error {_error(turned, exact):.1e}")
     if full is not None:
@@ -179,12 +179,9 @@ def time_forward(model: JMP, graph: AtomGraph, precision: Precision) -> float:
     Raises:
         RuntimeError: if the energy is not finite.
     """
-    synchronize(graph.device)
-    start = time.perf_counter()
-    energy = _forward(model, graph, precision)
-    synchronize(graph.device)
-    seconds = time.perf_counter() - start
-    if not torch.isfinite(energy).all():
+    energies: list[Tensor] = []
+    seconds = time_call(lambda: energies.append(_forward(model, graph, precision)), graph.device)
+    if not torch.isfinite(energies[0]).all():
         raise RuntimeError(f"{model.config.blocks} blocks, {precision}: the energy is not finite")
     return seconds
 
@@ -240,7 +237,10 @@ def _best(rates: dict[str, list[float]], precision: str) -> float:
     return max(statistics.median(values) for name, values in rates.items() if name.startswith(f"{precision} "))
 
 
-def _row(model: JMP, graph: AtomGraph, sizes: GraphSizes, seconds: list[float], gemm_gflops: float) -> dict[str, Any]:
+def make_row(
+    model: JMP, graph: AtomGraph, sizes: GraphSizes, seconds: Sequence[float], gemm_gflops: float
+) -> dict[str, Any]:
+    """Return what follows from the seconds of a model's forward passes, beside a matrix-product rate in GFLOP/s."""
     summary = summarise([1e3 * s for s in seconds])
     median = summary["median"] / 1e3
     gmac = sum(count_macs(model.config, sizes).values()) * 1e-9

@@ -12,7 +12,14 @@ from torch import Tensor
 from ejmp.graph import EDGE_SETS, AtomGraph, EdgeSet, check_dtype, edge_geometry, edge_shift, make_edge_set, pack_offset
 from ejmp.structure import Checked, check_structure, is_integer, to_list
 from ejmp_kernels import extension
-from ejmp_kernels.neighbors import EdgeList, NeighborQuery, find_neighbors, find_neighbors_reference, lexsort
+from ejmp_kernels.neighbors import (
+    EdgeList,
+    NeighborQuery,
+    csr_pointers,
+    find_neighbors,
+    find_neighbors_reference,
+    lexsort,
+)
 
 QUAD_TAGS = (1, 2)
 """Quadruplets are formed around surface and adsorbate or molecule atoms, not in the bulk."""
@@ -213,8 +220,7 @@ def _sort_edges(parts: dict[str, Tensor], name: str, edge_index: Any, offset: An
     distance, _ = edge_geometry(positions, source, target, shift)
     rank = (distance * 1e6).round().long()
     order = lexsort((target, rank, source, offset[:, 0], offset[:, 1], offset[:, 2]))
-    ptr = torch.nn.functional.pad(torch.bincount(target, minlength=num_atoms).cumsum(0), (1, 0))
-    return EdgeList(source=source[order], offset=offset[order].int(), ptr=ptr)
+    return EdgeList(source=source[order], offset=offset[order].int(), ptr=csr_pointers(target, num_atoms))
 
 
 def _integers(value: Any, what: str, shape: tuple[int | None, int | None], device: torch.device) -> Tensor:

@@ -83,13 +83,16 @@ def _triplets(out: EdgeSet, into: EdgeSet, num_spherical: int, *, same_set: bool
     if same_set:
         valid &= table != torch.arange(out.num_edges, device=table.device)[:, None]
     else:
-        same = (reference.gather(into.source, table) == out.source[:, None]) & (
-            reference.gather(into.image, table) == out.image[:, None]
-        )
-        valid &= ~same
+        valid &= ~_comes_from(into, table, out.source, out.image)
     cosine = (reference.gather(into.vector, table) @ out.vector[:, :, None]).squeeze(-1)
     angular = reference.legendre(cosine, num_spherical) * valid[..., None]
     return Triplets(table=table, valid=valid, angular=angular.mT.contiguous())
+
+
+def _comes_from(edges: EdgeSet, table: Tensor, source: Tensor, image: Tensor) -> Tensor:
+    """Return where the edges of a table [E, K] start at the given image [E] of the given atom [E]."""
+    same_atom = reference.gather(edges.source, table) == source[:, None]
+    return same_atom & (reference.gather(edges.image, table) == image[:, None])
 
 
 def _quadruplets(main: EdgeSet, quad: EdgeSet, num_spherical: int) -> Quadruplets:
@@ -101,19 +104,13 @@ def _quadruplets(main: EdgeSet, quad: EdgeSet, num_spherical: int) -> Quadruplet
     eps = collinear_eps(main.vector.dtype)
     inputs = reference.neighbor_table(quad.source, main.ptr, main.max_degree)
     # d is a if the source of d->b is a and its image undoes that of b->a.
-    returns = (reference.gather(main.source, inputs) == quad.target[:, None]) & (
-        reference.gather(main.image, inputs) == -quad.image[:, None]
-    )
-    inputs_valid = (inputs < main.num_edges) & ~returns
+    inputs_valid = (inputs < main.num_edges) & ~_comes_from(main, inputs, quad.target, -quad.image)
     v_db = reference.gather(main.vector, inputs)
     circular = reference.legendre((v_db @ quad.vector[:, :, None]).squeeze(-1), num_spherical)
     q, q_regular = reference.unit_or_small(torch.linalg.cross(v_db, quad.vector[:, None].expand_as(v_db)), eps)
 
     middles = reference.neighbor_table(main.target, quad.ptr, quad.max_degree)
-    same = (reference.gather(quad.source, middles) == main.source[:, None]) & (
-        reference.gather(quad.image, middles) == main.image[:, None]
-    )
-    middles_valid = (middles < quad.num_edges) & ~same
+    middles_valid = (middles < quad.num_edges) & ~_comes_from(quad, middles, main.source, main.image)
     v_ba = reference.gather(quad.vector, middles)
     y_cab = reference.legendre((v_ba @ main.vector[:, :, None]).squeeze(-1), num_spherical)
     p, p_regular = reference.unit_or_small(torch.linalg.cross(main.vector[:, None].expand_as(v_ba), v_ba), eps)

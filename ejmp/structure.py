@@ -134,7 +134,7 @@ def _cell(value: Any, pbc: Tensor, b: int, device: torch.device) -> tuple[Tensor
         if pbc.any():
             raise ValueError(f"structure {b}: cell: expected [3, 3] for a periodic structure, got none")
         value = np.zeros((3, 3))
-    cell = _tensor(np.asarray(value) if not isinstance(value, Tensor) else value, b, "cell", device)
+    cell = _tensor(value, b, "cell", device)
     if cell.shape == (3,):
         cell = torch.diag(cell)
     if cell.shape == (1, 3, 3):

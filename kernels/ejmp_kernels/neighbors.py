@@ -86,7 +86,7 @@ def find_neighbors_reference(query: NeighborQuery) -> Neighbors:
     num_atoms = len(query.positions)
     found = [_search_structure(query, b) for b in range(len(query.cell))]
     source, target, offset, rank = (torch.cat(column) for column in zip(*found, strict=True))
-    order = torch.arange(len(target), device=target.device) - _csr(target, num_atoms)[target]
+    order = torch.arange(len(target), device=target.device) - csr_pointers(target, num_atoms)[target]
     most = query.limits.repeat_interleave(query.ptr.diff(), dim=0)[target]
     pairs, main, near, quad = (order < most[:, j] for j in range(4))
     quad = quad & (query.quad_atom[source] | query.quad_atom[target])
@@ -103,13 +103,14 @@ def lexsort(keys: Sequence[Tensor]) -> Tensor:
     return order
 
 
-def _csr(target: Tensor, num_atoms: int) -> Tensor:
+def csr_pointers(target: Tensor, num_atoms: int) -> Tensor:
+    """Return where each atom's edges begin if edges are sorted by target, [E] -> [N + 1]."""
     counts = torch.bincount(target, minlength=num_atoms)
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
 
 
 def _select(keep: Tensor, source: Tensor, target: Tensor, offset: Tensor, num_atoms: int) -> EdgeList:
-    return EdgeList(source=source[keep], offset=offset[keep], ptr=_csr(target[keep], num_atoms))
+    return EdgeList(source=source[keep], offset=offset[keep], ptr=csr_pointers(target[keep], num_atoms))
 
 
 def _search_structure(query: NeighborQuery, b: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -168,4 +169,4 @@ def _symmetrise(
     place = torch.empty_like(order)
     place[order] = torch.arange(2 * num_half, device=source.device)
     swap = place[(order + num_half) % max(2 * num_half, 1)]
-    return EdgeList(source=source[order], offset=offset[order], ptr=_csr(target, num_atoms)), swap
+    return EdgeList(source=source[order], offset=offset[order], ptr=csr_pointers(target, num_atoms)), swap
