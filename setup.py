@@ -5,6 +5,7 @@ the extension and runs in plain torch; `ejmp_kernels.extension.unavailable()` sa
 """
 
 import sys
+from pathlib import Path
 
 from setuptools import setup
 
@@ -35,10 +36,10 @@ class OptionalBuild(BuildExtension):
 openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
 extension = CppExtension(
     "ejmp_kernels._C",
-    ["csrc/bindings.cpp", "csrc/cpu/neighbors.cpp"],
-    depends=["csrc/ops.h"],
+    ["csrc/bindings.cpp", "csrc/bindings_dense.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))],
+    depends=sorted(map(str, Path("csrc").rglob("*.h"))),
     # fp-contract=off: distances must have the same bits as the plain-torch twin
-    extra_compile_args=["-O3", "-g0", "-Wall", "-ffp-contract=off", *openmp],
+    extra_compile_args=["-O3", "-g0", "-Wall", "-Wno-psabi", "-ffp-contract=off", *openmp],
     extra_link_args=openmp,
     # the library registers torch ops and does not touch Python: one file for every Python version
     py_limited_api=True,

@@ -1,6 +1,7 @@
 // The C++ side of ejmp: plain pointers and sizes, no torch, no Python.
 //
-// Letters: B structures, N atoms of the whole batch. All arrays are contiguous, row-major, and live on the host.
+// Letters: B structures, N atoms of the whole batch, E edges, Q middle edges, C and M channels, R radial and S
+// spherical functions, A embedding of a basis. All arrays are contiguous, row-major, and live on the host.
 #pragma once
 
 #include <cstdint>
@@ -35,5 +36,128 @@ struct Neighbors {
 Neighbors find_neighbors(const double* positions, const double* cell, const bool* pbc, const int64_t* ptr,
                          const double* cutoff, const int64_t* limits, const bool* quad_atom, int64_t num_structures,
                          int num_threads);
+
+// An input of a differentiable op and, in its second backward, the direction along which the op is differentiated.
+// There every result is a derivative along that direction, `along` is set in every input, and `value` in none of the
+// results.
+template <class T>
+struct In {
+    const T* value;
+    const T* along;  // or null
+};
+
+// Edges as message passing sees them: those into atom i are ptr[i] .. ptr[i + 1].
+struct Incoming {
+    const int64_t* ptr;     // [N + 1]
+    const int64_t* source;  // [E]
+    const int64_t* image;   // [E], the cell offset packed into one number; images of paths are sums
+};
+
+// out[e, a, c] = sum_l weight[e, a, l] sum_k Y_l(v_out[e] . v_in[k]) x[k, c] over the edges k into the target of e that
+// are not the same image of the same neighbour as e; with to_atoms also summed over the edges e into each atom.
+template <class T>
+struct Triplet {
+    int64_t num_atoms, channels, basis, spherical;
+    bool to_atoms;
+    Incoming out, in;
+    In<T> x;            // [E_in, C]
+    In<T> weight;       // [E_out, A, S]
+    In<T> v_out, v_in;  // [E_out, 3], [E_in, 3] unit vectors
+};
+
+// Quadruplets d->b->a<-c of a main edge c->a, a middle edge q = b->a and a main edge d->b with d != a, b != c, d != c
+// (as images). With v[q, d, c] = x[d, c] sum_k filter[q, k, c] Y_k(V_q . V_d), p = V_c x V_q and n = V_d x V_q (unit):
+// out[e, a, c] = sum_lk weight[e, a, S l + k] sum_q Y_l(V_e . V_q) sum_d Y_k(p . n) v[q, d, c].
+template <class T>
+struct Quadruplet {
+    int64_t num_atoms, channels, basis, spherical;
+    T eps;  // a cross product shorter than this is divided by eps and passes no gradient
+    Incoming main, middle;
+    In<T> x;            // [E, C]
+    In<T> filter;       // [Q, S, C]
+    In<T> weight;       // [E, A, S * S]
+    In<T> v, v_middle;  // [E, 3], [Q, 3]
+};
+
+// out[n, r, c] = sum of radial[e, r] h[source[e], c] over the edges e into atom n.
+template <class T>
+struct Pair {
+    int64_t num_atoms, channels, num_radial;
+    const int64_t *ptr, *source;
+    const T *h, *radial;  // [N, C], [E, R]
+};
+
+// b_k(d) = u(x) exp(-temps[k] (x - offset[k])^2), x = d / cutoff, u the polynomial envelope (zero from x = 1 on).
+template <class T>
+struct Radial {
+    int64_t num_edges, num_radial, width;
+    int exponent, order;  // order: use the order-th derivative of b by d, 0..2
+    double cutoff;
+    const T *distance, *offset, *temps;  // [E], [R], [R]
+};
+
+// A value stored as the upper half of a float32.
+struct bfloat16 {
+    uint16_t bits;
+};
+
+// Everything compiled once per instruction set. `threads` is how many OpenMP threads to use; results do not depend on
+// it. T: float or double, what is computed in.
+template <class T>
+struct GraphKernels {
+    void (*triplet)(const Triplet<T>&, T* out, int threads);
+    // x [E_in, C], weight, v_out, v_in: where the gradients go; grad is shaped like the result
+    void (*triplet_backward)(const Triplet<T>&, In<T> grad, T* x, T* weight, T* v_out, T* v_in, int threads);
+    void (*quadruplet)(const Quadruplet<T>&, T* out, int threads);
+    void (*quadruplet_backward)(const Quadruplet<T>&, In<T> grad, T* x, T* filter, T* weight, T* v, T* v_middle,
+                                int threads);
+    void (*pair)(const Pair<T>&, T* out, int threads);
+    void (*pair_backward)(const Pair<T>&, const T* grad, T* h, T* radial, int threads);
+    void (*radial)(const Radial<T>&, const T* weight, T* out, int threads);        // [R, width] -> [E, width]
+    void (*radial_transposed)(const Radial<T>&, const T* x, T* out, int threads);  // [E, width] -> [R, width]
+};
+
+// S: float, double or bfloat16, what is stored; sums are in float for bfloat16. silu(x) = x / (1 + exp(-x)).
+template <class S>
+struct DenseKernels {
+    // out = alpha silu(x) factor + beta add; factor and add may be null; out may be x
+    void (*activate)(int64_t n, const S* x, const S* factor, const S* add, double alpha, double beta, S* out,
+                     int threads);
+    void (*activate_backward)(int64_t n, const S* grad, const S* x, const S* factor, double alpha, S* grad_x,
+                              S* grad_factor, int threads);
+    // u_x, u_factor: gradients of grad_x, grad_factor; to: grad, x, factor
+    void (*activate_double)(int64_t n, const S* u_x, const S* u_factor, const S* grad, const S* x, const S* factor,
+                            double alpha, S* to_grad, S* to_x, S* to_factor, int threads);
+    // out[e] = alpha (silu(x[e, 0]) + silu(x[swap[e], 1])) + add[e]; x [E, 2, M], add [E, M] or null
+    void (*swap_add)(int64_t num_edges, int64_t width, const S* x, const int64_t* swap, const S* add, double alpha,
+                     S* out, int threads);
+    void (*swap_add_backward)(int64_t num_edges, int64_t width, const S* grad, const S* x, const int64_t* swap,
+                              double alpha, S* grad_x, int threads);
+    void (*swap_add_double)(int64_t num_edges, int64_t width, const S* u, const S* grad, const S* x,
+                            const int64_t* swap, double alpha, S* to_grad, S* to_x, int threads);
+    // out[e] = x[e] + from[source[e]] + to[n] for edges e into atom n; x [E, M] or null, from and to [N, M]
+    void (*gather_add)(int64_t num_atoms, int64_t width, const S* x, const S* from, const S* to, const int64_t* source,
+                       const int64_t* ptr, S* out, int threads);
+    // out[n] = sum of x[order[e]] factor[order[e]] over e in ptr[n] .. ptr[n + 1]; order and factor may be null;
+    // out is float32 (float64 for double)
+    void (*edge_sum)(int64_t num_atoms, int64_t width, const S* x, const S* factor, const int64_t* order,
+                     const int64_t* ptr, void* out, int threads);
+    // grad_x[e] = grad[n] factor[e] and grad_factor[e] = grad[n] x[e] for edges e into atom n; grad as out of edge_sum
+    void (*atom_sum_backward)(int64_t num_atoms, int64_t width, const void* grad, const S* x, const S* factor,
+                              const int64_t* ptr, S* grad_x, S* grad_factor, int threads);
+};
+
+struct Kernels {
+    const char* name;  // "avx512", "avx2" or "portable"
+    GraphKernels<float> graph_float;
+    GraphKernels<double> graph_double;
+    DenseKernels<float> dense_float;
+    DenseKernels<double> dense_double;
+    DenseKernels<bfloat16> dense_bfloat16;
+};
+
+// The best kernels this processor runs; the environment variable EJMP_ISA (avx512, avx2, portable) asks for others.
+// Throws std::runtime_error if they do not exist or do not run here.
+const Kernels& kernels();
 
 }  // namespace ejmp

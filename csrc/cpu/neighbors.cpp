@@ -5,32 +5,12 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <exception>
 
 #include "../ops.h"
+#include "parallel.h"
 
 namespace ejmp {
 namespace {
-
-// Keeps the first exception of a parallel region, which must not leave the region on its own.
-class Guard {
-  public:
-    template <typename F>
-    void run(F&& work) {
-        try {
-            work();
-        } catch (...) {
-#pragma omp critical(ejmp_guard)
-            if (!error_) error_ = std::current_exception();
-        }
-    }
-    void rethrow() const {
-        if (error_) std::rethrow_exception(error_);
-    }
-
-  private:
-    std::exception_ptr error_;
-};
 
 using Shift = std::array<int32_t, 3>;
 

@@ -1,0 +1,253 @@
+// What happens between the matrix products: one pass over memory each. Included once per instruction set.
+
+// Numbers are stored as S and computed with as Compute<S>.
+template <class S>
+using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
+typedef uint16_t Half __attribute__((vector_size(EJMP_BYTES / 2)));  // WIDTH<float> bfloat16 numbers
+
+template <class S>
+inline Vec<Compute<S>> read(const S* p) {
+    if constexpr (!std::is_same_v<S, bfloat16>) {
+        return load(p);
+    } else {
+        Half bits;
+        std::memcpy(&bits, p, sizeof(bits));
+        const auto wide = __builtin_convertvector(bits, Int<float>) << 16;
+        Vec<float> v;
+        std::memcpy(&v, &wide, sizeof(v));
+        return v;
+    }
+}
+
+// to the nearest, ties to even; a NaN stays one
+inline Half round_to_half(Vec<float> v) {
+    typedef uint32_t Unsigned __attribute__((vector_size(EJMP_BYTES)));
+    Unsigned bits;
+    std::memcpy(&bits, &v, sizeof(v));
+    const Unsigned rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Unsigned kept = v == v ? rounded : (bits >> 16) | 0x40;
+    return __builtin_convertvector(kept, Half);
+}
+
+template <class S>
+inline void write(S* p, Vec<Compute<S>> v) {
+    if constexpr (!std::is_same_v<S, bfloat16>) {
+        store(p, v);
+    } else {
+        const Half bits = round_to_half(v);
+        std::memcpy(p, &bits, sizeof(bits));
+    }
+}
+
+constexpr int64_t PIECE = 1 << 13;
+
+// N input and M output arrays of n numbers, any may be null; f takes N vectors and fills M. What does not fill a vector
+// goes through a buffer, so that f sees whole ones only.
+template <class S, int N, int M, class F>
+inline void map_row(int64_t n, const S* const (&in)[N], S* const (&out)[M], F&& f) {
+    constexpr int W = WIDTH<Compute<S>>;
+    Vec<Compute<S>> x[N], y[M];
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+        for (int j = 0; j < N; ++j) x[j] = in[j] ? read(in[j] + i) : Vec<Compute<S>>{};
+        f(x, y);
+        for (int j = 0; j < M; ++j)
+            if (out[j]) write(out[j] + i, y[j]);
+    }
+    if (i == n) return;
+    S buffer[W] = {};
+    for (int j = 0; j < N; ++j) {
+        if (in[j]) std::copy_n(in[j] + i, n - i, buffer);
+        x[j] = in[j] ? read(buffer) : Vec<Compute<S>>{};
+    }
+    f(x, y);
+    for (int j = 0; j < M; ++j)
+        if (out[j]) write(buffer, y[j]), std::copy_n(buffer, n - i, out[j] + i);
+}
+
+template <class S, int N, int M, class F>
+inline void map(int64_t n, const S* const (&in)[N], S* const (&out)[M], int threads, F&& f) {
+    parallel_for<Stateless>((n + PIECE - 1) / PIECE, 1, threads, [&](int64_t piece, Stateless&) {
+        const int64_t begin = piece * PIECE;
+        const S* from[N];
+        S* to[M];
+        for (int j = 0; j < N; ++j) from[j] = in[j] ? in[j] + begin : nullptr;
+        for (int j = 0; j < M; ++j) to[j] = out[j] ? out[j] + begin : nullptr;
+        map_row<S, N, M>(std::min(PIECE, n - begin), from, to, f);
+    });
+}
+
+template <class T>
+inline Vec<T> sigmoid(Vec<T> x) {
+    return T(1) / (T(1) + exponential<T>(-x));
+}
+template <class T>
+inline Vec<T> silu(Vec<T> x) {
+    return x * sigmoid<T>(x);
+}
+template <class T>
+inline Vec<T> silu_slope(Vec<T> x) {
+    const Vec<T> s = sigmoid<T>(x);
+    return s * (T(1) + x * (T(1) - s));
+}
+template <class T>
+inline Vec<T> silu_curvature(Vec<T> x) {
+    const Vec<T> s = sigmoid<T>(x);
+    return s * (T(1) - s) * (T(2) + x * (T(1) - T(2) * s));
+}
+
+template <class S>
+void activate(int64_t n, const S* x, const S* factor, const S* add, double alpha, double beta, S* out, int threads) {
+    using T = Compute<S>;
+    using V = Vec<T>;
+    const T a = T(alpha), b = T(beta);
+    const bool product = factor;
+    map<S, 3, 1>(n, {x, factor, add}, {out}, threads, [=](const V* v, V* o) {
+        const V value = a * silu<T>(v[0]);
+        o[0] = (product ? value * v[1] : value) + b * v[2];
+    });
+}
+
+template <class S>
+void activate_backward(int64_t n, const S* grad, const S* x, const S* factor, double alpha, S* grad_x, S* grad_factor,
+                       int threads) {
+    using T = Compute<S>;
+    using V = Vec<T>;
+    const T a = T(alpha);
+    const bool product = factor;
+    map<S, 3, 2>(n, {grad, x, factor}, {grad_x, grad_factor}, threads, [=](const V* v, V* o) {
+        const V s = sigmoid<T>(v[1]), g = a * v[0];
+        o[0] = g * s * (T(1) + v[1] * (T(1) - s));
+        if (product) o[0] = o[0] * v[2], o[1] = g * v[1] * s;
+    });
+}
+
+template <class S>
+void activate_double(int64_t n, const S* u_x, const S* u_factor, const S* grad, const S* x, const S* factor,
+                     double alpha, S* to_grad, S* to_x, S* to_factor, int threads) {
+    using T = Compute<S>;
+    using V = Vec<T>;
+    const T a = T(alpha);
+    const bool product = factor;
+    map<S, 5, 3>(n, {u_x, u_factor, grad, x, factor}, {to_grad, to_x, to_factor}, threads, [=](const V* v, V* o) {
+        const V slope = a * silu_slope<T>(v[3]), curvature = a * silu_curvature<T>(v[3]);
+        o[0] = v[0] * slope;
+        o[1] = v[0] * v[2] * curvature;
+        if (product) {
+            o[0] = o[0] * v[4] + a * v[1] * silu<T>(v[3]);
+            o[1] = o[1] * v[4] + v[1] * v[2] * slope;
+            o[2] = v[0] * v[2] * slope;
+        }
+    });
+}
+
+template <class S>
+void swap_add(int64_t num_edges, int64_t width, const S* x, const int64_t* swap, const S* add, double alpha, S* out,
+              int threads) {
+    using T = Compute<S>;
+    using V = Vec<T>;
+    const T a = T(alpha);
+    parallel_for<Stateless>(num_edges, 8, threads, [&](int64_t e, Stateless&) {
+        const S* const in[3] = {x + 2 * e * width, x + (2 * swap[e] + 1) * width, add ? add + e * width : nullptr};
+        S* const to[1] = {out + e * width};
+        map_row<S, 3, 1>(width, in, to, [=](const V* v, V* o) { o[0] = a * (silu<T>(v[0]) + silu<T>(v[1])) + v[2]; });
+    });
+}
+
+template <class S>
+void swap_add_backward(int64_t num_edges, int64_t width, const S* grad, const S* x, const int64_t* swap, double alpha,
+                       S* grad_x, int threads) {
+    using T = Compute<S>;
+    using V = Vec<T>;
+    const T a = T(alpha);
+    parallel_for<Stateless>(2 * num_edges, 16, threads, [&](int64_t row, Stateless&) {
+        const int64_t e = row % 2 ? swap[row / 2] : row / 2;  // a swap undoes itself
+        const S* const in[2] = {grad + e * width, x + row * width};
+        S* const to[1] = {grad_x + row * width};
+        map_row<S, 2, 1>(width, in, to, [=](const V* v, V* o) { o[0] = a * v[0] * silu_slope<T>(v[1]); });
+    });
+}
+
+template <class S>
+void swap_add_double(int64_t num_edges, int64_t width, const S* u, const S* grad, const S* x, const int64_t* swap,
+                     double alpha, S* to_grad, S* to_x, int threads) {
+    using T = Compute<S>;
+    using V = Vec<T>;
+    const T a = T(alpha);
+    parallel_for<Stateless>(num_edges, 8, threads, [&](int64_t e, Stateless&) {
+        const int64_t here = 2 * e * width, there = (2 * swap[e] + 1) * width;
+        const S* const in[5] = {u + here, x + here, u + there, x + there, grad + e * width};
+        S* const to[3] = {to_grad + e * width, to_x + here, to_x + there};
+        map_row<S, 5, 3>(width, in, to, [=](const V* v, V* o) {
+            o[0] = a * (v[0] * silu_slope<T>(v[1]) + v[2] * silu_slope<T>(v[3]));
+            o[1] = a * v[4] * v[0] * silu_curvature<T>(v[1]);
+            o[2] = a * v[4] * v[2] * silu_curvature<T>(v[3]);
+        });
+    });
+}
+
+template <class S>
+void gather_add(int64_t num_atoms, int64_t width, const S* x, const S* from, const S* to, const int64_t* source,
+                const int64_t* ptr, S* out, int threads) {
+    using V = Vec<Compute<S>>;
+    parallel_for<Stateless>(num_atoms, 1, threads, [&](int64_t n, Stateless&) {
+        for (int64_t e = ptr[n]; e < ptr[n + 1]; ++e) {
+            const S* const in[3] = {x ? x + e * width : nullptr, from + source[e] * width, to + n * width};
+            S* const place[1] = {out + e * width};
+            map_row<S, 3, 1>(width, in, place, [=](const V* v, V* o) { o[0] = v[0] + v[1] + v[2]; });
+        }
+    });
+}
+
+template <class S>
+void edge_sum(int64_t num_atoms, int64_t width, const S* x, const S* factor, const int64_t* order, const int64_t* ptr,
+              void* out, int threads) {
+    using T = Compute<S>;
+    constexpr int W = WIDTH<T>;
+    constexpr int64_t COLS = 8 * W;  // an atom's columns are summed in registers, some at a time
+    const int64_t pieces = (width + COLS - 1) / COLS;
+    parallel_for<Stateless>(num_atoms * pieces, 4, threads, [&](int64_t job, Stateless&) {
+        const int64_t atom = job / pieces, begin = job % pieces * COLS, count = std::min(COLS, width - begin);
+        T* const place = static_cast<T*>(out) + atom * width + begin;
+        Vec<T> sum[8] = {};
+        for (int64_t i = ptr[atom]; i < ptr[atom + 1]; ++i) {
+            const int64_t row = (order ? order[i] : i) * width + begin;
+            for (int64_t c = 0, j = 0; c < count; c += W, ++j) {
+                S buffer[2][W] = {};
+                const S *p = x + row + c, *f = factor ? factor + row + c : nullptr;
+                if (c + W > count) {
+                    std::copy_n(p, count - c, buffer[0]), p = buffer[0];
+                    if (f) std::copy_n(f, count - c, buffer[1]), f = buffer[1];
+                }
+                sum[j] = f ? fma(read(p), read(f), sum[j]) : sum[j] + read(p);
+            }
+        }
+        for (int64_t c = 0, j = 0; c < count; c += W, ++j) store(place + c, sum[j], std::min<int64_t>(W, count - c));
+    });
+}
+
+template <class S>
+void atom_sum_backward(int64_t num_atoms, int64_t width, const void* grad, const S* x, const S* factor,
+                       const int64_t* ptr, S* grad_x, S* grad_factor, int threads) {
+    using T = Compute<S>;
+    constexpr int W = WIDTH<T>;
+    parallel_for<Stateless>(num_atoms, 1, threads, [&](int64_t n, Stateless&) {
+        const T* const g = static_cast<const T*>(grad) + n * width;
+        for (int64_t e = ptr[n]; e < ptr[n + 1]; ++e) {
+            int64_t c = 0;
+            const auto piece = [&](Vec<T> v, const S* px, const S* pf, S* to_x, S* to_factor) {
+                write(to_x, v * read(pf)), write(to_factor, v * read(px));
+            };
+            for (; c + W <= width; c += W) {
+                const int64_t i = e * width + c;
+                piece(load(g + c), x + i, factor + i, grad_x + i, grad_factor + i);
+            }
+            if (c == width) continue;
+            const int64_t i = e * width + c, rest = width - c;
+            S in[2][W] = {}, out[2][W];
+            std::copy_n(x + i, rest, in[0]), std::copy_n(factor + i, rest, in[1]);
+            piece(load(g + c, rest), in[0], in[1], out[0], out[1]);
+            std::copy_n(out[0], rest, grad_x + i), std::copy_n(out[1], rest, grad_factor + i);
+        }
+    });
+}

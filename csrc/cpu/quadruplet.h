@@ -1,0 +1,279 @@
+// Quadruplet aggregation in its factorised form, one target atom a at a time. Included once per instruction set.
+//
+// The dihedral's cosine is p . n with p made from (c, b) and n from (d, b), so for each middle edge q = b->a and each
+// edge e = c->a seven sums over d, U[k, c] = sum_d Y_k(p . n) v[d, c], stand for all its quadruplets; they enter the
+// edge's 49 sums once per pair (e, q), with Y_l(V_e . V_q).
+
+// What one middle edge q = b->a needs of the edges d->b, whichever edge c->a it meets.
+template <class T, bool D>
+struct Middle {
+    int64_t q, first, count, ld;        // of the edges d->b
+    Tile<T, D> value, value_t, filter;  // v [count, C], its transpose [C, ld], v / x [count, C]
+    Tile<T, D> y, slopes;               // [S, ld], Y_l(V_q . V_d)
+    Tile<T, D> normal, inverse;         // [3, ld], [ld]
+    T* regular;                         // [ld]
+    Tile<T, D> to_value, to_normal;     // gradients: [count, C], [3, ld]
+};
+
+// Scratch of one pair (e, q).
+template <class T, bool D>
+struct Dihedral {
+    Tile<T, D> cosine, z, slopes, sum;  // [ld], [S, ld] twice, U [S, C]
+    T* mask;                            // [ld]
+    Tile<T, D> y, y_slopes;             // [S, width of a vector], Y_l(V_e . V_q) in column 0
+};
+
+template <class T, bool D>
+class QuadrupletAtom {
+  public:
+    QuadrupletAtom(const Quadruplet<T>& p, int64_t atom, Arena<T>& arena, bool backward)
+        : p_(p), atom_(atom), arena_(arena), S(p.spherical), C(p.channels), A(p.basis), v_(tile<D>(p.v)) {
+        arena.reset();
+        int64_t widest = WIDTH<T>;
+        for (int64_t q = p.middle.ptr[atom]; q < p.middle.ptr[atom + 1]; ++q) {
+            middles_.push_back(prepare(q, backward));
+            widest = std::max(widest, middles_.back().ld);
+        }
+        pair_ = {take(widest),       take(S * widest),   take(S * widest),  take(S * C),
+                 arena.take(widest), take(S * WIDTH<T>), take(S * WIDTH<T>)};
+    }
+
+    void forward(Tile<T, D> out) {
+        const auto sums = take(S * S * C);
+        for (int64_t e = p_.main.ptr[atom_]; e < p_.main.ptr[atom_ + 1]; ++e) {
+            sums.zero(S * S * C);
+            for (const Middle<T, D>& middle : middles_)
+                if (!comes_from_b(e, middle)) meet(e, middle, false), add_to(sums);
+            mm(A, C, S * S, tile<D>(p_.weight) + e * A * S * S, S * S, 1, sums, C, out + e * A * C, C, false);
+        }
+    }
+
+    // Gradients of this atom's rows go where they belong; what belongs to the edges d->b of the atoms b goes to rows
+    // slot[q] + (d - first) of x_part [., C] and v_part [., 3].
+    void backward(Tile<T, D> grad, const int64_t* slot, Tile<T, D> x_part, Tile<T, D> v_part, Tile<T, D> to_filter,
+                  Tile<T, D> to_weight, Tile<T, D> to_v, Tile<T, D> to_v_middle) {
+        const int64_t ldw = padded<T>(S * S);
+        const auto sums = take(S * S * C), sums_t = take(C * ldw), to_sums = take(S * S * C), weights = take(A * ldw);
+        const auto to_sum = take(S * C), to_z = take(S * longest());
+        for (const Middle<T, D>& middle : middles_) (to_v_middle + 3 * middle.q).zero(3);
+        for (int64_t e = p_.main.ptr[atom_]; e < p_.main.ptr[atom_ + 1]; ++e) {
+            const auto g = grad + e * A * C, w = tile<D>(p_.weight) + e * A * S * S;
+            mm(S * S, C, A, w, 1, S * S, g, C, to_sums, C, false);
+            sums.zero(S * S * C);
+            (to_v + 3 * e).zero(3);
+            for (Middle<T, D>& middle : middles_)
+                if (!comes_from_b(e, middle)) {
+                    const Unit<T, D> p = meet(e, middle, true);
+                    add_to(sums);
+                    pair_backward(e, middle, p, to_sums, to_sum, to_z, to_v, to_v_middle);
+                }
+            transpose(S * S, C, sums, sums_t, ldw);
+            mm(A, ldw, C, g, C, 1, sums_t, ldw, weights, ldw, false);
+            for (int64_t a = 0; a < A; ++a)
+                for (int64_t l = 0; l < S * S; ++l) to_weight.set((e * A + a) * S * S + l, weights[a * ldw + l]);
+        }
+        for (const Middle<T, D>& middle : middles_) {
+            const int64_t row = slot[middle.q];
+            middle_backward(middle, x_part + row * C, v_part + 3 * row, to_filter, to_v_middle);
+        }
+    }
+
+  private:
+    Tile<T, D> take(int64_t n) { return arena_.template tile<D>(n); }
+    int64_t longest() const {
+        int64_t n = WIDTH<T>;
+        for (const auto& middle : middles_) n = std::max(n, middle.ld);
+        return n;
+    }
+    bool comes_from_b(int64_t e, const Middle<T, D>& m) const {
+        return p_.main.source[e] == p_.middle.source[m.q] && p_.main.image[e] == p_.middle.image[m.q];
+    }
+
+    Middle<T, D> prepare(int64_t q, bool backward) {
+        const int64_t b = p_.middle.source[q], first = p_.main.ptr[b], count = p_.main.ptr[b + 1] - first;
+        const int64_t ld = padded<T>(count);
+        const Tile<T, D> none{nullptr, nullptr};
+        Middle<T, D> m{q,        first,           count,        ld,   take(count * C),
+                       none,     take(count * C), take(S * ld), none, take(3 * ld),
+                       take(ld), arena_.take(ld), none,         none};
+        if (backward) {
+            m.value_t = take(C * ld), m.slopes = take(S * ld), m.to_value = take(count * C), m.to_normal = take(3 * ld);
+            m.to_value.zero(count * C), m.to_normal.zero(3 * ld);
+        }
+        const auto cosine = take(ld);
+        T* const mask = arena_.take(ld);
+        cosine.zero(ld), m.normal.zero(3 * ld), std::fill_n(mask, ld, T(0)), std::fill_n(m.regular, ld, T(0));
+        const auto v_q = vector(tile<D>(p_.v_middle), q);
+        for (int64_t k = 0; k < count; ++k) {
+            const int64_t d = first + k;
+            const auto v_d = vector(v_, d);
+            cosine.set(k, dot(v_d, v_q));
+            mask[k] = p_.main.source[d] != atom_ || p_.main.image[d] != -p_.middle.image[q];  // d is not a
+            const Unit<T, D> n(cross(v_d, v_q), p_.eps);
+            m.normal.set(k, n.direction.x), m.normal.set(ld + k, n.direction.y),
+                m.normal.set(2 * ld + k, n.direction.z);
+            m.inverse.set(k, n.inverse), m.regular[k] = n.regular;
+        }
+        legendre(S, ld, cosine, mask, m.y, m.slopes, ld);
+        mm(count, C, S, m.y, 1, ld, tile<D>(p_.filter) + q * S * C, C, m.filter, C, false);
+        const auto x = tile<D>(p_.x) + first * C;
+        for (int64_t i = 0; i < count * C; ++i) m.value.set(i, x[i] * m.filter[i]);
+        if (backward) transpose(count, C, m.value, m.value_t, ld);
+        return m;
+    }
+
+    // Fill pair_ for edge e = c->a and a middle edge; return the direction p.
+    Unit<T, D> meet(int64_t e, const Middle<T, D>& m, bool slopes) {
+        const auto v_e = vector(v_, e), v_q = vector(tile<D>(p_.v_middle), m.q);
+        const Unit<T, D> p(cross(v_e, v_q), p_.eps);
+        const auto direction = p.direction;
+        const int64_t source = p_.main.source[e], image = p_.main.image[e] - p_.middle.image[m.q];
+        for (int64_t k = 0; k < m.ld; ++k) {
+            auto c =
+                direction.x * m.normal[k] + direction.y * m.normal[m.ld + k] + direction.z * m.normal[2 * m.ld + k];
+            pair_.cosine.set(k, c);
+            if constexpr (D) pair_.cosine.along[k] *= p.regular && m.regular[k] != 0;
+        }
+        for (int64_t k = 0; k < m.count; ++k)  // d is not a (then v is zero) and not c
+            pair_.mask[k] = p_.main.source[m.first + k] != source || p_.main.image[m.first + k] != image;
+        std::fill(pair_.mask + m.count, pair_.mask + m.ld, T(0));
+        const Tile<T, D> none{nullptr, nullptr};
+        legendre(S, m.ld, pair_.cosine, pair_.mask, pair_.z, slopes ? pair_.slopes : none, m.ld);
+        mm(S, C, m.count, pair_.z, m.ld, 1, m.value, C, pair_.sum, C, false);
+        // one cosine in a vector of its own
+        T one[WIDTH<T>] = {1}, value[WIDTH<T>] = {}, along[WIDTH<T>] = {};
+        Tile<T, D>{value, along}.set(0, dot(v_e, v_q));
+        legendre(S, WIDTH<T>, Tile<T, D>{value, along}, one, pair_.y, slopes ? pair_.y_slopes : none, WIDTH<T>);
+        return p;
+    }
+
+    // sums[l, k, c] += Y_l U[k, c]
+    void add_to(Tile<T, D> sums) { mm(S, S * C, 1, pair_.y, WIDTH<T>, 1, pair_.sum, S * C, sums, S * C, true); }
+
+    void pair_backward(int64_t e, Middle<T, D>& m, const Unit<T, D>& p, Tile<T, D> to_sums, Tile<T, D> to_sum,
+                       Tile<T, D> to_z, Tile<T, D> to_v, Tile<T, D> to_v_middle) {
+        const auto v_e = vector(v_, e), v_q = vector(tile<D>(p_.v_middle), m.q);
+        mm(1, S * C, S, pair_.y, 1, WIDTH<T>, to_sums, S * C, to_sum, S * C, false);
+        Number<T, D> to_cosine(0);
+        for (int64_t l = 0; l < S; ++l)
+            to_cosine = to_cosine + pair_.y_slopes[l * WIDTH<T>] * inner(S * C, to_sums + l * S * C, pair_.sum);
+        Vector<T, D> to_v_e = to_cosine * v_q, to_v_q = to_cosine * v_e;
+        mm(m.count, C, S, pair_.z, 1, m.ld, to_sum, C, m.to_value, C, true);
+        if (p.regular) {
+            mm(S, m.ld, C, to_sum, C, 1, m.value_t, m.ld, to_z, m.ld, false);
+            Vector<T, D> to_p{T(0), T(0), T(0)};
+            for (int64_t k = 0; k < m.count; ++k) {
+                if (m.regular[k] == 0) continue;
+                Number<T, D> to_c(0);
+                for (int64_t l = 0; l < S; ++l) to_c = to_c + pair_.slopes[l * m.ld + k] * to_z[l * m.ld + k];
+                to_p = to_p + to_c * Vector<T, D>{m.normal[k], m.normal[m.ld + k], m.normal[2 * m.ld + k]};
+                const auto to_n = to_c * p.direction;
+                m.to_normal.add(k, to_n.x), m.to_normal.add(m.ld + k, to_n.y), m.to_normal.add(2 * m.ld + k, to_n.z);
+            }
+            const auto to_cross = p.backward(to_p);  // of V_e x V_q
+            to_v_e = to_v_e + cross(v_q, to_cross);
+            to_v_q = to_v_q + cross(to_cross, v_e);
+        }
+        add_vector(to_v, e, to_v_e);
+        add_vector(to_v_middle, m.q, to_v_q);
+    }
+
+    static Number<T, D> inner(int64_t n, Tile<T, D> a, Tile<T, D> b) {
+        Vec<T> value{}, along{};
+        int64_t i = 0;
+        for (; i + WIDTH<T> <= n; i += WIDTH<T>) {
+            const Vec<T> x = load(a.value + i), y = load(b.value + i);
+            value = fma(x, y, value);
+            if constexpr (D) along = fma(x, load(b.along + i), fma(load(a.along + i), y, along));
+        }
+        Number<T, D> total(0);
+        for (; i < n; ++i) total = total + a[i] * b[i];
+        for (int j = 0; j < WIDTH<T>; ++j) total = total + Number<T, D>(value[j], along[j]);
+        return total;
+    }
+
+    void middle_backward(const Middle<T, D>& m, Tile<T, D> x_part, Tile<T, D> v_part, Tile<T, D> to_filter,
+                         Tile<T, D> to_v_middle) {
+        const auto x = tile<D>(p_.x) + m.first * C;
+        const auto to_filter_rows = take(m.count * C), rows_t = take(C * m.ld), to_y = take(S * m.ld);
+        for (int64_t i = 0; i < m.count * C; ++i) {
+            x_part.set(i, m.to_value[i] * m.filter[i]);
+            to_filter_rows.set(i, m.to_value[i] * x[i]);
+        }
+        mm(S, C, m.count, m.y, m.ld, 1, to_filter_rows, C, to_filter + m.q * S * C, C, false);
+        transpose(m.count, C, to_filter_rows, rows_t, m.ld);
+        mm(S, m.ld, C, tile<D>(p_.filter) + m.q * S * C, C, 1, rows_t, m.ld, to_y, m.ld, false);
+        const auto v_q = vector(tile<D>(p_.v_middle), m.q);
+        for (int64_t k = 0; k < m.count; ++k) {
+            const auto v_d = vector(v_, m.first + k);
+            Number<T, D> to_cosine(0);
+            for (int64_t l = 0; l < S; ++l) to_cosine = to_cosine + m.slopes[l * m.ld + k] * to_y[l * m.ld + k];
+            Vector<T, D> to_v_d = to_cosine * v_q, to_v_q = to_cosine * v_d;
+            if (m.regular[k] != 0) {
+                const Vector<T, D> n{m.normal[k], m.normal[m.ld + k], m.normal[2 * m.ld + k]};
+                const Vector<T, D> to_n{m.to_normal[k], m.to_normal[m.ld + k], m.to_normal[2 * m.ld + k]};
+                const auto to_cross = m.inverse[k] * (to_n - dot(n, to_n) * n);  // of V_d x V_q
+                to_v_d = to_v_d + cross(v_q, to_cross);
+                to_v_q = to_v_q + cross(to_cross, v_d);
+            }
+            v_part.set(3 * k, to_v_d.x), v_part.set(3 * k + 1, to_v_d.y), v_part.set(3 * k + 2, to_v_d.z);
+            add_vector(to_v_middle, m.q, to_v_q);
+        }
+    }
+
+    const Quadruplet<T>& p_;
+    const int64_t atom_;
+    Arena<T>& arena_;
+    const int64_t S, C, A;
+    const Tile<T, D> v_;
+    std::vector<Middle<T, D>> middles_;
+    Dihedral<T, D> pair_;
+};
+
+template <class T, bool D>
+void quadruplet_run(const Quadruplet<T>& p, T* out, int threads) {
+    parallel_for<Arena<T>>(p.num_atoms, 1, threads, [&](int64_t i, Arena<T>& arena) {
+        QuadrupletAtom<T, D>(p, i, arena, false).forward(result<D>(out));
+    });
+}
+
+template <class T>
+void quadruplet(const Quadruplet<T>& p, T* out, int threads) {
+    p.x.along ? quadruplet_run<T, true>(p, out, threads) : quadruplet_run<T, false>(p, out, threads);
+}
+
+template <class T, bool D>
+void quadruplet_backward_run(const Quadruplet<T>& p, In<T> grad, T* x, T* filter, T* weight, T* v, T* v_middle,
+                             int threads) {
+    const int64_t C = p.channels, num_middle = p.middle.ptr[p.num_atoms];
+    // Rows of the parts: for each middle edge b->a one for every edge d->b; summed per atom b afterwards.
+    std::vector<int64_t> slot(num_middle + 1, 0);
+    for (int64_t q = 0; q < num_middle; ++q) {
+        const int64_t b = p.middle.source[q];
+        slot[q + 1] = slot[q] + p.main.ptr[b + 1] - p.main.ptr[b];
+    }
+    const std::vector<int64_t> from = pointers_by_source(p.middle.source, num_middle, p.num_atoms);
+    const std::vector<int64_t> order = order_by_source(p.middle.source, num_middle, from);
+    std::vector<T> x_part(slot[num_middle] * C), v_part(slot[num_middle] * 3);
+    parallel_for<Arena<T>>(p.num_atoms, 1, threads, [&](int64_t i, Arena<T>& arena) {
+        QuadrupletAtom<T, D>(p, i, arena, true)
+            .backward(tile<D>(grad), slot.data(), result<D>(x_part.data()), result<D>(v_part.data()), result<D>(filter),
+                      result<D>(weight), result<D>(v), result<D>(v_middle));
+    });
+    parallel_for<Stateless>(p.num_atoms, 8, threads, [&](int64_t b, Stateless&) {
+        const int64_t first = p.main.ptr[b], count = p.main.ptr[b + 1] - first;
+        std::fill_n(x + first * C, count * C, T(0));
+        for (int64_t i = from[b]; i < from[b + 1]; ++i) {
+            const int64_t row = slot[order[i]];
+            for (int64_t j = 0; j < count * C; ++j) x[first * C + j] += x_part[row * C + j];
+            for (int64_t j = 0; j < count * 3; ++j) v[first * 3 + j] += v_part[row * 3 + j];
+        }
+    });
+}
+
+template <class T>
+void quadruplet_backward(const Quadruplet<T>& p, In<T> grad, T* x, T* filter, T* weight, T* v, T* v_middle,
+                         int threads) {
+    const auto run = p.x.along ? quadruplet_backward_run<T, true> : quadruplet_backward_run<T, false>;
+    run(p, grad, x, filter, weight, v, v_middle, threads);
+}

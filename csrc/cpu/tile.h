@@ -1,0 +1,204 @@
+// Small arrays with, in the second backward (D), their derivative along a direction beside their value, and the angular
+// functions on them. Included once per instruction set, after simd.h.
+//
+// The backward of an op is the gradient of <grad, op(inputs)>. Its own backward is the directional derivative of that
+// gradient and of the op along the incoming gradients (a Hessian is symmetric), so the same code, run on dual numbers,
+// is the second backward.
+
+template <class T, bool D>
+struct Number {  // a value and its derivative
+    T value, along;
+    Number() = default;
+    Number(T v) : value(v), along(0) {}
+    Number(T v, T a) : value(v), along(a) {}
+};
+template <class T>
+struct Number<T, false> {
+    T value;
+    Number() = default;
+    Number(T v, T = 0) : value(v) {}
+};
+
+template <class T, bool D>
+inline T slope(const Number<T, D>& x) {
+    if constexpr (D) return x.along;
+    return 0;
+}
+template <class T, bool D>
+inline Number<T, D> operator+(Number<T, D> x, Number<T, D> y) {
+    return {x.value + y.value, slope(x) + slope(y)};
+}
+template <class T, bool D>
+inline Number<T, D> operator-(Number<T, D> x, Number<T, D> y) {
+    return {x.value - y.value, slope(x) - slope(y)};
+}
+template <class T, bool D>
+inline Number<T, D> operator*(Number<T, D> x, Number<T, D> y) {
+    return {x.value * y.value, slope(x) * y.value + x.value * slope(y)};
+}
+template <class T, bool D>
+inline Number<T, D> inverse_sqrt(Number<T, D> x) {
+    const T root = 1 / std::sqrt(x.value);
+    return {root, T(-0.5) * root / x.value * slope(x)};
+}
+// the same number with no derivative
+template <class T, bool D>
+inline Number<T, D> constant(Number<T, D> x) {
+    return {x.value, T(0)};
+}
+
+// Where numbers are: `value` or `along` may be null in a result that does not need it.
+template <class T, bool D>
+struct Tile {
+    T *value, *along;
+    Tile operator+(int64_t i) const { return {value ? value + i : nullptr, along ? along + i : nullptr}; }
+    Number<T, D> operator[](int64_t i) const {
+        if constexpr (D) return {value[i], along[i]};
+        return {value[i]};
+    }
+    void set(int64_t i, Number<T, D> x) const {
+        if (value) value[i] = x.value;
+        if constexpr (D) along[i] = x.along;
+    }
+    void add(int64_t i, Number<T, D> x) const {
+        if (value) value[i] += x.value;
+        if constexpr (D) along[i] += x.along;
+    }
+    void zero(int64_t n) const {
+        if (value) std::fill_n(value, n, T(0));
+        if (D) std::fill_n(along, n, T(0));
+    }
+};
+
+// An input as a tile that nobody writes to.
+template <bool D, class T>
+inline Tile<T, D> tile(In<T> x) {
+    return {const_cast<T*>(x.value), const_cast<T*>(x.along)};
+}
+
+// A result: the value, or in the second backward only the derivative.
+template <bool D, class T>
+inline Tile<T, D> result(T* x) {
+    return D ? Tile<T, D>{nullptr, x} : Tile<T, D>{x, nullptr};
+}
+
+// Memory of one thread, given out piece by piece and taken back all at once.
+template <class T>
+class Arena {
+  public:
+    void reset() { block_ = used_ = 0; }
+    T* take(int64_t n) {
+        n = padded<T>(n);
+        while (block_ < blocks_.size() && used_ + n > blocks_[block_].size()) ++block_, used_ = 0;
+        if (block_ == blocks_.size()) blocks_.emplace_back(std::max<size_t>(n, 1 << 16));
+        T* const p = blocks_[block_].data() + used_;
+        used_ += n;
+        return p;
+    }
+    template <bool D>
+    Tile<T, D> tile(int64_t n) {
+        T* const value = take(n);
+        return {value, D ? take(n) : nullptr};
+    }
+
+  private:
+    std::vector<std::vector<T>> blocks_;
+    size_t block_ = 0, used_ = 0;
+};
+
+// c = a b, or c += a b; see mm in simd.h. An input without `along` (the incoming gradient) is constant.
+template <class T, bool D>
+inline void mm(int64_t m, int64_t n, int64_t k, Tile<T, D> a, int64_t row, int64_t col, Tile<T, D> b, int64_t ldb,
+               Tile<T, D> c, int64_t ldc, bool add) {
+    if (c.value) mm(m, n, k, a.value, row, col, b.value, ldb, c.value, ldc, add);
+    if constexpr (D) {
+        if (a.along) mm(m, n, k, a.along, row, col, b.value, ldb, c.along, ldc, add);
+        if (b.along) mm(m, n, k, a.value, row, col, b.along, ldb, c.along, ldc, add || a.along);
+    }
+}
+
+// out [n, ld] = the transpose of x [m, n], zero from column m on
+template <class T, bool D>
+inline void transpose(int64_t m, int64_t n, Tile<T, D> x, Tile<T, D> out, int64_t ld) {
+    for (int64_t j = 0; j < n; ++j)
+        for (int64_t i = 0; i < ld; ++i) out.set(j * ld + i, i < m ? x[i * n + j] : Number<T, D>(0));
+}
+
+template <class T, bool D>
+struct Vector {
+    Number<T, D> x, y, z;
+};
+template <class T, bool D>
+inline Vector<T, D> vector(Tile<T, D> v, int64_t i) {
+    return {v[3 * i], v[3 * i + 1], v[3 * i + 2]};
+}
+template <class T, bool D>
+inline void add_vector(Tile<T, D> out, int64_t i, Vector<T, D> v) {
+    out.add(3 * i, v.x), out.add(3 * i + 1, v.y), out.add(3 * i + 2, v.z);
+}
+template <class T, bool D>
+inline Number<T, D> dot(Vector<T, D> a, Vector<T, D> b) {
+    return a.x * b.x + a.y * b.y + a.z * b.z;
+}
+template <class T, bool D>
+inline Vector<T, D> cross(Vector<T, D> a, Vector<T, D> b) {
+    return {a.y * b.z - a.z * b.y, a.z * b.x - a.x * b.z, a.x * b.y - a.y * b.x};
+}
+template <class T, bool D>
+inline Vector<T, D> operator*(Number<T, D> s, Vector<T, D> v) {
+    return {s * v.x, s * v.y, s * v.z};
+}
+template <class T, bool D>
+inline Vector<T, D> operator+(Vector<T, D> a, Vector<T, D> b) {
+    return {a.x + b.x, a.y + b.y, a.z + b.z};
+}
+template <class T, bool D>
+inline Vector<T, D> operator-(Vector<T, D> a, Vector<T, D> b) {
+    return {a.x - b.x, a.y - b.y, a.z - b.z};
+}
+
+// v / max(|v|, eps); where |v| <= eps it has no derivative and is not `regular`.
+template <class T, bool D>
+struct Unit {
+    Vector<T, D> direction;
+    Number<T, D> inverse;  // 1 / max(|v|, eps)
+    bool regular;
+
+    Unit(Vector<T, D> v, T eps) {
+        const Number<T, D> squared = dot(v, v);
+        regular = squared.value > eps * eps;
+        inverse = regular ? inverse_sqrt(squared) : Number<T, D>(1 / eps);
+        if (!regular) v = {constant(v.x), constant(v.y), constant(v.z)};
+        direction = inverse * v;
+    }
+    // gradient with respect to v from the gradient with respect to the direction
+    Vector<T, D> backward(Vector<T, D> grad) const {
+        if (!regular) return {T(0), T(0), T(0)};
+        return inverse * (grad - dot(direction, grad) * direction);
+    }
+};
+
+// Spherical functions Y_l0(c) = sqrt((2l+1)/4pi) P_l(c) of `count` cosines (a multiple of the vector width), each times
+// mask, by Bonnet's recursion: y [S, ld]; slopes [S, ld] is the derivative by c, or null.
+template <class T, bool D>
+void legendre(int64_t spherical, int64_t count, Tile<T, D> c, const T* mask, Tile<T, D> y, Tile<T, D> slopes,
+              int64_t ld) {
+    constexpr T pi = T(3.14159265358979323846);
+    for (int64_t k = 0; k < count; k += WIDTH<T>) {
+        const Vec<T> x = load(c.value + k), on = load(mask + k);
+        Vec<T> p0{}, p1{}, d0{}, d1{}, s0{}, s1{};  // P, P', P'' of the two degrees before
+        for (int64_t l = 0; l < spherical; ++l) {
+            const T a = T(2 * l - 1), b = T(l - 1), inverse = T(1) / T(l ? l : 1);
+            const Vec<T> p = l == 0 ? splat(T(1)) : (a * x * p1 - b * p0) * inverse;
+            const Vec<T> d = l == 0 ? Vec<T>{} : d0 + a * p1, s = l == 0 ? Vec<T>{} : s0 + a * d1;
+            const Vec<T> scale = std::sqrt((2 * l + 1) / (4 * pi)) * on;
+            store(y.value + l * ld + k, scale * p);
+            if constexpr (D) store(y.along + l * ld + k, scale * d * load(c.along + k));
+            if (slopes.value) {
+                store(slopes.value + l * ld + k, scale * d);
+                if constexpr (D) store(slopes.along + l * ld + k, scale * s * load(c.along + k));
+            }
+            p0 = p1, p1 = p, d0 = d1, d1 = d, s0 = s1, s1 = s;
+        }
+    }
+}
