@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ejmp.bases import BasisValues, EdgeEmbedding
 from ejmp.config import JMPConfig
-from ejmp.geometry import Geometry, Triplets
+from ejmp.geometry import Geometry
 from ejmp.graph import AtomGraph
 from ejmp.layers import INV_SQRT_2, INV_SQRT_3, Dense, Plain, Residual, ScaleFactor, residuals
 from ejmp_kernels import reference
+from ejmp_kernels.angles import Triplets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ class TripletInteraction(nn.Module):
 
 def _aggregate(x: Tensor, cbf: Tensor, triplets: Triplets) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
-        return reference.triplet(x.to(cbf.dtype), cbf, triplets.table, triplets.angular)
+        return reference.triplet_sum(x.to(cbf.dtype), cbf, triplets.table, triplets.angular)
 
 
 class QuadrupletInteraction(nn.Module):
@@ -119,7 +120,7 @@ class QuadrupletInteraction(nn.Module):
             x_t = gathered * self.mlp_cbf(circular)
             kept = quads.inputs_valid
             x_t = self.scale_cbf(x_t, lambda: (gathered[kept], None), rows=kept) * kept[..., None]
-            summed = reference.quadruplet(x_t, bases.sbf_quad, quads.middles, quads.angular)
+            summed = reference.quadruplet_sum(x_t, bases.sbf_quad, quads.middles, quads.angular)
 
         def gathered_per_quadruplet() -> tuple[Tensor, Tensor]:
             counts = torch.zeros(len(x_t) + 1, x_t.shape[1], dtype=x_t.dtype, device=x_t.device)
@@ -147,7 +148,7 @@ class PairInteraction(nn.Module):
         source, rbf = inputs.graph.atom_pairs.source, inputs.bases.rbf_pair
         x = self.down_projection(h)
         with torch.autocast(h.device.type, enabled=False):
-            summed = reference.pair(x.to(rbf.dtype), rbf, source, inputs.geometry.pairs)
+            summed = reference.pair_sum(x.to(rbf.dtype), rbf, source, inputs.geometry.pairs)
 
         def gathered_per_pair() -> tuple[Tensor, Tensor]:
             return x, torch.bincount(source, minlength=len(x)).to(rbf.dtype)

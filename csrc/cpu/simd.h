@@ -78,7 +78,7 @@ inline V fma(V x, V y, V z) {
 }
 #endif
 
-// exp(x) to about one unit in the last place; beyond what T can hold it stays at the last finite value (or about zero).
+// exp(x) to about one unit in the last place; infinite from 88 (708 in double) on, and never below exp(-88) (exp(-708)).
 template <class T>
 inline Vec<T> exponential(Vec<T> x) {
     constexpr bool single = sizeof(T) == 4;
@@ -86,6 +86,7 @@ inline Vec<T> exponential(Vec<T> x) {
     constexpr T ln2_high = single ? 0.693359375 : 0.693147180369123816490,
                 ln2_low = single ? -2.12194440e-4 : 1.90821492927058770002e-10;
     constexpr int degree = single ? 7 : 13, bias = single ? 127 : 1023, mantissa = single ? 23 : 52;
+    const Vec<T> given = x;
     x = x > high ? splat(high) : x < -high ? splat(-high) : x;
     const Vec<T> n = fma(x, splat(T(1.44269504088896340736)), splat(magic)) - magic;  // the nearest integer
     const Vec<T> r = fma(n, splat(-ln2_low), fma(n, splat(-ln2_high), x));
@@ -96,7 +97,7 @@ inline Vec<T> exponential(Vec<T> x) {
     const Int<T> power = (__builtin_convertvector(n, Int<T>) + bias) << mantissa;
     Vec<T> scale;
     std::memcpy(&scale, &power, sizeof(scale));
-    return sum * scale;
+    return given > high ? splat(std::numeric_limits<T>::infinity()) : sum * scale;
 }
 
 // rows x (N vectors) of c = a b or c += a b; a[i, p] = a[i * row + p * col], b [k, ldb], c [rows, ldc].

@@ -76,7 +76,7 @@ def segment_sum(x: Tensor, target: Tensor, num_atoms: int) -> Tensor:
     return x.new_zeros(num_atoms, *x.shape[1:]).index_add(0, target, x)
 
 
-def triplet(x: Tensor, weight: Tensor, table: Tensor, angular: Tensor) -> Tensor:
+def triplet_sum(x: Tensor, weight: Tensor, table: Tensor, angular: Tensor) -> Tensor:
     """Sum input edges over triplets and contract with the output edge's basis.
 
     out[e, a, c] = sum_l weight[e, a, l] sum_k angular[e, l, k] x[table[e, k], c]. The quadruplet sum has the same form
@@ -95,8 +95,8 @@ def triplet(x: Tensor, weight: Tensor, table: Tensor, angular: Tensor) -> Tensor
     return (weight @ summed).flatten(1)
 
 
-def quadruplet(x: Tensor, weight: Tensor, table: Tensor, angular: Tensor) -> Tensor:
-    """Sum the triplet values d->b->a of all middle edges b->a over quadruplets; see `triplet`.
+def quadruplet_sum(x: Tensor, weight: Tensor, table: Tensor, angular: Tensor) -> Tensor:
+    """Sum the triplet values d->b->a of all middle edges b->a over quadruplets; see `triplet_sum`.
 
     Args:
         x: [E_mid, K, C], values of the edges d->b for each middle edge b->a.
@@ -111,7 +111,7 @@ def quadruplet(x: Tensor, weight: Tensor, table: Tensor, angular: Tensor) -> Ten
     return (weight @ summed).flatten(1)
 
 
-def pair(h: Tensor, radial: Tensor, source: Tensor, table: Tensor) -> Tensor:
+def pair_sum(h: Tensor, radial: Tensor, source: Tensor, table: Tensor) -> Tensor:
     """Sum neighbours of each atom times their radial basis: out[n, r, c] = sum_e radial[e, r] h[source[e], c].
 
     Args:
@@ -130,3 +130,25 @@ def pair(h: Tensor, radial: Tensor, source: Tensor, table: Tensor) -> Tensor:
 def atom_sum(m: Tensor, radial: Tensor, target: Tensor, num_atoms: int) -> Tensor:
     """Sum edge values times their radial filter into atoms: [E, M], [E, M] -> [N, M]."""
     return segment_sum(m * radial, target, num_atoms)
+
+
+def activate(
+    x: Tensor, factor: Tensor | None = None, add: Tensor | None = None, *, scale: float = 1.0, add_scale: float = 1.0
+) -> Tensor:
+    """Return scale * ScaledSiLU(x) * factor + add_scale * add, all of one shape; ScaledSiLU(x) = silu(x) / 0.6."""
+    out = torch.nn.functional.silu(x) * (scale / 0.6)
+    out = out if factor is None else out * factor
+    return out if add is None else out + add_scale * add
+
+
+def swap_add(x: Tensor, swap: Tensor, add: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
+    """Return scale * (ScaledSiLU(x[e, 0]) + ScaledSiLU(x[counter-edge of e, 1])) + add[e], [E, 2 M] -> [E, M]."""
+    to_edge, to_counter = activate(x, scale=scale).chunk(2, dim=1)
+    out = to_edge + to_counter.index_select(0, swap)
+    return out if add is None else out + add
+
+
+def gather_add(x: Tensor | None, source_rows: Tensor, target_rows: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """Return x[e] + source_rows[source[e]] + target_rows[target[e]], [E, M]."""
+    out = source_rows.index_select(0, source) + target_rows.index_select(0, target)
+    return out if x is None else out + x

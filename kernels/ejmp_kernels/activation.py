@@ -1,0 +1,129 @@
+"""What happens between the products of the dense chain, in one pass over memory each.
+
+activate(x, factor, add) = scale ScaledSiLU(x) factor + add_scale add, which is an activation, a radial filter, a
+residual and a scaling at once; swap_add(x) adds, for each edge, the activated message to the edge and the one to its
+counter-edge. ScaledSiLU(x) = silu(x) / 0.6 (GemNet, arXiv 2106.08903). Each array is read or written once: 4 bytes per
+element in float32, 2 in bfloat16, which is computed with in float32. Specification: `reference.activate`,
+`reference.swap_add`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import register_autograd, register_fake
+
+from ejmp_kernels.library import like, load, third_derivative, zeros_for
+
+SCALED_SILU = 1 / 0.6
+
+
+def activate(  # noqa: PLR0913 - one pass over memory for all of it
+    x: Tensor,
+    factor: Tensor | None = None,
+    add: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    add_scale: float = 1.0,
+    in_place: bool = False,
+) -> Tensor:
+    """Return scale * ScaledSiLU(x) * factor + add_scale * add.
+
+    Args:
+        x: any shape; float32, float64 or bfloat16.
+        factor: like x, or None for one.
+        add: like x, or None for zero.
+        scale: of the activation.
+        add_scale: of what is added.
+        in_place: overwrite x where no gradient needs it; for the result of a product that nobody else holds.
+
+    Raises:
+        ValueError: if shapes, types or devices do not fit together.
+    """
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, factor, add))
+    op = _OPS.activate_ if in_place and not recorded and x.is_contiguous() else _OPS.activate
+    return op(x, factor, add, scale * SCALED_SILU, add_scale)
+
+
+def swap_add(x: Tensor, swap: Tensor, add: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
+    """Return scale * (ScaledSiLU(x[e, 0]) + ScaledSiLU(x[counter-edge of e, 1])) + add[e].
+
+    Args:
+        x: [E, 2 M], the messages to edges beside those to counter-edges; float32, float64 or bfloat16.
+        swap: [E] int64, the counter-edge of each edge; it undoes itself.
+        add: [E, M] or None.
+        scale: of the sum.
+
+    Returns:
+        [E, M].
+
+    Raises:
+        ValueError: if shapes, types or devices do not fit together, or an index is out of range.
+    """
+    return _OPS.swap_add(x, swap, add, scale * SCALED_SILU)
+
+
+def _setup(ctx: Any, inputs: tuple, output: Any) -> None:  # noqa: ARG001
+    x, factor, add, ctx.alpha, ctx.beta = inputs
+    ctx.has_add = add is not None
+    ctx.save_for_backward(x, *([] if factor is None else [factor]))
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple:
+    x, *factor = ctx.saved_tensors
+    to_x, to_factor = _OPS.activate_backward(grad.contiguous(), x, factor[0] if factor else None, ctx.alpha)
+    to_add = grad * ctx.beta if ctx.has_add and ctx.needs_input_grad[2] else None
+    return (to_x, to_factor if factor else None, to_add, None, None)
+
+
+def _setup_backward(ctx: Any, inputs: tuple, output: Any) -> None:  # noqa: ARG001
+    grad, x, factor, ctx.alpha = inputs
+    ctx.save_for_backward(grad, x, *([] if factor is None else [factor]))
+
+
+def _double(ctx: Any, u_x: Tensor | None, u_factor: Tensor | None) -> tuple:
+    grad, x, *factor = ctx.saved_tensors
+    u_x, *u_factors = zeros_for((u_x, u_factor)[: 1 + len(factor)], (x, *factor))
+    u_factor, filters = (u_factors[0], factor[0]) if factor else (None, None)
+    to_grad, to_x, to_factor = _OPS.activate_double(u_x, u_factor, grad, x, filters, ctx.alpha)
+    return (to_grad, to_x, to_factor if factor else None, None)
+
+
+def _setup_swap(ctx: Any, inputs: tuple, output: Any) -> None:  # noqa: ARG001
+    x, swap, add, ctx.alpha = inputs
+    ctx.has_add = add is not None
+    ctx.save_for_backward(x, swap)
+
+
+def _swap_backward(ctx: Any, grad: Tensor) -> tuple:
+    return (_OPS.swap_add_backward(grad, *ctx.saved_tensors, ctx.alpha), None, grad if ctx.has_add else None, None)
+
+
+def _setup_swap_backward(ctx: Any, inputs: tuple, output: Any) -> None:  # noqa: ARG001
+    *tensors, ctx.alpha = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _swap_double(ctx: Any, u: Tensor) -> tuple:
+    return (*_OPS.swap_add_double(u, *ctx.saved_tensors, ctx.alpha), None, None)
+
+
+def _or_nothing(x: Tensor, factor: Tensor | None) -> Tensor:
+    return x.new_empty(0 if factor is None else x.shape)
+
+
+_OPS = load()
+register_fake("ejmp::activate")(lambda x, factor, add, alpha, beta: torch.empty_like(x))
+register_fake("ejmp::activate_")(lambda x, factor, add, alpha, beta: x)
+register_fake("ejmp::activate_backward")(lambda grad, x, factor, alpha: (*like(x), _or_nothing(x, factor)))
+register_fake("ejmp::activate_double")(lambda u, v, grad, x, factor, alpha: (*like(x, x), _or_nothing(x, factor)))
+register_autograd("ejmp::activate", _backward, setup_context=_setup)
+register_autograd("ejmp::activate_backward", _double, setup_context=_setup_backward)
+register_autograd("ejmp::activate_double", third_derivative, setup_context=lambda ctx, inputs, output: None)
+
+register_fake("ejmp::swap_add")(lambda x, swap, add, alpha: x.new_empty(x.shape[0], x.shape[1] // 2))
+register_fake("ejmp::swap_add_backward")(lambda grad, x, swap, alpha: like(x)[0])
+register_fake("ejmp::swap_add_double")(lambda u, grad, x, swap, alpha: like(grad, x))
+register_autograd("ejmp::swap_add", _swap_backward, setup_context=_setup_swap)
+register_autograd("ejmp::swap_add_backward", _swap_double, setup_context=_setup_swap_backward)
+register_autograd("ejmp::swap_add_double", third_derivative, setup_context=lambda ctx, inputs, output: None)

@@ -1,0 +1,68 @@
+"""Gather-add of the edge embedding: out[e] = x[e] + source_rows[source[e]] + target_rows[target[e]].
+
+A linear layer of [h_source, h_target, m] is three: two on atoms, N rows instead of E, and one on edges; this adds them.
+Reads x, writes out: 8 E M bytes in float32. `edge_sum`, its transpose, sums edges into atoms in a fixed order, without
+atomics: because main edges are closed under swapping, the edges from an atom are the counter-edges of those into it.
+Specification: `reference.gather_add`, `reference.segment_sum`.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from torch.library import register_autograd, register_fake
+
+from ejmp_kernels.library import by_atom, like, load
+
+
+def gather_add(  # noqa: PLR0913 - three terms and the edges' three index arrays
+    x: Tensor | None, source_rows: Tensor, target_rows: Tensor, source: Tensor, swap: Tensor, ptr: Tensor
+) -> Tensor:
+    """Add to each edge a row of its source and one of its target.
+
+    Args:
+        x: [E, M] or None for zeros; float32, float64 or bfloat16.
+        source_rows: [N, M].
+        target_rows: [N, M].
+        source: [E] int64.
+        swap: [E] int64, the counter-edge of each edge.
+        ptr: [N + 1] int64, CSR pointers of the edges over targets.
+
+    Returns:
+        [E, M].
+
+    Raises:
+        ValueError: if shapes, types or devices do not fit together, or an index is out of range.
+    """
+    return _OPS.gather_add(x, source_rows, target_rows, source, swap, ptr)
+
+
+def _setup(ctx: Any, inputs: tuple, output: Any) -> None:  # noqa: ARG001
+    ctx.has_x = inputs[0] is not None
+    ctx.save_for_backward(*inputs[4:])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple:
+    swap, ptr = ctx.saved_tensors
+    to_source, to_target = _OPS.edge_sum(grad, swap, ptr), _OPS.edge_sum(grad, None, ptr)
+    return (grad if ctx.has_x else None, to_source, to_target, None, None, None)
+
+
+def _setup_sum(ctx: Any, inputs: tuple, output: Any) -> None:  # noqa: ARG001
+    x, order, ptr = inputs
+    ctx.num_edges, ctx.ordered = x.shape[0], order is not None
+    ctx.save_for_backward(*([ptr] if order is None else [ptr, order]))
+
+
+def _sum_backward(ctx: Any, grad: Tensor) -> tuple:
+    ptr, *order = ctx.saved_tensors
+    rows = grad.index_select(0, by_atom(ptr, ctx.num_edges))
+    if ctx.ordered:
+        rows = like(rows)[0].index_copy(0, order[0], rows)
+    return (rows, None, None)
+
+
+_OPS = load()
+register_fake("ejmp::gather_add")(lambda x, a, b, source, swap, ptr: a.new_empty(source.shape[0], a.shape[1]))
+register_fake("ejmp::edge_sum")(lambda x, order, ptr: x.new_empty(ptr.shape[0] - 1, x.shape[1]))
+register_autograd("ejmp::gather_add", _backward, setup_context=_setup)
+register_autograd("ejmp::edge_sum", _sum_backward, setup_context=_setup_sum)

@@ -1,0 +1,132 @@
+"""Matrix products through the fastest library at hand, chosen per machine, type, layout and size by measurement.
+
+torch's own float32 product goes to MKL, which takes a slow path on AMD processors; the oneDNN inside the same torch does
+the same product up to twice as fast, to the same rounding. Which one is faster is measured at the first product of a
+kind and kept in a file, so that later runs choose alike. EJMP_GEMM=torch or EJMP_GEMM=onednn pins the library, for
+results that do not depend on a measurement.
+"""
+
+import functools
+import json
+import math
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+WORTH_MEASURING = 1e8
+"""Multiply-adds from which on the choice matters; below, torch's own product is taken."""
+_ROUNDS = 5
+
+
+def _onednn(a: Tensor, b: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")  # noqa: SLF001 - what Inductor calls
+
+
+LIBRARIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"torch": torch.mm, "onednn": _onednn}
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b, [m, k] x [k, n] -> [m, n], by the library that is fastest for the like of it; no autograd.
+
+    Raises:
+        ValueError: if EJMP_GEMM names no library.
+    """
+    return LIBRARIES[choose(a, b)](a, b)
+
+
+def choose(a: Tensor, b: Tensor) -> str:
+    """Return the name of the library that `product` takes.
+
+    Raises:
+        ValueError: if EJMP_GEMM names no library.
+    """
+    pinned = os.environ.get("EJMP_GEMM", "auto")
+    if pinned not in ("auto", *LIBRARIES):
+        raise ValueError(f"EJMP_GEMM: expected auto, {' or '.join(LIBRARIES)}, got {pinned!r}")
+    if not _has_onednn(a):
+        return "torch"
+    if pinned != "auto":
+        return pinned
+    m, k, n = (*a.shape, b.shape[1])
+    if m * k * n < WORTH_MEASURING:
+        return "torch"
+    key = " ".join([str(a.dtype).removeprefix("torch."), _layout(a) + _layout(b), *(_bucket(x) for x in (m, k, n))])
+    return _choices().get(key) or _measure(key, a, b)
+
+
+def _has_onednn(a: Tensor) -> bool:
+    known = a.dtype in (torch.float32, torch.bfloat16)
+    return known and a.device.type == "cpu" and torch.backends.mkldnn.is_available()
+
+
+def _layout(x: Tensor) -> str:
+    return "n" if x.stride(1) == 1 else "t"
+
+
+def _bucket(size: int) -> str:
+    """Round to the nearest power of two: one measurement serves a range of sizes."""
+    return str(2 ** round(math.log2(size)))
+
+
+def cache_file() -> Path:
+    """Return where choices are kept: one file per processor, number of threads and torch version."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = f"{_processor()}-{torch.get_num_threads()}threads-torch{torch.__version__}"
+    return root / "ejmp" / "gemm" / "".join(c if c.isalnum() or c in "-._" else "_" for c in name).lower()
+
+
+@functools.cache
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    found = [fields[key] for key in ("model name", "cpu family", "model", "stepping") if key in fields]
+    return "-".join(found) or platform.processor() or platform.machine()
+
+
+_known: dict[Path, dict[str, str]] = {}
+
+
+def _choices() -> dict[str, str]:
+    """Return what is known for this machine; the file is read once, and a damaged one counts as empty."""
+    path = cache_file()
+    if path not in _known:
+        try:
+            found = json.loads(path.read_text())
+            _known[path] = {key: name for key, name in found.items() if name in LIBRARIES}
+        except (OSError, ValueError, AttributeError):
+            _known[path] = {}
+    return _known[path]
+
+
+def _measure(key: str, a: Tensor, b: Tensor) -> str:
+    """Time all libraries by turns on the operands themselves and remember the fastest."""
+    seconds: dict[str, list[float]] = {name: [] for name in LIBRARIES}
+    for _ in range(_ROUNDS):
+        for name, samples in seconds.items():
+            start = time.perf_counter()
+            LIBRARIES[name](a, b)
+            samples.append(time.perf_counter() - start)
+    best = min(seconds, key=lambda name: statistics.median(seconds[name]))
+    _choices()[key] = best
+    _write(cache_file(), _choices())
+    return best
+
+
+def _write(path: Path, choices: dict[str, str]) -> None:
+    """Replace the file as a whole; without the right to write, choices last as long as the process."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(choices, file, indent=1, sort_keys=True)
+        Path(file.name).replace(path)
+    except OSError:
+        return
