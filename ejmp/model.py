@@ -8,6 +8,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ejmp.backend import Backend, resolve
+from ejmp.backend import check as check_backend
 from ejmp.bases import Bases
 from ejmp.config import JMPConfig
 from ejmp.geometry import compute_geometry
@@ -112,29 +114,30 @@ class JMP(nn.Module):
 
     Args:
         config: sizes; see `jmp_s`, `jmp_l`, `JMPConfig`.
-        backend: "reference" is plain torch; "auto" takes the best there is, today the reference.
+        backend: "reference" is plain torch; "native" the compiled kernels, on the CPU; "auto" takes the fastest that
+            serves the device and precision. State dict and results (to rounding) do not depend on it.
         precision: type of the linear maps. "fp32" computes in the parameters' own dtype (also float64); "bf16" and
             "fp16" run the linear maps of embedding, blocks and final MLP in the low type and geometry, bases,
             neighbour sums, heads and the atoms' residual stream in float32 (the edges' stream is in the low type);
             "tf32" is float32 with TF32 products in the forward pass. All but "fp32" need float32 parameters.
 
     Raises:
-        ValueError: for an unknown backend or precision; and, when called, for one that the device does not have.
+        ValueError: for an unknown backend or precision; and, when called, for a precision the device does not have.
+        RuntimeError: for a backend that cannot be had here, with the reason; and, when called, for one that does not
+            serve the device or precision.
     """
 
     def __init__(
         self,
         config: JMPConfig,
-        backend: Literal["auto", "reference"] = "auto",
+        backend: Backend = "auto",
         precision: Precision = "fp32",
     ) -> None:
         super().__init__()
-        if backend not in ("auto", "reference"):
-            raise ValueError(f'backend: only "auto" and "reference" exist so far, got {backend!r}')
         if precision not in get_args(Precision):
             raise ValueError(f"precision: expected one of {get_args(Precision)}, got {precision!r}")
         self.config = config
-        self.backend = "reference"
+        self.requested_backend: Backend = check_backend(backend)
         self.precision: Precision = precision
         self.embedding = AtomEmbedding(config)
         self.backbone = Backbone(config)
@@ -144,6 +147,16 @@ class JMP(nn.Module):
     def dtype(self) -> torch.dtype:
         """The type of the parameters."""
         return self.embedding.atom_embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.embedding.atom_embedding.weight.device
+
+    @property
+    def backend(self) -> Literal["reference", "native"]:
+        """What runs the model where it is, at its precision."""
+        return resolve(self.requested_backend, self.device.type, LOW_PRECISION.get(self.precision, self.dtype))
 
     def forward(self, graph: AtomGraph, *, direct_forces: bool = True) -> Output:
         """Predict energies and, if the model has them, direct forces.
@@ -161,6 +174,8 @@ class JMP(nn.Module):
         """Run everything but the heads; `heads` turns the result into an `Output`. Arguments as for `forward`."""
         self._check(graph)
         forces = direct_forces and self.config.direct_forces
+        if self.backend == "native":
+            return self._fused_features(graph, forces=forces)
         backbone = self.backbone
         bases = backbone.bases(graph)
         inputs = BlockInputs(graph=graph, bases=bases, geometry=compute_geometry(graph, self.config.num_spherical))
@@ -179,6 +194,26 @@ class JMP(nn.Module):
             mlp_f = backbone.out_mlp_F(tuple(x_f)) if forces else ()
         return Features(x_E=tuple(x_e), x_F=tuple(x_f), mlp_E=mlp_e, mlp_F=mlp_f)
 
+    def _fused_features(self, graph: AtomGraph, *, forces: bool) -> Features:
+        from ejmp.fused import Fused  # noqa: PLC0415 - needs the compiled ops
+
+        backbone = self.backbone
+        with self._linear_precision(graph.device):
+            fused = Fused(graph, LOW_PRECISION.get(self.precision))
+            values = fused.bases(backbone.bases)
+            h = self.embedding(graph.atomic_numbers)
+            m = fused.embed(backbone.bases, h, values)
+            x_e, x_f = [], []
+            for i, out_block in enumerate(backbone.out_blocks):
+                if i > 0:
+                    h, m = fused.block(backbone.int_blocks[i - 1], h, m, values)
+                x_e.append(fused.energy(out_block, h, m, values))
+                if forces:
+                    x_f.append(fused.forces(out_block, m, values))
+            mlp_e = fused.final_mlp(backbone.out_mlp_E.out_mlp, x_e)
+            mlp_f = fused.final_mlp(backbone.out_mlp_F.out_mlp, x_f) if forces else ()
+        return Features(x_E=tuple(x_e), x_F=tuple(x_f), mlp_E=mlp_e, mlp_F=mlp_f)
+
     def heads(self, features: Features, graph: AtomGraph) -> Output:
         """Turn the last layer of the final MLP into energies and direct forces, in the parameters' dtype."""
         atoms = features.mlp_E[-1].to(self.dtype)
@@ -194,13 +229,13 @@ class JMP(nn.Module):
         return Output(energy=energy, forces=forces)
 
     def _check(self, graph: AtomGraph) -> None:
-        weight = self.embedding.atom_embedding.weight
-        if graph.dtype != weight.dtype:
-            raise ValueError(f"graph: expected dtype {weight.dtype} (the model's), got {graph.dtype}; use graph.to()")
-        if graph.device != weight.device:
-            raise ValueError(f"graph: expected device {weight.device} (the model's), got {graph.device}")
+        if graph.dtype != self.dtype:
+            raise ValueError(f"graph: expected dtype {self.dtype} (the model's), got {graph.dtype}; use graph.to()")
+        if graph.device != self.device:
+            raise ValueError(f"graph: expected device {self.device} (the model's), got {graph.device}")
 
     def _linear_precision(self, device: torch.device) -> AbstractContextManager:
+        """Return a context for the linear maps; the fused ops take their type from their operands instead."""
         if self.precision == "fp32":
             return nullcontext()
         if self.dtype != torch.float32:
@@ -208,6 +243,8 @@ class JMP(nn.Module):
         check_precision(self.precision, device)
         if self.precision == "tf32":
             return tf32_products()
+        if self.backend != "reference":
+            return nullcontext()
         return torch.autocast(device.type, dtype=LOW_PRECISION[self.precision])
 
 

@@ -46,7 +46,7 @@ def prune(
     origin = model.config.kept_blocks or tuple(range(have))
     config = dataclasses.replace(model.config, blocks=len(kept), kept_blocks=tuple(origin[i] for i in kept))
     with torch.device("meta"):
-        small = JMP(config, precision=model.precision)
+        small = JMP(config, model.requested_backend, model.precision)
     old = model.state_dict()
     state = {}
     for name, expected in small.state_dict().items():

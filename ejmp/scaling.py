@@ -53,6 +53,7 @@ def fit_scale_factors(model: JMP, graphs: Sequence[AtomGraph]) -> dict[str, floa
     names = {module: name for name, module in model.named_modules() if isinstance(module, ScaleFactor)}
     before = {factor: factor.scale_factor.clone() for factor in names}
     fitted: dict[str, float] = {}
+    backend, model.requested_backend = model.requested_backend, "reference"  # the one whose layers run one by one
     try:
         for factor in _forward_order(model, names, graphs[0]):
             fitted[names[factor]] = _fit(model, factor, graphs, names[factor])
@@ -60,6 +61,8 @@ def fit_scale_factors(model: JMP, graphs: Sequence[AtomGraph]) -> dict[str, floa
         for factor, value in before.items():
             factor.scale_factor.copy_(value)
         raise
+    finally:
+        model.requested_backend = backend
     return fitted
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 HEAVY = {"ase", "lmdb", "deepspeed", "fvcore", "h5py", "mpi4py", "matplotlib", "safetensors", "scipy"}
 # Each module may import those before it, not those after it.
 ORDER = (
-    "graph", "config", "structure", "build", "layers", "geometry", "bases", "interactions", "model",
+    "graph", "config", "structure", "build", "backend", "layers", "geometry", "bases", "interactions", "fused", "model",
     "scaling", "prune", "checkpoint", "flops", "workloads", "machine", "bench", "report", "cli",
 )  # fmt: skip
 
