@@ -60,6 +60,10 @@ std::vector<Tensor> find_neighbors(const Tensor& positions, const Tensor& cell, 
     return out;
 }
 
+void check_spherical(const char* op, int64_t spherical) {
+    TORCH_CHECK_VALUE(spherical <= 16, op, ": at most 16 spherical functions, got ", spherical);
+}
+
 struct IncomingTensors {
     Array<int64_t> ptr, source, image;
     IncomingTensors(const char* op, const Tensor& p, const Tensor& s, const Tensor& i, int64_t num_edges)
@@ -109,6 +113,7 @@ struct TripletOp {
           to_atoms(to_atoms) {
         const auto type = values[0].scalar_type();
         check_size(name, "x", values[0], 2), check_size(name, "weight", values[1], 3);
+        check_spherical(name, values[1].size(2));
         const int64_t num_out = values[2].size(0), num_in = values[3].size(0);
         check_like(name, "x", values[0], type, {num_in, values[0].size(1)});
         check_like(name, "weight", values[1], type, {num_out, values[1].size(1), values[1].size(2)});
@@ -143,15 +148,18 @@ struct QuadrupletOp {
     Inputs inputs;  // x, filter, weight, v, v_middle
     IncomingTensors main, middle;
     double eps;
+    int64_t first_atom = 0, last_atom;
 
     QuadrupletOp(const std::vector<Tensor>& values, const std::vector<Tensor>& along, const std::vector<Tensor>& ids,
                  double eps)
         : inputs(name, values, along),
           main(name, ids[0], ids[1], ids[2], values[3].size(0)),
           middle(name, ids[3], ids[4], ids[5], values[4].size(0)),
-          eps(eps) {
+          eps(eps),
+          last_atom(main.num_atoms()) {
         const auto type = values[0].scalar_type();
         check_size(name, "x", values[0], 2), check_size(name, "filter", values[1], 3);
+        check_spherical(name, values[1].size(1));
         check_size(name, "weight", values[2], 3);
         const int64_t E = values[3].size(0), Q = values[4].size(0), S = values[1].size(1), C = values[0].size(1);
         check_like(name, "x", values[0], type, {E, C});
@@ -164,13 +172,15 @@ struct QuadrupletOp {
     }
     std::vector<int64_t> shape() const {
         const Tensor &x = inputs.values[0], &w = inputs.values[2];
-        return {w.size(0), w.size(1) * x.size(1)};
+        const int64_t* const ptr = main.ptr.data();
+        return {ptr[last_atom] - ptr[first_atom], w.size(1) * x.size(1)};
     }
     template <class T>
     ejmp::Quadruplet<T> problem() const {
         const Tensor &x = inputs.values[0], &filter = inputs.values[1], &w = inputs.values[2];
-        return {main.num_atoms(), x.size(1),       w.size(1),       filter.size(1),  T(eps),          main.view(),
-                middle.view(),    inputs.in<T>(0), inputs.in<T>(1), inputs.in<T>(2), inputs.in<T>(3), inputs.in<T>(4)};
+        return {main.num_atoms(), x.size(1),       w.size(1),       filter.size(1), first_atom,
+                last_atom,        T(eps),          main.view(),     middle.view(),  inputs.in<T>(0),
+                inputs.in<T>(1),  inputs.in<T>(2), inputs.in<T>(3), inputs.in<T>(4)};
     }
     template <class T>
     void run(T* result) const {
@@ -223,6 +233,19 @@ void boxed(const c10::OperatorHandle&, torch::jit::Stack* stack) {
         for (Tensor& x : backward(op, grad[0])) out.push_back(x);
     stack->resize(first);
     for (Tensor& x : out) stack->emplace_back(std::move(x));
+}
+
+// The rows of quadruplet that belong to some atoms; not differentiable.
+Tensor quadruplet_part(const Tensor& x, const Tensor& filter, const Tensor& weight, const Tensor& v,
+                       const Tensor& v_middle, const Tensor& ptr, const Tensor& source, const Tensor& image,
+                       const Tensor& middle_ptr, const Tensor& middle_source, const Tensor& middle_image, double eps,
+                       int64_t first, int64_t last) {
+    QuadrupletOp op({x, filter, weight, v, v_middle}, {}, {ptr, source, image, middle_ptr, middle_source, middle_image},
+                    eps);
+    TORCH_CHECK_VALUE(0 <= first && first <= last && last <= op.last_atom, "quadruplet: atoms must be in 0..",
+                      op.last_atom);
+    op.first_atom = first, op.last_atom = last;
+    return forward(op);
 }
 
 // ---- ops that are linear in each input: their second backward is made of themselves ----
@@ -325,11 +348,12 @@ TORCH_LIBRARY_FRAGMENT(ejmp, library) {
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
     const std::string quadruplet =
         "Tensor x, Tensor filter, Tensor weight, Tensor v, Tensor v_middle, Tensor ptr, Tensor source, Tensor image, "
-        "Tensor middle_ptr, Tensor middle_source, Tensor middle_image, float eps)";
-    def("quadruplet(" + quadruplet + " -> Tensor");
-    def("quadruplet_backward(Tensor grad, " + quadruplet + " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+        "Tensor middle_ptr, Tensor middle_source, Tensor middle_image, float eps";
+    def("quadruplet(" + quadruplet + ") -> Tensor");
+    def("quadruplet_part(" + quadruplet + ", int first, int last) -> Tensor");
+    def("quadruplet_backward(Tensor grad, " + quadruplet + ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
     def("quadruplet_double(Tensor u_x, Tensor u_filter, Tensor u_weight, Tensor u_v, Tensor u_v_middle, Tensor grad, " +
-        quadruplet + " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+        quadruplet + ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     library.def("pair(Tensor h, Tensor radial, Tensor ptr, Tensor source) -> Tensor");
     library.def("pair_backward(Tensor grad, Tensor h, Tensor radial, Tensor ptr, Tensor source) -> (Tensor, Tensor)");
     const std::string radial = ", float cutoff, int exponent, int order) -> Tensor";
@@ -346,6 +370,7 @@ TORCH_LIBRARY_IMPL(ejmp, CPU, library) {
     library.impl("quadruplet", CppFunction::makeFromBoxedFunction<&boxed<QuadrupletOp, 5, 0>>());
     library.impl("quadruplet_backward", CppFunction::makeFromBoxedFunction<&boxed<QuadrupletOp, 5, 1>>());
     library.impl("quadruplet_double", CppFunction::makeFromBoxedFunction<&boxed<QuadrupletOp, 5, 2>>());
+    library.impl("quadruplet_part", &quadruplet_part);
     library.impl("pair", &pair);
     library.impl("pair_backward", &pair_backward);
     library.impl("radial", &radial<false>);

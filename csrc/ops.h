@@ -71,7 +71,8 @@ struct Triplet {
 template <class T>
 struct Quadruplet {
     int64_t num_atoms, channels, basis, spherical;
-    T eps;  // a cross product shorter than this is divided by eps and passes no gradient
+    int64_t first_atom, last_atom;  // the forward computes these atoms' edges only, and out begins with them
+    T eps;                          // a cross product shorter than this is divided by eps and passes no gradient
     Incoming main, middle;
     In<T> x;            // [E, C]
     In<T> filter;       // [Q, S, C]

@@ -5,11 +5,11 @@ them, activations, filters, residuals and scalings are one pass after each produ
 [h_source, h_target, m] only the part of m runs on edges. Tested to give what the reference backend gives.
 """
 
-import weakref
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ejmp.bases import BasisProjection, Bases
 from ejmp.graph import AtomGraph, EdgeSet
@@ -27,11 +27,11 @@ from ejmp_kernels.atom_sum import atom_sum
 from ejmp_kernels.edge_embedding import gather_add
 from ejmp_kernels.linear import linear
 from ejmp_kernels.pair import pair
-from ejmp_kernels.quadruplet import quadruplet
+from ejmp_kernels.quadruplet import quadruplet_linear
 from ejmp_kernels.radial import radial
 from ejmp_kernels.triplet import triplet
 
-_CASTS: "weakref.WeakKeyDictionary[nn.Parameter, tuple[int, Tensor]]" = weakref.WeakKeyDictionary()
+_CASTS = WeakTensorKeyDictionary()
 """Low-precision copies of weights for inference, with the version of the weight they were made from."""
 
 
@@ -39,8 +39,6 @@ _CASTS: "weakref.WeakKeyDictionary[nn.Parameter, tuple[int, Tensor]]" = weakref.
 class FusedBases:
     """Projected bases of one graph, as `bases.BasisValues`."""
 
-    edge: Tensor
-    """[E, M], the radial part of the first edge embedding."""
     rbf_quad: Tensor
     """[E, rbf], like the next four."""
     rbf_trip: Tensor
@@ -139,7 +137,7 @@ class Fused:
 
     def bases(self, bases: Bases) -> FusedBases:
         """Evaluate and project every radial basis, those of equal distances in one call."""
-        graph, edge = self.graph, bases.edge_emb.dense.linear.weight
+        graph = self.graph
         near, main = graph.atom_edges.distance, graph.main.distance
         quad, trip, edge_atom, update, out, cbf_trip, cbf_atom_edge = self._radial(
             bases,
@@ -150,7 +148,6 @@ class Fused:
         rbf_atom_edge, cbf_edge_atom = self._radial(bases, near, bases.mlp_rbf_aeint, bases.mlp_cbf_eaint)
         (cbf_quad,) = self._radial(bases, graph.quad_edges.distance, bases.mlp_cbf_qint)
         return FusedBases(
-            edge=self._radial_product(bases, main, edge[:, -bases.radial_basis.rbf.offset.shape[0] :].mT),
             rbf_quad=quad,
             rbf_trip=trip,
             rbf_edge_atom=edge_atom,
@@ -212,9 +209,10 @@ class Fused:
         x = self.filtered(layer, self.plain(layer.dense_db, m), bases.rbf_quad)
         weight = layer.mlp_cbf.linear.weight
         filters = linear(bases.cbf_quad, weight * layer.scale_cbf.scale_factor.to(weight.dtype))
-        filters = filters.view(graph.quad_edges.num_edges, -1, x.shape[1])
-        summed = quadruplet(x, filters, bases.sbf_quad, graph.main, graph.quad_edges)
-        return self._mix(summed, layer.mlp_sbf.bilinear, layer.scale_sbf_sum)
+        filters = filters.view(graph.quad_edges.num_edges, bases.cbf_trip.shape[2], x.shape[1])
+        weight = layer.mlp_sbf.bilinear.linear.weight
+        mix = weight * layer.scale_sbf_sum.scale_factor.to(weight.dtype)
+        return quadruplet_linear(x, filters, bases.sbf_quad, graph.main, graph.quad_edges, mix)
 
     def messages_to_edges(self, block: InteractionBlock, h: Tensor, m: Tensor, bases: FusedBases) -> Tensor:
         """Return half the sum of what a block sends to edges, [E, M]."""
@@ -263,10 +261,11 @@ class Fused:
 
     # ---- outputs ----
 
-    def embed(self, bases: Bases, h: Tensor, values: FusedBases) -> Tensor:
+    def embed(self, bases: Bases, h: Tensor) -> Tensor:
         """Return the first edge features, [E, M]."""
-        x = values.edge if self.dtype is None else values.edge.to(self.dtype)
-        return self.embed_edges(bases.edge_emb.dense, h, x)
+        dense = bases.edge_emb.dense
+        x = self._radial_product(bases, self.graph.main.distance, dense.linear.weight[:, 2 * h.shape[1] :].mT)
+        return self.embed_edges(dense, h, x if self.dtype is None else x.to(self.dtype))
 
     def energy(self, block: OutputBlock, h: Tensor, m: Tensor, bases: FusedBases) -> Tensor:
         """Return x_E, [N, C]."""

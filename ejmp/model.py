@@ -200,9 +200,9 @@ class JMP(nn.Module):
         backbone = self.backbone
         with self._linear_precision(graph.device):
             fused = Fused(graph, LOW_PRECISION.get(self.precision))
-            values = fused.bases(backbone.bases)
             h = self.embedding(graph.atomic_numbers)
-            m = fused.embed(backbone.bases, h, values)
+            m = fused.embed(backbone.bases, h)
+            values = fused.bases(backbone.bases)
             x_e, x_f = [], []
             for i, out_block in enumerate(backbone.out_blocks):
                 if i > 0:

@@ -31,7 +31,7 @@ class ByNumbers(torch.nn.Module):
 def test_count_equals_both_counters(tiny_config, workload, options):
     """On the reference backend, which computes every place of its padded tables."""
     config = dataclasses.replace(tiny_config, **options)
-    model, graph = ejmp.JMP(config), workload_graph(workload())
+    model, graph = ejmp.JMP(config, "reference"), workload_graph(workload())
     macs = sum(count_macs(config, graph_sizes(graph, padded=True)).values())
     with FlopCounterMode(display=False) as counter:
         model(graph)

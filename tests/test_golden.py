@@ -1,5 +1,7 @@
 """Everything the public JMP model computes at a tiny size, ours must compute too."""
 
+import copy
+
 import pytest
 import torch
 from conftest import load_golden
@@ -56,10 +58,19 @@ def test_counts(golden):
     }
 
 
+@pytest.fixture
+def tiny(tiny, backend):
+    """The golden model in float64 on every backend."""
+    tiny = copy.deepcopy(tiny)
+    tiny.requested_backend = backend
+    assert tiny.backend == backend
+    return tiny
+
+
 @pytest.fixture(params=[torch.float64, torch.float32], ids=str)
-def model(request, tiny_config, tiny_weights):
-    """The golden model in both dtypes."""
-    model = ejmp.JMP(tiny_config)
+def model(request, tiny_config, tiny_weights, backend):
+    """The golden model in both dtypes on every backend."""
+    model = ejmp.JMP(tiny_config, backend)
     model.load_state_dict(tiny_weights)
     return model.to(request.param)
 

@@ -12,7 +12,7 @@ from ejmp.geometry import compute_geometry
 @pytest.fixture
 def model(tiny_config):
     torch.manual_seed(0)
-    return ejmp.JMP(tiny_config).double()
+    return ejmp.JMP(tiny_config, "reference").double()
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,8 @@ class QuadrupletAtom {
             sums.zero(S * S * C);
             for (const Middle<T, D>& middle : middles_)
                 if (!comes_from_b(e, middle)) meet(e, middle, false), add_to(sums);
-            mm(A, C, S * S, tile<D>(p_.weight) + e * A * S * S, S * S, 1, sums, C, out + e * A * C, C, false);
+            mm(A, C, S * S, tile<D>(p_.weight) + e * A * S * S, S * S, 1, sums, C,
+               out + (e - p_.main.ptr[p_.first_atom]) * A * C, C, false);
         }
     }
 
@@ -122,20 +123,33 @@ class QuadrupletAtom {
         return m;
     }
 
+    // Cosines p . n of the dihedral angles with all edges d->b.
+    void dihedrals(const Unit<T, D>& p, const Middle<T, D>& m) {
+        const Number<T, D> axes[3] = {p.direction.x, p.direction.y, p.direction.z};
+        for (int64_t k = 0; k < m.ld; k += WIDTH<T>) {
+            Vec<T> value{}, along{};
+            for (int i = 0; i < 3; ++i) {
+                const Vec<T> n = load(m.normal.value + i * m.ld + k);
+                value = fma(n, splat(axes[i].value), value);
+                if constexpr (D) {
+                    along = fma(n, splat(axes[i].along), along);
+                    along = fma(load(m.normal.along + i * m.ld + k), splat(axes[i].value), along);
+                }
+            }
+            store(pair_.cosine.value + k, value);
+            if constexpr (D) store(pair_.cosine.along + k, along * load(m.regular + k) * T(p.regular));
+        }
+    }
+
     // Fill pair_ for edge e = c->a and a middle edge; return the direction p.
     Unit<T, D> meet(int64_t e, const Middle<T, D>& m, bool slopes) {
         const auto v_e = vector(v_, e), v_q = vector(tile<D>(p_.v_middle), m.q);
         const Unit<T, D> p(cross(v_e, v_q), p_.eps);
-        const auto direction = p.direction;
+        dihedrals(p, m);
+        // d is not c (and not a, where v is zero)
         const int64_t source = p_.main.source[e], image = p_.main.image[e] - p_.middle.image[m.q];
-        for (int64_t k = 0; k < m.ld; ++k) {
-            auto c =
-                direction.x * m.normal[k] + direction.y * m.normal[m.ld + k] + direction.z * m.normal[2 * m.ld + k];
-            pair_.cosine.set(k, c);
-            if constexpr (D) pair_.cosine.along[k] *= p.regular && m.regular[k] != 0;
-        }
-        for (int64_t k = 0; k < m.count; ++k)  // d is not a (then v is zero) and not c
-            pair_.mask[k] = p_.main.source[m.first + k] != source || p_.main.image[m.first + k] != image;
+        const int64_t *const sources = p_.main.source + m.first, *const images = p_.main.image + m.first;
+        for (int64_t k = 0; k < m.count; ++k) pair_.mask[k] = T((sources[k] != source) | (images[k] != image));
         std::fill(pair_.mask + m.count, pair_.mask + m.ld, T(0));
         const Tile<T, D> none{nullptr, nullptr};
         legendre(S, m.ld, pair_.cosine, pair_.mask, pair_.z, slopes ? pair_.slopes : none, m.ld);
@@ -232,8 +246,8 @@ class QuadrupletAtom {
 
 template <class T, bool D>
 void quadruplet_run(const Quadruplet<T>& p, T* out, int threads) {
-    parallel_for<Arena<T>>(p.num_atoms, 1, threads, [&](int64_t i, Arena<T>& arena) {
-        QuadrupletAtom<T, D>(p, i, arena, false).forward(result<D>(out));
+    parallel_for<Arena<T>>(p.last_atom - p.first_atom, 1, threads, [&](int64_t i, Arena<T>& arena) {
+        QuadrupletAtom<T, D>(p, p.first_atom + i, arena, false).forward(result<D>(out));
     });
 }
 

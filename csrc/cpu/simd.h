@@ -20,7 +20,7 @@ template <class T>
 using Int = typename VecOf<T>::integer;
 template <class T>
 constexpr int WIDTH = EJMP_BYTES / sizeof(T);
-constexpr int COLUMNS = EJMP_BYTES == 64 ? 4 : EJMP_BYTES == 32 ? 2 : 1;  // vectors beside each other in `mm`
+constexpr int COLUMNS = EJMP_BYTES == 16 ? 1 : 2;  // vectors beside each other in `mm`
 
 template <class T>
 inline int64_t padded(int64_t n) {
@@ -78,7 +78,8 @@ inline V fma(V x, V y, V z) {
 }
 #endif
 
-// exp(x) to about one unit in the last place; infinite from 88 (708 in double) on, and never below exp(-88) (exp(-708)).
+// exp(x) to about one unit in the last place; infinite from 88 (708 in double) on, and never below exp(-88)
+// (exp(-708)).
 template <class T>
 inline Vec<T> exponential(Vec<T> x) {
     constexpr bool single = sizeof(T) == 4;
@@ -105,19 +106,26 @@ template <class T, int ROWS, int N, bool TAIL>
 inline void mm_block(int64_t k, const T* a, int64_t row, int64_t col, const T* b, int64_t ldb, T* c, int64_t ldc,
                      int64_t tail, bool add) {
     Vec<T> sum[ROWS][N], y[N];
+#pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {
             T* const place = c + i * ldc + n * WIDTH<T>;
             sum[i][n] = !add ? Vec<T>{} : TAIL ? load(place, tail) : load(place);
         }
     for (int64_t p = 0; p < k; ++p, a += col, b += ldb) {
+#pragma GCC unroll 8
         for (int n = 0; n < N; ++n) y[n] = TAIL ? load(b + n * WIDTH<T>, tail) : load(b + n * WIDTH<T>);
+#pragma GCC unroll 8
         for (int i = 0; i < ROWS; ++i) {
             const Vec<T> x = splat(a[i * row]);
+#pragma GCC unroll 8
             for (int n = 0; n < N; ++n) sum[i][n] = fma(x, y[n], sum[i][n]);
         }
     }
+#pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {
             T* const place = c + i * ldc + n * WIDTH<T>;
             TAIL ? store(place, sum[i][n], tail) : store(place, sum[i][n]);

@@ -180,18 +180,31 @@ struct Unit {
 
 // Spherical functions Y_l0(c) = sqrt((2l+1)/4pi) P_l(c) of `count` cosines (a multiple of the vector width), each times
 // mask, by Bonnet's recursion: y [S, ld]; slopes [S, ld] is the derivative by c, or null.
+constexpr int64_t MOST_SPHERICAL = 16;
+template <class T>
+struct Bonnet {  // constants of degree l: 2l - 1, l - 1, 1 / l and the norm
+    T twice[MOST_SPHERICAL], once[MOST_SPHERICAL], inverse[MOST_SPHERICAL], norm[MOST_SPHERICAL];
+    Bonnet() {
+        for (int l = 0; l < MOST_SPHERICAL; ++l) {
+            twice[l] = T(2 * l - 1), once[l] = T(l - 1), inverse[l] = T(1) / T(l ? l : 1);
+            norm[l] = T(std::sqrt((2 * l + 1) / (4 * 3.14159265358979323846)));
+        }
+    }
+};
+template <class T>
+const Bonnet<T> BONNET;
+
 template <class T, bool D>
 void legendre(int64_t spherical, int64_t count, Tile<T, D> c, const T* mask, Tile<T, D> y, Tile<T, D> slopes,
               int64_t ld) {
-    constexpr T pi = T(3.14159265358979323846);
+    const Bonnet<T>& n = BONNET<T>;
     for (int64_t k = 0; k < count; k += WIDTH<T>) {
         const Vec<T> x = load(c.value + k), on = load(mask + k);
         Vec<T> p0{}, p1{}, d0{}, d1{}, s0{}, s1{};  // P, P', P'' of the two degrees before
         for (int64_t l = 0; l < spherical; ++l) {
-            const T a = T(2 * l - 1), b = T(l - 1), inverse = T(1) / T(l ? l : 1);
-            const Vec<T> p = l == 0 ? splat(T(1)) : (a * x * p1 - b * p0) * inverse;
-            const Vec<T> d = l == 0 ? Vec<T>{} : d0 + a * p1, s = l == 0 ? Vec<T>{} : s0 + a * d1;
-            const Vec<T> scale = std::sqrt((2 * l + 1) / (4 * pi)) * on;
+            const Vec<T> p = l == 0 ? splat(T(1)) : (n.twice[l] * x * p1 - n.once[l] * p0) * n.inverse[l];
+            const Vec<T> d = l == 0 ? Vec<T>{} : d0 + n.twice[l] * p1, s = l == 0 ? Vec<T>{} : s0 + n.twice[l] * d1;
+            const Vec<T> scale = n.norm[l] * on;
             store(y.value + l * ld + k, scale * p);
             if constexpr (D) store(y.along + l * ld + k, scale * d * load(c.along + k));
             if (slopes.value) {

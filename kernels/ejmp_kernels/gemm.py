@@ -26,7 +26,13 @@ _ROUNDS = 5
 
 
 def _onednn(a: Tensor, b: Tensor) -> Tensor:
+    a, b = _dense(a), _dense(b)
     return torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")  # noqa: SLF001 - what Inductor calls
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Copy a matrix with gaps between its rows or columns: oneDNN multiplies those a hundred times more slowly."""
+    return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
 
 
 LIBRARIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"torch": torch.mm, "onednn": _onednn}
@@ -57,8 +63,14 @@ def choose(a: Tensor, b: Tensor) -> str:
     m, k, n = (*a.shape, b.shape[1])
     if m * k * n < WORTH_MEASURING:
         return "torch"
-    key = " ".join([str(a.dtype).removeprefix("torch."), _layout(a) + _layout(b), *(_bucket(x) for x in (m, k, n))])
-    return _choices().get(key) or _measure(key, a, b)
+    kind = (a.dtype, _layout(a), _layout(b), _bucket(m), _bucket(k), _bucket(n), torch.get_num_threads())
+    if kind not in _chosen:
+        key = " ".join(str(x).removeprefix("torch.") for x in kind[:-1])
+        _chosen[kind] = _choices().get(key) or _measure(key, a, b)
+    return _chosen[kind]
+
+
+_chosen: dict[tuple, str] = {}
 
 
 def _has_onednn(a: Tensor) -> bool:
@@ -70,9 +82,9 @@ def _layout(x: Tensor) -> str:
     return "n" if x.stride(1) == 1 else "t"
 
 
-def _bucket(size: int) -> str:
+def _bucket(size: int) -> int:
     """Round to the nearest power of two: one measurement serves a range of sizes."""
-    return str(2 ** round(math.log2(size)))
+    return 2 ** round(math.log2(size))
 
 
 def cache_file() -> Path:

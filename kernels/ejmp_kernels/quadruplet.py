@@ -15,11 +15,21 @@ of the values, one row per pair (q, d), until they are summed by atom b. Specifi
 the sum: GemNet-OC (arXiv 2204.02782); the dihedral as a product of normals: vector identity.
 """
 
+import itertools
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.library import register_fake
+from torch.utils.flop_counter import register_flop_formula
 
 from ejmp_kernels.angles import collinear_eps
 from ejmp_kernels.edges import Edges
 from ejmp_kernels.library import load, register_nonlinear
+from ejmp_kernels.linear import linear
+
+PIECE_BYTES = 1 << 24
+"""How large a piece of the sums `quadruplet_linear` makes at a time: what the C library reuses, in a large cache."""
 
 
 def quadruplet(  # noqa: PLR0913 - three features, two edge sets, one tolerance
@@ -46,6 +56,40 @@ def quadruplet(  # noqa: PLR0913 - three features, two edge sets, one tolerance
     return _OPS.quadruplet(x, filters, weight, main.vector, middle.vector, *ids, eps)
 
 
+def quadruplet_linear(  # noqa: PLR0913 - as quadruplet
+    x: Tensor, filters: Tensor, weight: Tensor, main: Edges, middle: Edges, mix: Tensor
+) -> Tensor:
+    """Return linear(quadruplet(...), mix); where no gradient is needed, without ever holding all [E, A * C] sums.
+
+    Args:
+        x: as for `quadruplet`, like the next four.
+        filters: [Q, S, C].
+        weight: [E, A, S * S].
+        main: the edges that send and receive.
+        middle: the Q edges between them.
+        mix: [out, A * C].
+
+    Returns:
+        [E, out].
+
+    Raises:
+        ValueError: as `quadruplet`.
+    """
+    inputs = (x, filters, weight, main.vector, middle.vector)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, mix)):
+        return linear(quadruplet(x, filters, weight, main, middle), mix)
+    arguments = (*inputs, main.ptr, main.source, main.image, middle.ptr, middle.source, middle.image)
+    rows = max(1, PIECE_BYTES // (weight.shape[1] * x.shape[1] * x.element_size()))
+    ends = torch.arange(rows, main.num_edges + rows, rows, device=main.ptr.device).clamp(max=main.num_edges)
+    stops = sorted({0, len(main.ptr) - 1, *(torch.searchsorted(main.ptr, ends, right=True) - 1).tolist()})
+    out = x.new_empty(main.num_edges, mix.shape[0])
+    for first, last in itertools.pairwise(stops):
+        summed = _OPS.quadruplet_part(*arguments, collinear_eps(x.dtype), first, last)
+        start = int(main.ptr[first])
+        out[start : start + len(summed)] = linear(summed, mix)
+    return out
+
+
 def _fake(x: Tensor, _filters: Tensor, weight: Tensor, *_: object) -> Tensor:
     return x.new_empty(weight.shape[0], weight.shape[1] * x.shape[1])
 
@@ -62,14 +106,29 @@ def _flops(  # noqa: PLR0913 - the op's own signature
     middle_ptr: Tensor,
     middle_source: Tensor,
     *_: object,
+    degree: Tensor | None = None,
 ) -> int:
-    degree = ptr.diff()
-    inputs = degree[middle_source]
-    outputs = degree.repeat_interleave(middle_ptr.diff())
+    inputs = (ptr.diff() if degree is None else degree)[middle_source]
+    outputs = ptr.diff().repeat_interleave(middle_ptr.diff())
     spherical, channels = filters.shape[1], x.shape[1]
     sums = int((inputs * outputs).sum()) + spherical * int(outputs.sum()) + int(inputs.sum())
     return 2 * spherical * channels * (sums + weight.shape[0] * weight.shape[1] * spherical)
 
 
+def _fake_part(x: Tensor, _filters: Tensor, weight: Tensor, *_: object) -> Tensor:
+    rows = torch.library.get_ctx().new_dynamic_size()  # how many edges the atoms have is in ptr
+    return x.new_empty(rows, weight.shape[1] * x.shape[1])
+
+
+def _flops_part(*arguments: Any, out_val: Tensor) -> int:
+    x, filters, weight, *vectors, ptr, source, image, middle_ptr, middle_source, middle_image, _eps, first, last = arguments
+    inside = slice(first, last + 1)
+    some = middle_ptr[inside]
+    edges = (ptr[inside], source, image, some - some[0], middle_source[some[0] : some[-1]], middle_image)
+    return _flops(x, filters, weight[: len(out_val)], *vectors, *edges, degree=ptr.diff())
+
+
 _OPS = load()
 register_nonlinear("quadruplet", 5, _fake, _flops)
+register_fake("ejmp::quadruplet_part")(_fake_part)
+register_flop_formula([_OPS.quadruplet_part], get_raw=True)(_flops_part)
