@@ -1,17 +1,18 @@
 """Linear maps without bias: out = x weight^T, by the product `gemm` chooses, at every order of derivative.
 
 One op, `ejmp::matmul(a, b, transpose_a, transpose_b)`: its gradients are itself with other transpositions, so it can be
-differentiated as often as one likes. 2 m k n FLOP, counted by torch's counter. Specification: torch.nn.functional.linear.
+differentiated as often as one likes (csrc/bindings_dense.cpp). 2 m k n FLOP, counted by torch's counter. Specification: torch.nn.functional.linear.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_autograd, register_fake
+from torch.library import Library, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from ejmp_kernels.gemm import product
+from ejmp_kernels.library import load
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -30,24 +31,6 @@ def _matmul(a: Tensor, b: Tensor, transpose_a: bool, transpose_b: bool) -> Tenso
     return product(a.mT if transpose_a else a, b.mT if transpose_b else b)
 
 
-def _setup(ctx: Any, inputs: tuple, output: Any) -> None:  # noqa: ARG001
-    *tensors, ctx.transpose_a, ctx.transpose_b = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple:
-    """For c = a b: da = g b^T, db = a^T g; a transposed input gets a transposed gradient."""
-    a, b = ctx.saved_tensors
-    ta, tb = ctx.transpose_a, ctx.transpose_b
-    matmul = torch.ops.ejmp.matmul
-    to_a = to_b = None
-    if ctx.needs_input_grad[0]:
-        to_a = matmul(b, grad, tb, True) if ta else matmul(grad, b, False, not tb)  # noqa: FBT003
-    if ctx.needs_input_grad[1]:
-        to_b = matmul(grad, a, True, ta) if tb else matmul(a, grad, not ta, False)  # noqa: FBT003
-    return (to_a, to_b, None, None)
-
-
 def _fake(a: Tensor, b: Tensor, transpose_a: bool, transpose_b: bool) -> Tensor:
     return a.new_empty(a.shape[1 if transpose_a else 0], b.shape[0 if transpose_b else 1])
 
@@ -56,9 +39,8 @@ def _flops(a: torch.Size, b: torch.Size, transpose_a: bool, transpose_b: bool, *
     return 2 * a[0] * a[1] * b[0 if transpose_b else 1]
 
 
-_LIBRARY = Library("ejmp", "FRAGMENT")
-_LIBRARY.define("matmul(Tensor a, Tensor b, bool transpose_a, bool transpose_b) -> Tensor")
+load()
+_LIBRARY = Library("ejmp", "IMPL")
 _LIBRARY.impl("matmul", _matmul, "CompositeExplicitAutograd")
 register_fake("ejmp::matmul")(_fake)
-register_autograd("ejmp::matmul", _backward, setup_context=_setup)
 register_flop_formula([torch.ops.ejmp.matmul])(_flops)
