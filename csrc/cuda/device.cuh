@@ -1,0 +1,53 @@
+// What every kernel file shares: how a kernel is launched and how a block walks over its work.
+//
+// A block works in phases between __syncthreads(). In a phase every thread takes the items threadIdx.x, threadIdx.x +
+// blockDim.x, ... of a list, so that any block size, one thread included, gives the same result.
+#pragma once
+
+#ifdef EJMP_EMULATE
+#include "emulate.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "../ops.h"
+
+namespace ejmp::cuda {
+
+constexpr int THREADS = 128;
+
+// Run a kernel on `blocks` blocks; throws std::runtime_error if it cannot be launched. Does not wait for it.
+template <class... P>
+void launch(void (*kernel)(P...), int64_t blocks, void* stream, std::type_identity_t<P>... args) {
+    if (blocks == 0) return;
+    if (blocks > INT32_MAX) throw std::runtime_error("ejmp: more blocks than a CUDA grid has");
+#ifdef EJMP_EMULATE
+    emulate(blocks, [&] { kernel(args...); });
+#else
+    kernel<<<static_cast<unsigned>(blocks), THREADS, 0, static_cast<cudaStream_t>(stream)> > >(args...);
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) throw std::runtime_error(std::string("ejmp: ") + cudaGetErrorString(error));
+#endif
+}
+
+// Some consecutive rows.
+struct Rows {
+    int64_t begin, end;
+    __device__ int64_t count() const { return end - begin; }
+    // at most `most` of them, from row `first` on
+    __device__ Rows part(int64_t first, int most) const { return {first, first + most < end ? first + most : end}; }
+};
+
+// The edges into an atom, or more generally row i of what `ptr` divides.
+__device__ Rows rows_of(const int64_t* ptr, int64_t i) { return {ptr[i], ptr[i + 1]}; }
+
+template <class T>
+__device__ void zero(T* x, int64_t n) {
+    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) x[i] = T(0);
+}
+
+}  // namespace ejmp::cuda
