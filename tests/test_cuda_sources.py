@@ -1,0 +1,285 @@
+"""The CUDA sources, checked without a GPU: nvcc compiles them, and emulated by g++ they equal the CPU ops."""
+
+import ctypes
+import dataclasses
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import require_native
+from tolerances import relative_error
+
+FOLDER = Path(__file__).parents[1] / "csrc/cuda"
+KERNELS = sorted(FOLDER.glob("*.cu"))
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+CHANNELS = (5, 20, 64)
+
+
+def compiler(name):
+    path = shutil.which(name) or shutil.which(f"/usr/local/cuda/bin/{name}") or shutil.which(f"/usr/local/bin/{name}")
+    if path is None:
+        pytest.skip(f"there is no {name}")
+    return path
+
+
+def run_compiler(*command):
+    done = subprocess.run([str(x) for x in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
+def test_nvcc_compiles(source, tmp_path):
+    nvcc = compiler("nvcc")
+    release = run_compiler(nvcc, "--version").split("release ")[1]
+    targets = ["70", "80", "90"] if release.startswith("12.") else ["80", "90"]
+    generate = [f"-gencode=arch=compute_{x},code=sm_{x}" for x in targets]
+    output = run_compiler(nvcc, "-c", "-std=c++20", "-Xcompiler", "-Wall", *generate, source, "-o", tmp_path / "x.o")
+    assert "warning" not in output, output
+
+
+class Emulated:
+    """The kernels as a shared library whose functions take sizes and arrays in the order of csrc/cuda/emulated.cpp."""
+
+    def __init__(self, library):
+        self.library = ctypes.CDLL(str(library))
+        self.library.ejmp_quadruplet_workspace.restype = ctypes.c_int64
+        self.threads(1)
+
+    def threads(self, count):
+        self.library.ejmp_threads(count)
+
+    def call(self, name, sizes, inputs, outputs, eps=0.0):
+        """Poison the outputs, run, and return them."""
+        for out in outputs:
+            out.fill_(torch.nan)
+        arrays = [*inputs, *outputs]
+        assert all(x is None or x.is_contiguous() for x in arrays)
+        function = getattr(self.library, f"ejmp_{name}")
+        function.restype = ctypes.c_char_p
+        error = function(
+            outputs[0].dtype == torch.float64,
+            (ctypes.c_int64 * len(sizes))(*sizes),
+            ctypes.c_double(eps),
+            (ctypes.c_void_p * len(arrays))(*[None if x is None else x.data_ptr() for x in arrays]),
+        )
+        if error:
+            raise RuntimeError(error.decode())
+        return outputs
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    require_native()
+    library = tmp_path_factory.mktemp("emulated") / "kernels.so"
+    flags = ["-shared", "-fPIC", "-std=c++20", "-O1", "-Wall", "-Wno-unknown-pragmas", "-DEJMP_EMULATE", "-x", "c++"]
+    run_compiler(compiler("g++"), *flags, *KERNELS, FOLDER / "emulated.cpp", "-o", library)
+    return Emulated(library)
+
+
+@dataclasses.dataclass
+class Edges:
+    """Edges with random sources, few enough sources and images that one neighbour appears several times over."""
+
+    ptr: torch.Tensor
+    source: torch.Tensor
+    image: torch.Tensor
+
+    @classmethod
+    def random(cls, degrees, seed):
+        generator = torch.Generator().manual_seed(seed)
+        ptr = torch.tensor([0, *degrees]).cumsum(0)
+        num_edges = int(ptr[-1])
+        source = torch.randint(len(degrees), (num_edges,), generator=generator)
+        return cls(ptr, source, torch.randint(-1, 2, (num_edges,), generator=generator))
+
+    @property
+    def ids(self):
+        return [self.ptr, self.source, self.image]
+
+    @property
+    def num_edges(self):
+        return len(self.source)
+
+    @property
+    def target(self):
+        return torch.repeat_interleave(self.ptr.diff())
+
+    def by_source(self):
+        order = self.source.sort(stable=True).indices
+        return [
+            torch.cat([torch.zeros(1, dtype=torch.long), self.source.bincount(minlength=len(self.ptr) - 1).cumsum(0)]),
+            order,
+        ]
+
+
+def random_like(shapes, seed, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def with_along(values, along):
+    """Inputs in the order of the library: each value and its direction."""
+    return [x for pair in zip(values, along, strict=True) for x in pair]
+
+
+def check_every_way(emulated, run, expected):
+    """One thread per block must agree with the CPU, and several threads in either order with one, to the last bit."""
+    emulated.threads(1)
+    results = [x.clone() for x in run()]
+    for result, want in zip(results, expected, strict=True):
+        error = relative_error(result, want)
+        assert error <= TOLERANCE[want.dtype], f"relative error {error:.1e}"
+    for threads in (5, -5):
+        emulated.threads(threads)
+        for again, result in zip(run(), results, strict=True):
+            assert torch.equal(again, result), f"{threads} threads"
+
+
+@dataclasses.dataclass
+class Problem:
+    """An op on a random graph; `second`: with directions."""
+
+    values: list
+    along: list
+    grad: torch.Tensor
+
+    def directions(self, second):
+        return self.along if second else [None] * len(self.values)
+
+    def like(self):
+        return [torch.empty_like(x) for x in self.values]
+
+    def expected(self, op, options):
+        """The results of the op, of its backward and, of both, of the second backward, on the CPU."""
+        forward, backward, double = (getattr(torch.ops.ejmp, op + suffix) for suffix in ("", "_backward", "_double"))
+        second = double(*self.along, self.grad, *self.values, *options)
+        return forward(*self.values, *options), backward(self.grad, *self.values, *options), second[0], second[1:]
+
+
+OUT_DEGREES, IN_DEGREES = (3, 0, 19, 1, 9, 0), (40, 7, 16, 0, 33, 0)
+MIDDLE_DEGREES = (2, 0, 4, 3, 1, 2)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("to_atoms", [False, True])
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_triplet_equals_cpu(emulated, channels, to_atoms, dtype):
+    out, into = Edges.random(OUT_DEGREES, 1), Edges.random(IN_DEGREES, 2)
+    N, A, S = len(OUT_DEGREES), 3, 7
+    shapes = [(into.num_edges, channels), (out.num_edges, A, S), (out.num_edges, 3), (into.num_edges, 3)]
+    values = random_like(shapes, 3, dtype)
+    values[2:] = [v / v.norm(dim=1, keepdim=True) for v in values[2:]]
+    rows = N if to_atoms else out.num_edges
+    problem = Problem(values, random_like(shapes, 4, dtype), *random_like([(rows, A * channels)], 5, dtype))
+    masked = (out.target[:, None] == into.target) & (out.source[:, None] == into.source)
+    assert (masked & (out.image[:, None] == into.image)).any()
+    expected = problem.expected("triplet", [*out.ids, *into.ids, to_atoms])
+    sizes = [N, channels, A, S, to_atoms]
+    for second in (False, True):
+        inputs = [*out.ids, *into.ids, *with_along(values, problem.directions(second))]
+        result = torch.empty_like(problem.grad)
+        check_every_way(emulated, lambda: emulated.call("triplet", sizes, inputs, [result]), [expected[2 * second]])
+        inputs += [problem.grad, None]
+        to = problem.like()
+        check_every_way(
+            emulated, lambda: emulated.call("triplet_backward", sizes, inputs, to), expected[2 * second + 1]
+        )
+
+
+def quadruplet_inputs(main, middle, channels, dtype):
+    """Values with middle edges that are main edges too, some edges along a middle edge, and random ones."""
+    A, S = 3, 7
+    E, Q = main.num_edges, middle.num_edges
+    shapes = [(E, channels), (Q, S, channels), (E, A, S * S), (E, 3), (Q, 3)]
+    values = random_like(shapes, 8, dtype)
+    for v in values[3:]:
+        v /= v.norm(dim=1, keepdim=True)
+    b = middle.source
+    values[3][main.ptr[b[0]]] = -values[4][0]  # d lies opposite b as seen from a
+    values[3][main.ptr[middle.target[3]]] = values[4][3]  # c lies behind b
+    return values, random_like(shapes, 9, dtype), *random_like([(E, A * channels)], 10, dtype)
+
+
+def masked_quadruplets(main, middle):
+    """How many (q, d) have d = a, (e, q) have c = b, and (e, q, d) have d = c."""
+    e, q, d = main, middle, main
+    d_is_a = (d.target == q.source[:, None]) & (d.source == q.target[:, None]) & (d.image == -q.image[:, None])
+    c_is_b = (e.target == q.target[:, None]) & (e.source == q.source[:, None]) & (e.image == q.image[:, None])
+    meet = (e.target[:, None] == q.target)[:, :, None] & (d.target == q.source[:, None])
+    same = (e.source[:, None, None] == d.source) & ((e.image[:, None] - q.image)[:, :, None] == d.image)
+    return int(d_is_a.sum()), int(c_is_b.sum()), int((meet & same).sum())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_quadruplet_equals_cpu(emulated, channels, dtype):
+    main, middle = Edges.random(OUT_DEGREES, 6), Edges.random(MIDDLE_DEGREES, 7)
+    assert min(masked_quadruplets(main, middle)) > 0
+    problem = Problem(*quadruplet_inputs(main, middle, channels, dtype))
+    eps = 1e-6 if dtype == torch.float64 else 1e-4
+    expected = problem.expected("quadruplet", [*main.ids, *middle.ids, eps])
+    num_rows = main.ptr.diff()[middle.source]
+    row_ptr = torch.cat([torch.zeros(1, dtype=torch.long), num_rows.cumsum(0)])
+    sizes = [len(OUT_DEGREES), channels, 3, 7, int(row_ptr[-1])]
+    wide = dtype == torch.float64
+    for second in (False, True):
+        edges = [*main.ids, *middle.ids, *with_along(problem.values, problem.directions(second))]
+        for backward in (False, True):
+            size = emulated.library.ejmp_quadruplet_workspace(wide, sizes[4], channels, backward, second)
+            workspace = torch.empty(-(-size // 8), dtype=torch.float64)
+            inputs = [*edges, row_ptr, *middle.by_source(), workspace]
+            name, to = "quadruplet", [torch.empty_like(problem.grad)]
+            if backward:
+                name, to, inputs = "quadruplet_backward", problem.like(), [*inputs, problem.grad, None]
+
+            def run():
+                workspace.fill_(torch.nan)
+                return emulated.call(name, sizes, inputs, to, eps)
+
+            want = expected[2 * second + backward]
+            check_every_way(emulated, run, want if backward else [want])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("num_radial", [16, 37])
+def test_pair_equals_cpu(emulated, num_radial, channels, dtype):
+    edges = Edges.random(IN_DEGREES, 11)
+    N, E = len(IN_DEGREES), edges.num_edges
+    h, radial, grad = random_like([(N, channels), (E, num_radial), (N, num_radial * channels)], 12, dtype)
+    ids, sizes = [edges.ptr, edges.source], [N, channels, num_radial]
+    inputs = [*ids, h, radial]
+    out = [torch.empty_like(grad)]
+    check_every_way(emulated, lambda: emulated.call("pair", sizes, inputs, out), [torch.ops.ejmp.pair(h, radial, *ids)])
+    inputs += [edges.target, *edges.by_source(), grad]
+    to = [torch.empty_like(h), torch.empty_like(radial)]
+    expected = torch.ops.ejmp.pair_backward(grad, h, radial, *ids)
+    check_every_way(emulated, lambda: emulated.call("pair_backward", sizes, inputs, to), expected)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_sums_equal_cpu(emulated, channels, dtype):
+    edges = Edges.random(IN_DEGREES, 13)
+    N, E = len(IN_DEGREES), edges.num_edges
+    m, factor, grad = random_like([(E, channels), (E, channels), (N, channels)], 14, dtype)
+    sizes, out, to = [N, channels], [torch.empty_like(grad)], [torch.empty_like(m), torch.empty_like(m)]
+    by_source, order = edges.by_source()
+    expected = torch.ops.ejmp.atom_sum(m, factor, edges.ptr)
+    check_every_way(emulated, lambda: emulated.call("edge_sum", sizes, [m, factor, None, edges.ptr], out), [expected])
+    expected = torch.ops.ejmp.edge_sum(m, order, by_source)
+    check_every_way(emulated, lambda: emulated.call("edge_sum", sizes, [m, None, order, by_source], out), [expected])
+    expected = torch.ops.ejmp.atom_sum_backward(grad, m, factor, edges.ptr)
+    inputs = [grad, m, factor, edges.ptr]
+    check_every_way(emulated, lambda: emulated.call("atom_sum_backward", sizes, inputs, to), expected)
+
+
+def test_too_many_spherical_functions(emulated):
+    ids = [torch.zeros(1, dtype=torch.long), None, None]
+    out = [torch.empty(0)]
+    with pytest.raises(RuntimeError, match="spherical must be in 1..8 on a GPU, got 9"):
+        emulated.call("triplet", [0, 1, 1, 9, 0], [*ids, *ids, *[None] * 8], out)
