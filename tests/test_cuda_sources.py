@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from conftest import require_native
 from tolerances import relative_error
 
@@ -52,23 +51,35 @@ class Emulated:
     def threads(self, count):
         self.library.ejmp_threads(count)
 
-    def call(self, name, sizes, inputs, outputs, eps=0.0):
-        """Poison the outputs, run, and return them."""
-        for out in outputs:
-            out.fill_(torch.nan)
-        arrays = [*inputs, *outputs]
+    def call(self, name, sizes, arrays, eps=0.0):
         assert all(x is None or x.is_contiguous() for x in arrays)
         function = getattr(self.library, f"ejmp_{name}")
         function.restype = ctypes.c_char_p
         error = function(
-            outputs[0].dtype == torch.float64,
+            arrays[-1].dtype == torch.float64,
             (ctypes.c_int64 * len(sizes))(*sizes),
             ctypes.c_double(eps),
             (ctypes.c_void_p * len(arrays))(*[None if x is None else x.data_ptr() for x in arrays]),
         )
         if error:
             raise RuntimeError(error.decode())
-        return outputs
+
+    def check(self, name, sizes, inputs, expected, *, scratch=(), eps=0.0):
+        """One thread per block must agree with the CPU, and several threads in either order with one in every bit.
+
+        What is written to, scratch memory too, is poisoned before each run.
+        """
+        first = None
+        for threads in (1, 5, -5):
+            results = [torch.full_like(x, torch.nan) for x in expected]
+            poisoned = [torch.full_like(x, torch.nan) for x in scratch]
+            self.threads(threads)
+            self.call(name, sizes, [*inputs, *poisoned, *results], eps)
+            first = first or results
+            for result, want, same in zip(results, expected, first, strict=True):
+                error = relative_error(result, want)
+                assert error <= TOLERANCE[want.dtype], f"{threads} threads: relative error {error:.1e}"
+                assert torch.equal(result, same), f"{threads} threads"
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +89,10 @@ def emulated(tmp_path_factory):
     flags = ["-shared", "-fPIC", "-std=c++20", "-O1", "-Wall", "-Wno-unknown-pragmas", "-DEJMP_EMULATE", "-x", "c++"]
     run_compiler(compiler("g++"), *flags, *KERNELS, FOLDER / "emulated.cpp", "-o", library)
     return Emulated(library)
+
+
+def pointers(counts):
+    return torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
 
 
 @dataclasses.dataclass
@@ -91,7 +106,7 @@ class Edges:
     @classmethod
     def random(cls, degrees, seed):
         generator = torch.Generator().manual_seed(seed)
-        ptr = torch.tensor([0, *degrees]).cumsum(0)
+        ptr = pointers(torch.tensor(degrees))
         num_edges = int(ptr[-1])
         source = torch.randint(len(degrees), (num_edges,), generator=generator)
         return cls(ptr, source, torch.randint(-1, 2, (num_edges,), generator=generator))
@@ -109,11 +124,8 @@ class Edges:
         return torch.repeat_interleave(self.ptr.diff())
 
     def by_source(self):
-        order = self.source.sort(stable=True).indices
-        return [
-            torch.cat([torch.zeros(1, dtype=torch.long), self.source.bincount(minlength=len(self.ptr) - 1).cumsum(0)]),
-            order,
-        ]
+        counts = self.source.bincount(minlength=len(self.ptr) - 1)
+        return [pointers(counts), self.source.sort(stable=True).indices]
 
 
 def random_like(shapes, seed, dtype):
@@ -126,19 +138,6 @@ def with_along(values, along):
     return [x for pair in zip(values, along, strict=True) for x in pair]
 
 
-def check_every_way(emulated, run, expected):
-    """One thread per block must agree with the CPU, and several threads in either order with one, to the last bit."""
-    emulated.threads(1)
-    results = [x.clone() for x in run()]
-    for result, want in zip(results, expected, strict=True):
-        error = relative_error(result, want)
-        assert error <= TOLERANCE[want.dtype], f"relative error {error:.1e}"
-    for threads in (5, -5):
-        emulated.threads(threads)
-        for again, result in zip(run(), results, strict=True):
-            assert torch.equal(again, result), f"{threads} threads"
-
-
 @dataclasses.dataclass
 class Problem:
     """An op on a random graph; `second`: with directions."""
@@ -149,9 +148,6 @@ class Problem:
 
     def directions(self, second):
         return self.along if second else [None] * len(self.values)
-
-    def like(self):
-        return [torch.empty_like(x) for x in self.values]
 
     def expected(self, op, options):
         """The results of the op, of its backward and, of both, of the second backward, on the CPU."""
@@ -181,13 +177,8 @@ def test_triplet_equals_cpu(emulated, channels, to_atoms, dtype):
     sizes = [N, channels, A, S, to_atoms]
     for second in (False, True):
         inputs = [*out.ids, *into.ids, *with_along(values, problem.directions(second))]
-        result = torch.empty_like(problem.grad)
-        check_every_way(emulated, lambda: emulated.call("triplet", sizes, inputs, [result]), [expected[2 * second]])
-        inputs += [problem.grad, None]
-        to = problem.like()
-        check_every_way(
-            emulated, lambda: emulated.call("triplet_backward", sizes, inputs, to), expected[2 * second + 1]
-        )
+        emulated.check("triplet", sizes, inputs, [expected[2 * second]])
+        emulated.check("triplet_backward", sizes, [*inputs, problem.grad, None], expected[2 * second + 1])
 
 
 def quadruplet_inputs(main, middle, channels, dtype):
@@ -196,11 +187,12 @@ def quadruplet_inputs(main, middle, channels, dtype):
     E, Q = main.num_edges, middle.num_edges
     shapes = [(E, channels), (Q, S, channels), (E, A, S * S), (E, 3), (Q, 3)]
     values = random_like(shapes, 8, dtype)
-    for v in values[3:]:
-        v /= v.norm(dim=1, keepdim=True)
-    b = middle.source
-    values[3][main.ptr[b[0]]] = -values[4][0]  # d lies opposite b as seen from a
-    values[3][main.ptr[middle.target[3]]] = values[4][3]  # c lies behind b
+    values[3:] = [v / v.norm(dim=1, keepdim=True) for v in values[3:]]
+    degrees = main.ptr.diff()
+    q = int(degrees[middle.source].nonzero()[0])
+    values[3][main.ptr[middle.source[q]]] = -values[4][q]  # d, b and a on one line
+    q = int(degrees[middle.target].nonzero()[-1])
+    values[3][main.ptr[middle.target[q]]] = values[4][q]  # c, b and a on one line
     return values, random_like(shapes, 9, dtype), *random_like([(E, A * channels)], 10, dtype)
 
 
@@ -223,25 +215,17 @@ def test_quadruplet_equals_cpu(emulated, channels, dtype):
     eps = 1e-6 if dtype == torch.float64 else 1e-4
     expected = problem.expected("quadruplet", [*main.ids, *middle.ids, eps])
     num_rows = main.ptr.diff()[middle.source]
-    row_ptr = torch.cat([torch.zeros(1, dtype=torch.long), num_rows.cumsum(0)])
+    row_ptr = pointers(num_rows)
     sizes = [len(OUT_DEGREES), channels, 3, 7, int(row_ptr[-1])]
+    rows = [row_ptr, *middle.by_source()]
     wide = dtype == torch.float64
     for second in (False, True):
-        edges = [*main.ids, *middle.ids, *with_along(problem.values, problem.directions(second))]
-        for backward in (False, True):
-            size = emulated.library.ejmp_quadruplet_workspace(wide, sizes[4], channels, backward, second)
-            workspace = torch.empty(-(-size // 8), dtype=torch.float64)
-            inputs = [*edges, row_ptr, *middle.by_source(), workspace]
-            name, to = "quadruplet", [torch.empty_like(problem.grad)]
-            if backward:
-                name, to, inputs = "quadruplet_backward", problem.like(), [*inputs, problem.grad, None]
-
-            def run():
-                workspace.fill_(torch.nan)
-                return emulated.call(name, sizes, inputs, to, eps)
-
-            want = expected[2 * second + backward]
-            check_every_way(emulated, run, want if backward else [want])
+        inputs = [*main.ids, *middle.ids, *with_along(problem.values, problem.directions(second)), *rows]
+        size = [emulated.library.ejmp_quadruplet_workspace(wide, sizes[4], channels, x, second) for x in (0, 1)]
+        scratch = [torch.empty(-(-x // 8), dtype=torch.float64) for x in size]
+        emulated.check("quadruplet", sizes, inputs, [expected[2 * second]], scratch=scratch[:1], eps=eps)
+        inputs += [problem.grad, None]
+        emulated.check("quadruplet_backward", sizes, inputs, expected[2 * second + 1], scratch=scratch[1:], eps=eps)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -253,12 +237,9 @@ def test_pair_equals_cpu(emulated, num_radial, channels, dtype):
     h, radial, grad = random_like([(N, channels), (E, num_radial), (N, num_radial * channels)], 12, dtype)
     ids, sizes = [edges.ptr, edges.source], [N, channels, num_radial]
     inputs = [*ids, h, radial]
-    out = [torch.empty_like(grad)]
-    check_every_way(emulated, lambda: emulated.call("pair", sizes, inputs, out), [torch.ops.ejmp.pair(h, radial, *ids)])
-    inputs += [edges.target, *edges.by_source(), grad]
-    to = [torch.empty_like(h), torch.empty_like(radial)]
+    emulated.check("pair", sizes, inputs, [torch.ops.ejmp.pair(h, radial, *ids)])
     expected = torch.ops.ejmp.pair_backward(grad, h, radial, *ids)
-    check_every_way(emulated, lambda: emulated.call("pair_backward", sizes, inputs, to), expected)
+    emulated.check("pair_backward", sizes, [*inputs, edges.target, *edges.by_source(), grad], expected)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -267,19 +248,16 @@ def test_sums_equal_cpu(emulated, channels, dtype):
     edges = Edges.random(IN_DEGREES, 13)
     N, E = len(IN_DEGREES), edges.num_edges
     m, factor, grad = random_like([(E, channels), (E, channels), (N, channels)], 14, dtype)
-    sizes, out, to = [N, channels], [torch.empty_like(grad)], [torch.empty_like(m), torch.empty_like(m)]
-    by_source, order = edges.by_source()
+    sizes, (by_source, order) = [N, channels], edges.by_source()
     expected = torch.ops.ejmp.atom_sum(m, factor, edges.ptr)
-    check_every_way(emulated, lambda: emulated.call("edge_sum", sizes, [m, factor, None, edges.ptr], out), [expected])
+    emulated.check("edge_sum", sizes, [m, factor, None, edges.ptr], [expected])
     expected = torch.ops.ejmp.edge_sum(m, order, by_source)
-    check_every_way(emulated, lambda: emulated.call("edge_sum", sizes, [m, None, order, by_source], out), [expected])
+    emulated.check("edge_sum", sizes, [m, None, order, by_source], [expected])
     expected = torch.ops.ejmp.atom_sum_backward(grad, m, factor, edges.ptr)
-    inputs = [grad, m, factor, edges.ptr]
-    check_every_way(emulated, lambda: emulated.call("atom_sum_backward", sizes, inputs, to), expected)
+    emulated.check("atom_sum_backward", sizes, [grad, m, factor, edges.ptr], expected)
 
 
 def test_too_many_spherical_functions(emulated):
     ids = [torch.zeros(1, dtype=torch.long), None, None]
-    out = [torch.empty(0)]
-    with pytest.raises(RuntimeError, match="spherical must be in 1..8 on a GPU, got 9"):
-        emulated.call("triplet", [0, 1, 1, 9, 0], [*ids, *ids, *[None] * 8], out)
+    with pytest.raises(RuntimeError, match=r"spherical must be in 1\.\.8 on a GPU, got 9"):
+        emulated.call("triplet", [0, 1, 1, 9, 0], [*ids, *ids, *[None] * 8, torch.empty(0)])

@@ -123,8 +123,8 @@ const char* ejmp_quadruplet_backward(int wide, const int64_t* sizes, double eps,
         Arrays a{arrays};
         const auto p = quadruplet<T>(sizes, eps, a);
         const auto rows = middle_rows(sizes[4], a);
-        void* const workspace = a.take<void>();
         const auto grad = a.input<T>();
+        void* const workspace = a.take<void>();
         ejmp::cuda::QuadrupletGradients<T> to;
         to.x = a.take<T>(), to.filter = a.take<T>(), to.weight = a.take<T>();
         to.v = a.take<T>(), to.v_middle = a.take<T>();
