@@ -176,7 +176,6 @@ __global__ void __launch_bounds__(THREADS)
                 if (threadIdx.x == 0)
                     for (int i = 0; i < e.count(); ++i) add_stored(to_v_middle, q, tile.to_v_q[i]);
             }
-            __syncthreads();
         }
 }
 
@@ -275,7 +274,6 @@ __global__ void __launch_bounds__(THREADS)
             __syncthreads();
             if (threadIdx.x == 0)
                 for (int j = 0; j < d.count(); ++j) add_stored(to_v_middle, q, tile.to_v_q[j]);
-            __syncthreads();
         }
     }
 }
