@@ -45,7 +45,8 @@ class Emulated:
 
     def __init__(self, library):
         self.library = ctypes.CDLL(str(library))
-        self.library.ejmp_quadruplet_workspace.restype = ctypes.c_int64
+        for name in ("quadruplet_workspace", "cells_bytes", "lists_bytes"):
+            getattr(self.library, f"ejmp_{name}").restype = ctypes.c_int64
         self.threads(1)
 
     def threads(self, count):
@@ -86,7 +87,18 @@ class Emulated:
 def emulated(tmp_path_factory):
     require_native()
     library = tmp_path_factory.mktemp("emulated") / "kernels.so"
-    flags = ["-shared", "-fPIC", "-std=c++20", "-O1", "-Wall", "-Wno-unknown-pragmas", "-DEJMP_EMULATE", "-x", "c++"]
+    flags = [
+        "-shared",
+        "-fPIC",
+        "-std=c++20",
+        "-O1",
+        "-ffp-contract=off",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        "-DEJMP_EMULATE",
+        "-x",
+        "c++",
+    ]
     run_compiler(compiler("g++"), *flags, *KERNELS, FOLDER / "emulated.cpp", "-o", library)
     return Emulated(library)
 
@@ -261,3 +273,65 @@ def test_too_many_spherical_functions(emulated):
     ids = [torch.zeros(1, dtype=torch.long), None, None]
     with pytest.raises(RuntimeError, match=r"spherical must be in 1\.\.8 on a GPU, got 9"):
         emulated.call("triplet", [0, 1, 1, 9, 0], [*ids, *ids, *[None] * 8, torch.empty(0)])
+
+
+def neighbor_query():
+    """Structures with ties, images of one neighbour, atoms far outside the cell or far apart, and lone atoms."""
+    generator = torch.Generator().manual_seed(15)
+    lattice = 2.0 * torch.cartesian_prod(*[torch.arange(3.0, dtype=torch.float64)] * 3)
+    structures = [
+        (lattice, 6.0 * torch.eye(3), [True, True, True], 4.0, [60, 12, 8, 5]),
+        (
+            lattice[:1] + 0.3,
+            torch.tensor([[0.0, 1.5, 1.5], [1.5, 0, 1.5], [1.5, 1.5, 0]]),
+            [True] * 3,
+            7.0,
+            [500, 30, 20, 8],
+        ),
+        (lattice[:1], torch.eye(3), [False] * 3, 5.0, [1000, 30, 20, 8]),
+        (40 * lattice, torch.eye(3), [False] * 3, 100.0, [9, 6, 4, 2]),
+        (lattice[:2], torch.eye(3), [False] * 3, 1.0, [1000, 30, 20, 8]),
+    ]
+    for b in range(6):
+        cell = torch.diag(3 + 4 * torch.rand(3, generator=generator)) + torch.rand(3, 3, generator=generator)
+        pbc = (torch.rand(3, generator=generator) < 0.6).tolist()
+        positions = (7 * torch.rand(8, 3, generator=generator, dtype=torch.float64) - 3) @ cell.double()
+        structures.append((positions, cell, pbc, 4.0 + b, [1000, 30, 20, 8] if b % 2 else [25, 10, 6, 25]))
+    positions, cell, pbc, cutoff, limits = zip(*structures, strict=True)
+    num_atoms = sum(map(len, positions))
+    return [
+        torch.cat(positions),
+        torch.stack(cell).double(),
+        torch.tensor(pbc),
+        pointers(torch.tensor([len(x) for x in positions])),
+        torch.tensor(cutoff, dtype=torch.float64),
+        torch.tensor(limits),
+        torch.rand(num_atoms, generator=generator) < 0.5,
+    ]
+
+
+@pytest.mark.parametrize("threads", [1, 5, -5])
+def test_neighbors_equal_cpu(emulated, threads):
+    query = neighbor_query()
+    expected = torch.ops.ejmp.find_neighbors(*query)
+    B, N = len(query[1]), len(query[0])
+
+    def poisoned(size, dtype=torch.int64):
+        return torch.full(size, -1, dtype=dtype)
+
+    emulated.threads(threads)
+    cells = poisoned([emulated.library.ejmp_cells_bytes(B, N)], torch.int8)
+    list_ptr = poisoned([N + 1])
+    emulated.call("count_neighbors", [B, N], [*query, cells, list_ptr])
+    num_found = int(list_ptr[-1])
+    lists = poisoned([emulated.library.ejmp_lists_bytes(num_found)], torch.int8)
+    ptr = poisoned([4, N + 1])
+    emulated.call("list_neighbors", [B, N, num_found], [*query, cells, list_ptr, lists, ptr])
+    sets = [[poisoned([n]), poisoned([n, 3], torch.int32)] for n in ptr[:, -1].tolist()]
+    swap = poisoned([int(ptr[1, -1])])
+    arrays = [*query, list_ptr, lists, ptr, *(x for pair in sets for x in pair), swap]
+    emulated.call("pack_neighbors", [B, N, num_found], arrays)
+    for j, (source, offset) in enumerate(sets):
+        for result, want in zip((source, offset, ptr[j]), expected[3 * j : 3 * j + 3], strict=True):
+            assert torch.equal(result, want), f"edge set {j}"
+    assert torch.equal(swap, expected[12])

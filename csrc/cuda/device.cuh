@@ -28,8 +28,10 @@ void launch(void (*kernel)(P...), int64_t blocks, void* stream, std::type_identi
 #ifdef EJMP_EMULATE
     emulate(blocks, [&] { kernel(args...); });
 #else
-    kernel<<<static_cast<unsigned>(blocks), THREADS, 0, static_cast<cudaStream_t>(stream)> > >(args...);
-    const cudaError_t error = cudaGetLastError();
+    void* pointers[] = {&args...};
+    const cudaError_t error =
+        cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)), dim3(THREADS),
+                         pointers, 0, static_cast<cudaStream_t>(stream));
     if (error != cudaSuccess) throw std::runtime_error(std::string("ejmp: ") + cudaGetErrorString(error));
 #endif
 }
@@ -44,6 +46,24 @@ struct Rows {
 
 // The edges into an atom, or more generally row i of what `ptr` divides.
 __device__ Rows rows_of(const int64_t* ptr, int64_t i) { return {ptr[i], ptr[i + 1]}; }
+
+// Replace n numbers by their running sums; a whole block must call it. Returns the total.
+__device__ int64_t running_sums(int64_t* x, int64_t n) {
+    __shared__ int64_t sums[THREADS];
+    const int64_t begin = n * threadIdx.x / blockDim.x, end = n * (threadIdx.x + 1) / blockDim.x;
+    int64_t sum = 0, total = 0;
+    for (int64_t i = begin; i < end; ++i) sum += x[i];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    sum = 0;
+    for (unsigned t = 0; t < blockDim.x; ++t) {
+        if (t < threadIdx.x) sum += sums[t];
+        total += sums[t];
+    }
+    for (int64_t i = begin; i < end; ++i) x[i] = sum += x[i];
+    __syncthreads();
+    return total;
+}
 
 template <class T>
 __device__ void zero(T* x, int64_t n) {

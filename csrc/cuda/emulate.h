@@ -27,6 +27,12 @@ struct Index {
 inline Index threadIdx, blockIdx, blockDim;
 inline int emulated_threads = 1;
 
+inline int64_t atomicAdd(unsigned long long* x, unsigned long long y) { return (*x += y) - y; }
+inline double __dmul_rn(double x, double y) { return x * y; }
+inline double __dadd_rn(double x, double y) { return x + y; }
+inline double __dsub_rn(double x, double y) { return x - y; }
+inline double __dsqrt_rn(double x) { return std::sqrt(x); }
+
 struct Fiber {
     ucontext_t context;
     std::vector<char> stack = std::vector<char>(1 << 18);

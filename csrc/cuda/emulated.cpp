@@ -72,6 +72,15 @@ ejmp::Pair<T> pair(const int64_t* n, Arrays& a) {
     return {n[0], n[1], n[2], ptr, source, h, a.take<T>()};
 }
 
+ejmp::cuda::NeighborQuery neighbor_query(const int64_t* n, Arrays& a) {
+    ejmp::cuda::NeighborQuery query{};
+    query.num_structures = n[0], query.num_atoms = n[1];
+    query.positions = a.take<double>(), query.cell = a.take<double>(), query.pbc = a.take<bool>();
+    query.ptr = a.take<int64_t>(), query.cutoff = a.take<double>(), query.limits = a.take<int64_t>();
+    query.quad_atom = a.take<bool>();
+    return query;
+}
+
 }  // namespace
 
 extern "C" {
@@ -176,6 +185,43 @@ const char* ejmp_atom_sum_backward(int wide, const int64_t* sizes, double, void*
         const int64_t* const ptr = a.take<int64_t>();
         T* const grad_x = a.take<T>();
         ejmp::cuda::atom_sum_backward(sizes[0], sizes[1], grad, x, factor, ptr, grad_x, a.take<T>(), nullptr);
+    });
+}
+
+// Sizes of memory: of the cells, and of the lists of everything found.
+int64_t ejmp_cells_bytes(int64_t structures, int64_t atoms) { return ejmp::cuda::cells_bytes(structures, atoms); }
+int64_t ejmp_lists_bytes(int64_t found) { return ejmp::cuda::lists_bytes(found); }
+
+const char* ejmp_count_neighbors(int, const int64_t* sizes, double, void* const* arrays) {
+    return guarded(1, [&](auto) {
+        Arrays a{arrays};
+        const auto query = neighbor_query(sizes, a);
+        void* const cells = a.take<void>();
+        ejmp::cuda::count_neighbors(query, cells, a.take<int64_t>(), nullptr);
+    });
+}
+
+const char* ejmp_list_neighbors(int, const int64_t* sizes, double, void* const* arrays) {
+    return guarded(1, [&](auto) {
+        Arrays a{arrays};
+        const auto query = neighbor_query(sizes, a);
+        void* const cells = a.take<void>();
+        const int64_t* const list_ptr = a.take<int64_t>();
+        void* const lists = a.take<void>();
+        ejmp::cuda::list_neighbors(query, cells, list_ptr, sizes[2], lists, a.take<int64_t>(), nullptr);
+    });
+}
+
+const char* ejmp_pack_neighbors(int, const int64_t* sizes, double, void* const* arrays) {
+    return guarded(1, [&](auto) {
+        Arrays a{arrays};
+        const auto query = neighbor_query(sizes, a);
+        const int64_t* const list_ptr = a.take<int64_t>();
+        void* const lists = a.take<void>();
+        const int64_t* const ptr = a.take<int64_t>();
+        ejmp::cuda::EdgePlaces to[4];
+        for (auto& set : to) set.source = a.take<int64_t>(), set.offset = a.take<int32_t>();
+        ejmp::cuda::pack_neighbors(query, list_ptr, sizes[2], lists, ptr, to, a.take<int64_t>(), nullptr);
     });
 }
 }

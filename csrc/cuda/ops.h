@@ -59,4 +59,39 @@ template <class T>
 void atom_sum_backward(int64_t num_atoms, int64_t width, const T* grad, const T* x, const T* factor, const int64_t* ptr,
                        T* grad_x, T* grad_factor, void* stream);
 
+// ---- graph building: find_neighbors of ../ops.h in three steps. Between them the caller reads how many edges there
+// are,
+// ---- to allocate the arrays of the next one; the same edges in the same order as on the CPU, to the last bit.
+
+// The arguments of find_neighbors, in device memory.
+struct NeighborQuery {
+    int64_t num_structures, num_atoms;
+    const double *positions, *cell;
+    const bool* pbc;
+    const int64_t* ptr;
+    const double* cutoff;
+    const int64_t* limits;
+    const bool* quad_atom;
+};
+
+// Where one edge set goes.
+struct EdgePlaces {
+    int64_t* source;  // [E]
+    int32_t* offset;  // [E, 3]
+};
+
+// Bytes of the cells, which the first two steps use.
+int64_t cells_bytes(int64_t num_structures, int64_t num_atoms);
+// Bytes of the lists of everything within the cutoffs, which the last two steps use.
+int64_t lists_bytes(int64_t num_found);
+
+// 1. Count: list_ptr [N + 1]; its last entry is num_found.
+void count_neighbors(const NeighborQuery& query, void* cells, int64_t* list_ptr, void* stream);
+// 2. List, sort and choose: ptr [4, N + 1] of pairs, main, atom_edges, quad_edges; last entries: the numbers of edges.
+void list_neighbors(const NeighborQuery& query, const void* cells, const int64_t* list_ptr, int64_t num_found,
+                    void* lists, int64_t* ptr, void* stream);
+// 3. Write the four sets and, for main edges, the ids of the counter-edges, swap [E].
+void pack_neighbors(const NeighborQuery& query, const int64_t* list_ptr, int64_t num_found, void* lists,
+                    const int64_t* ptr, const EdgePlaces (&to)[4], int64_t* swap, void* stream);
+
 }  // namespace ejmp::cuda
