@@ -44,6 +44,11 @@ struct Rows {
     __device__ Rows part(int64_t first, int most) const { return {first, first + most < end ? first + most : end}; }
 };
 
+// How much of a tile is inside when it begins at `first` of `size`.
+__device__ int tile_width(int64_t size, int64_t first, int most) {
+    return size - first < most ? static_cast<int>(size - first) : most;
+}
+
 // The edges into an atom, or more generally row i of what `ptr` divides.
 __device__ Rows rows_of(const int64_t* ptr, int64_t i) { return {ptr[i], ptr[i + 1]}; }
 

@@ -1,7 +1,7 @@
 // Sums over the many neighbours of an atom: out[n, r, c] = sum_e radial[e, r] h[source[e], c] for edges e into atom n,
 // one block per atom. Reads radial and the rows of h once per tile of the result; writes out once.
-#include "device.cuh"
 #include "ops.h"
+#include "product.cuh"
 
 namespace ejmp::cuda {
 namespace {
@@ -29,21 +29,13 @@ __global__ void __launch_bounds__(THREADS) pair_kernel(Pair<T> p, T* out) {
         for (int64_t channel = 0; channel < p.channels; channel += TILE) {
             zero(sum[0], TILE * (TILE + 1));
             for (int64_t first = edges.begin; first < edges.end; first += TILE) {
-                const int num_edges = static_cast<int>(edges.part(first, TILE).count());
+                const int num_edges = tile_width(edges.end, first, TILE);
                 load(radial, num_edges, p.num_radial, column, p.radial + first * p.num_radial, nullptr);
                 load(h, num_edges, p.channels, channel, p.h, p.source + first);
                 __syncthreads();
-                for (int item = threadIdx.x; item < TILE / GROUP * TILE; item += blockDim.x) {
-                    const int r = item / TILE * GROUP, c = item % TILE;
-                    T total[GROUP];
-#pragma unroll
-                    for (int i = 0; i < GROUP; ++i) total[i] = sum[r + i][c];
-                    for (int e = 0; e < TILE; ++e)
-#pragma unroll
-                        for (int i = 0; i < GROUP; ++i) total[i] += radial[e][r + i] * h[e][c];
-#pragma unroll
-                    for (int i = 0; i < GROUP; ++i) sum[r + i][c] = total[i];
-                }
+                products<4, 2, T>(
+                    1, TILE, TILE, TILE, [&](int, int r, int e) { return radial[e][r]; },
+                    [&](int, int e, int c) { return h[e][c]; }, [&](int, int r, int c, T x) { sum[r][c] += x; });
                 __syncthreads();
             }
             __syncthreads();
@@ -64,19 +56,16 @@ __global__ void __launch_bounds__(THREADS) pair_to_radial(Pair<T> p, const T* gr
     const Rows edges = rows_of(p.ptr, atom);
     for (int64_t first = edges.begin; first < edges.end; first += TILE)
         for (int64_t column = 0; column < p.num_radial; column += TILE) {
-            const int num_edges = static_cast<int>(edges.part(first, TILE).count());
-            const int num_radial = static_cast<int>(Rows{0, p.num_radial}.part(column, TILE).count());
+            const int num_edges = tile_width(edges.end, first, TILE);
+            const int num_radial = tile_width(p.num_radial, column, TILE);
             zero(sum[0], TILE * (TILE + 1));
             for (int64_t channel = 0; channel < p.channels; channel += TILE) {
                 load(h, num_edges, p.channels, channel, p.h, p.source + first);
                 load(g, num_radial, p.channels, channel, grad + (atom * p.num_radial + column) * p.channels, nullptr);
                 __syncthreads();
-                for (int item = threadIdx.x; item < TILE * TILE; item += blockDim.x) {
-                    const int e = item / TILE, r = item % TILE;
-                    T total = sum[e][r];
-                    for (int c = 0; c < TILE; ++c) total += g[r][c] * h[e][c];
-                    sum[e][r] = total;
-                }
+                products<4, 2, T>(
+                    1, TILE, TILE, TILE, [&](int, int e, int c) { return h[e][c]; },
+                    [&](int, int c, int r) { return g[r][c]; }, [&](int, int e, int r, T x) { sum[e][r] += x; });
                 __syncthreads();
             }
             for (int item = threadIdx.x; item < num_edges * num_radial; item += blockDim.x) {
@@ -87,7 +76,7 @@ __global__ void __launch_bounds__(THREADS) pair_to_radial(Pair<T> p, const T* gr
         }
 }
 
-// to_h[s, c] = sum_e sum_r radial[e, r] grad[target[e], r, c] over the edges e out of atom s: every GROUPth edge is
+// to_h[s, c] = sum_e sum_r radial[e, r] grad[target[e], r, c] over the edges e out of atom s: every GROUP-th edge is
 // summed by itself, then these sums are.
 template <class T>
 __global__ void __launch_bounds__(THREADS)

@@ -5,8 +5,8 @@
 // the sums S[e, l, k, c] = sum_q Y_l(V_e . V_q) U[e, k, c].
 #pragma once
 
-#include "number.cuh"
 #include "ops.h"
+#include "product.cuh"
 
 namespace ejmp::cuda {
 
@@ -194,7 +194,7 @@ __device__ void clear_sums(Tile& tile) {
         tile.sums[item / Tile::CHANNELS / PER_EDGE][item / Tile::CHANNELS % PER_EDGE][item % Tile::CHANNELS] = 0;
 }
 
-// sums[e, l, k, c] += y[e, l] u[e, k, c]
+// sums[e, S l + k, c] += y[e, l] u[e, k, c]
 template <class Tile>
 __device__ void add_to_sums(int64_t spherical, Tile& tile) {
     using N = typename Tile::N;
@@ -202,42 +202,38 @@ __device__ void add_to_sums(int64_t spherical, Tile& tile) {
         const int i = item / Tile::CHANNELS, c = item % Tile::CHANNELS;
         for (int l = 0; l < spherical; ++l) {
             const N y = tile.y[i][l];
-            for (int k = 0; k < spherical; ++k) tile.sums[i][l * SPHERICAL + k][c] += y * tile.u[i][k][c];
+            for (int k = 0; k < spherical; ++k) tile.sums[i][l * spherical + k][c] += y * tile.u[i][k][c];
         }
     }
 }
 
-// out[e, a, c] = sum_lk weight[e, a, S l + k] sums[e, l, k, c]
+// out[e, a, c] = sum_lk weight[e, a, S l + k] sums[e, S l + k, c]
 template <class T, bool D, class Tile>
 __device__ void write_out(const Quadruplet<T>& p, Rows e, int64_t channel, const Tile& tile, T* out) {
-    const int S = static_cast<int>(p.spherical), per_edge = static_cast<int>(p.basis) * Tile::CHANNELS;
-    for (int item = threadIdx.x; item < e.count() * per_edge; item += blockDim.x) {
-        const int i = item / per_edge, a = item % per_edge / Tile::CHANNELS, c = item % Tile::CHANNELS;
-        if (channel + c >= p.channels) continue;
-        const int64_t row = (e.begin + i) * p.basis + a;
-        Number<T, D> total(0);
-        for (int l = 0; l < S; ++l)
-            for (int k = 0; k < S; ++k)
-                total += read<D>(p.weight, row * S * S + S * l + k) * tile.sums[i][l * SPHERICAL + k][c];
-        out[row * p.channels + channel + c] = stored(total);
-    }
+    using N = Number<T, D>;
+    const int A = static_cast<int>(p.basis), num_lk = static_cast<int>(p.spherical * p.spherical);
+    const auto weight = [&](int i, int a, int lk) { return read<D>(p.weight, ((e.begin + i) * A + a) * num_lk + lk); };
+    const auto sums = [&](int i, int lk, int c) { return tile.sums[i][lk][c]; };
+    products<4, 4, N>(
+        static_cast<int>(e.count()), A, tile_width(p.channels, channel, Tile::CHANNELS), num_lk, weight, sums,
+        [&](int i, int a, int c, N x) { out[((e.begin + i) * A + a) * p.channels + channel + c] = stored(x); });
 }
 
-// to_weight[e, a, S l + k] = sum_c grad[e, a, c] sums[e, l, k, c], added up over the tiles of channels
+// to_weight[e, a, S l + k] = sum_c grad[e, a, c] sums[e, S l + k, c], added up over the tiles of channels
 template <class T, bool D, class Tile>
 __device__ void write_weight(const Quadruplet<T>& p, In<T> grad, Rows e, int64_t channel, const Tile& tile,
                              T* to_weight) {
-    const int S = static_cast<int>(p.spherical), per_edge = static_cast<int>(p.basis) * S * S;
-    const int num_channels = static_cast<int>(Rows{0, p.channels}.part(channel, Tile::CHANNELS).count());
-    for (int item = threadIdx.x; item < e.count() * per_edge; item += blockDim.x) {
-        const int i = item / per_edge, a = item % per_edge / (S * S), l = item % (S * S) / S, k = item % S;
-        const int64_t row = (e.begin + i) * p.basis + a;
-        Number<T, D> total(0);
-        for (int c = 0; c < num_channels; ++c)
-            total += read<D>(grad, row * p.channels + channel + c) * tile.sums[i][l * SPHERICAL + k][c];
-        T& place = to_weight[e.begin * per_edge + item];
-        place = channel > 0 ? place + stored(total) : stored(total);
-    }
+    using N = Number<T, D>;
+    const int A = static_cast<int>(p.basis), num_lk = static_cast<int>(p.spherical * p.spherical);
+    const auto g = [&](int i, int a, int c) {
+        return read<D>(grad, ((e.begin + i) * A + a) * p.channels + channel + c);
+    };
+    const auto sums = [&](int i, int c, int lk) { return tile.sums[i][lk][c]; };
+    products<4, 4, N>(static_cast<int>(e.count()), A, num_lk, tile_width(p.channels, channel, Tile::CHANNELS), g, sums,
+                      [&](int i, int a, int lk, N x) {
+                          T& place = to_weight[((e.begin + i) * A + a) * num_lk + lk];
+                          place = channel > 0 ? place + stored(x) : stored(x);
+                      });
 }
 
 // Form the sums and contract them: with the weights (into out [E, A, C]), or in the backward with the incoming

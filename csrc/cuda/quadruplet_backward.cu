@@ -22,37 +22,31 @@ struct PairTile : QuadrupletTile<T, D, 12> {
     Vector<T, D> to_p[EDGES], to_v_q[EDGES];
 };
 
-// to_sums[e, l, k, c] = sum_a weight[e, a, S l + k] grad[e, a, c]
+// to_sums[e, S l + k, c] = sum_a weight[e, a, S l + k] grad[e, a, c], zero beyond the edges and channels
 template <class T, bool D, class Tile>
 __device__ void fill_to_sums(const Quadruplet<T>& p, In<T> grad, Rows e, int64_t channel, Tile& tile) {
-    const int64_t S = p.spherical;
-    for (int item = threadIdx.x; item < Tile::EDGES * SPHERICAL * Tile::CHANNELS; item += blockDim.x) {
-        const int i = item / Tile::CHANNELS / SPHERICAL, l = item / Tile::CHANNELS % SPHERICAL;
-        const int c = item % Tile::CHANNELS;
-        Number<T, D> sum[SPHERICAL];
-        no_scores<T, D>(sum, nullptr);
-        if (e.begin + i < e.end && channel + c < p.channels && l < S)
-            for (int64_t a = 0; a < p.basis; ++a) {
-                const int64_t row = (e.begin + i) * p.basis + a;
-                const auto g = read<D>(grad, row * p.channels + channel + c);
-#pragma unroll
-                for (int k = 0; k < SPHERICAL; ++k)
-                    if (k < S) sum[k] += read<D>(p.weight, row * S * S + l * S + k) * g;
-            }
-#pragma unroll
-        for (int k = 0; k < SPHERICAL; ++k) tile.to_sums[i][l * SPHERICAL + k][c] = sum[k];
-    }
+    using N = Number<T, D>;
+    const int num_lk = static_cast<int>(p.spherical * p.spherical);
+    const auto weight = [&](int i, int lk, int a) {
+        return e.begin + i < e.end ? read<D>(p.weight, ((e.begin + i) * p.basis + a) * num_lk + lk) : N(0);
+    };
+    const auto g = [&](int i, int a, int c) {
+        const bool inside = e.begin + i < e.end && channel + c < p.channels;
+        return inside ? read<D>(grad, ((e.begin + i) * p.basis + a) * p.channels + channel + c) : N(0);
+    };
+    products<4, 4, N>(Tile::EDGES, num_lk, Tile::CHANNELS, static_cast<int>(p.basis), weight, g,
+                      [&](int i, int lk, int c, N x) { tile.to_sums[i][lk][c] = x; });
 }
 
-// to_u[e, k, c] = sum_l y[e, l] to_sums[e, l, k, c]
+// to_u[e, k, c] = sum_l y[e, l] to_sums[e, S l + k, c]
 template <class Tile>
-__device__ void fill_to_u(Tile& tile) {
+__device__ void fill_to_u(int spherical, Tile& tile) {
     for (int item = threadIdx.x; item < Tile::EDGES * SPHERICAL * Tile::CHANNELS; item += blockDim.x) {
         const int i = item / Tile::CHANNELS / SPHERICAL, k = item / Tile::CHANNELS % SPHERICAL;
         const int c = item % Tile::CHANNELS;
         typename Tile::N total(0);
-#pragma unroll
-        for (int l = 0; l < SPHERICAL; ++l) total += tile.y[i][l] * tile.to_sums[i][l * SPHERICAL + k][c];
+        if (k < spherical)
+            for (int l = 0; l < spherical; ++l) total += tile.y[i][l] * tile.to_sums[i][l * spherical + k][c];
         tile.to_u[i][k][c] = total;
     }
 }
@@ -61,15 +55,12 @@ __device__ void fill_to_u(Tile& tile) {
 template <class T, bool D, class Tile>
 __device__ void add_to_value(int64_t channels, int64_t count, int64_t row, int64_t channel, const Tile& tile,
                              Number<T, D>* to_value) {
-    for (int item = threadIdx.x; item < Tile::ROWS * Tile::CHANNELS; item += blockDim.x) {
-        const int j = item / Tile::CHANNELS, c = item % Tile::CHANNELS;
-        if (j >= count || channel + c >= channels) continue;
-        Number<T, D> total(0);
-        for (int i = 0; i < Tile::EDGES; ++i)
-#pragma unroll
-            for (int k = 0; k < SPHERICAL; ++k) total += tile.z[i][j][k] * tile.to_u[i][k][c];
-        to_value[(row + j) * channels + channel + c] += total;
-    }
+    using N = Number<T, D>;
+    const auto z = [&](int, int j, int q) { return tile.z[q / SPHERICAL][j][q % SPHERICAL]; };
+    const auto to_u = [&](int, int q, int c) { return tile.to_u[q / SPHERICAL][q % SPHERICAL][c]; };
+    products<4, 2, N>(1, static_cast<int>(count), tile_width(channels, channel, Tile::CHANNELS),
+                      Tile::EDGES * SPHERICAL, z, to_u,
+                      [&](int, int j, int c, N x) { to_value[(row + j) * channels + channel + c] += x; });
 }
 
 // to_dihedral[e, d] = sum_k z_slopes[e, d, k] sum_c to_u[e, k, c] v[q, d, c], zero where p or n is not regular
@@ -78,13 +69,17 @@ __device__ void fill_to_dihedral(int64_t num_edges, int64_t num_rows, Tile& tile
     using N = typename Tile::N;
     for (int item = threadIdx.x; item < Tile::EDGES * Tile::ROWS; item += blockDim.x) {
         const int i = item / Tile::ROWS, j = item % Tile::ROWS;
-        N total(0);
-        if (i < num_edges && j < num_rows && tile.p[i].regular && tile.regular[j])
-            for (int k = 0; k < SPHERICAL; ++k) {
-                N inner(0);
-                for (int c = 0; c < Tile::CHANNELS; ++c) inner += tile.to_u[i][k][c] * tile.value[j][c];
-                total += tile.z_slopes[i][j][k] * inner;
+        N to_z[SPHERICAL], total(0);
+        no_scores(to_z, static_cast<N*>(nullptr));
+        if (i < num_edges && j < num_rows && tile.p[i].regular && tile.regular[j]) {
+            for (int c = 0; c < Tile::CHANNELS; ++c) {
+                const N value = tile.value[j][c];
+#pragma unroll
+                for (int k = 0; k < SPHERICAL; ++k) to_z[k] += tile.to_u[i][k][c] * value;
             }
+#pragma unroll
+            for (int k = 0; k < SPHERICAL; ++k) total += tile.z_slopes[i][j][k] * to_z[k];
+        }
         tile.to_dihedral[i][j] = total;
     }
 }
@@ -107,13 +102,14 @@ __device__ void add_to_directions(int64_t num_edges, int64_t num_rows, int64_t r
     }
 }
 
-// to_y[e, l, k] = sum_c to_sums[e, l, k, c] u[e, k, c]
+// to_y[e, S l + k] = sum_c to_sums[e, S l + k, c] u[e, k, c]
 template <class Tile>
-__device__ void fill_to_y(Tile& tile) {
-    for (int item = threadIdx.x; item < Tile::EDGES * Tile::PER_EDGE; item += blockDim.x) {
-        const int i = item / Tile::PER_EDGE, lk = item % Tile::PER_EDGE;
+__device__ void fill_to_y(int spherical, Tile& tile) {
+    const int num_lk = spherical * spherical;
+    for (int item = threadIdx.x; item < Tile::EDGES * num_lk; item += blockDim.x) {
+        const int i = item / num_lk, lk = item % num_lk;
         typename Tile::N total(0);
-        for (int c = 0; c < Tile::CHANNELS; ++c) total += tile.to_sums[i][lk][c] * tile.u[i][lk % SPHERICAL][c];
+        for (int c = 0; c < Tile::CHANNELS; ++c) total += tile.to_sums[i][lk][c] * tile.u[i][lk % spherical][c];
         tile.to_y[i][lk] = total;
     }
 }
@@ -123,9 +119,9 @@ template <class T, bool D, class Tile>
 __device__ void finish_pair(const Quadruplet<T>& p, Rows e, int64_t q, Tile& tile, T* to_v) {
     for (int i = threadIdx.x; i < e.count(); i += blockDim.x) {
         Number<T, D> to_cosine(0);
-        for (int l = 0; l < SPHERICAL; ++l) {
+        for (int l = 0; l < p.spherical; ++l) {
             Number<T, D> to_y(0);
-            for (int k = 0; k < SPHERICAL; ++k) to_y += tile.to_y[i][l * SPHERICAL + k];
+            for (int k = 0; k < p.spherical; ++k) to_y += tile.to_y[i][l * p.spherical + k];
             to_cosine += tile.y_slopes[i][l] * to_y;
         }
         const auto v_e = read_vector<D>(p.v, e.begin + i), v_q = read_vector<D>(p.v_middle, q);
@@ -154,7 +150,7 @@ __global__ void __launch_bounds__(THREADS)
                 start_pair<T, D>(p, e, q, tile, tile.y_slopes);
                 for (int i = threadIdx.x; i < Tile::EDGES; i += blockDim.x) tile.to_p[i] = {T(0), T(0), T(0)};
                 __syncthreads();
-                fill_to_u(tile);
+                fill_to_u(static_cast<int>(p.spherical), tile);
                 for (int64_t first = to_b.begin; first < to_b.end; first += Tile::ROWS) {
                     const Rows d = to_b.part(first, Tile::ROWS);
                     const int64_t row = row_ptr[q] + first - to_b.begin;
@@ -169,7 +165,7 @@ __global__ void __launch_bounds__(THREADS)
                     add_to_directions(e.count(), d.count(), row, tile, work.to_normal);
                     __syncthreads();
                 }
-                fill_to_y(tile);
+                fill_to_y(static_cast<int>(p.spherical), tile);
                 __syncthreads();
                 finish_pair<T, D>(p, e, q, tile, to_v);
                 __syncthreads();
@@ -209,7 +205,7 @@ __device__ void fill_to_filtered(const Quadruplet<T>& p, int64_t q, Rows d, int6
 template <class T, bool D, class Tile>
 __device__ void add_to_filter(const Quadruplet<T>& p, int64_t q, int64_t num_rows, int64_t channel, Tile& tile,
                               T* to_filter) {
-    const int num_channels = static_cast<int>(Rows{0, p.channels}.part(channel, Tile::CHANNELS).count());
+    const int num_channels = tile_width(p.channels, channel, Tile::CHANNELS);
     for (int item = threadIdx.x; item < p.spherical * Tile::CHANNELS; item += blockDim.x) {
         const int k = item / Tile::CHANNELS, c = item % Tile::CHANNELS;
         if (c >= num_channels) continue;

@@ -2,8 +2,8 @@
 //
 // For a tile of edges e and channels c the sums S[e, l, c] = sum_k Y_l(V_e . V_k) x[k, c] are collected over tiles of
 // edges k; out[e, a, c] = sum_l weight[e, a, l] S[e, l, c]. Reads x once per tile of edges e, weight once; writes out.
-#include "number.cuh"
 #include "ops.h"
+#include "product.cuh"
 
 namespace ejmp::cuda {
 namespace {
@@ -77,22 +77,24 @@ __device__ void add_to_sum(Tile& tile) {
     }
 }
 
-// Write rows of the result for a tile of edges, or with to_atoms add them to the atom's row.
+// Write rows of the result for a tile of edges, or with to_atoms add them to the atom's row: then (e, l) is summed
+// over.
 template <class T, bool D, class Tile>
 __device__ void write_out(const Triplet<T>& p, int64_t atom, Rows e, bool first, int64_t channel, const Tile& tile,
                           T* out) {
-    const int num_edges = static_cast<int>(e.count()), num_rows = p.to_atoms ? 1 : num_edges;
-    const int per_row = static_cast<int>(p.basis) * Tile::CHANNELS;
-    for (int item = threadIdx.x; item < num_rows * per_row; item += blockDim.x) {
-        const int row = item / per_row, a = item % per_row / Tile::CHANNELS, c = item % Tile::CHANNELS;
-        if (channel + c >= p.channels) continue;
-        Number<T, D> total(0);
-        for (int i = row; i < (p.to_atoms ? num_edges : row + 1); ++i)
-            for (int l = 0; l < p.spherical; ++l)
-                total += read<D>(p.weight, ((e.begin + i) * p.basis + a) * p.spherical + l) * tile.sum[i][l][c];
-        T& place = out[((p.to_atoms ? atom : e.begin + row) * p.basis + a) * p.channels + channel + c];
-        place = p.to_atoms && !first ? place + stored(total) : stored(total);
-    }
+    using N = Number<T, D>;
+    const int num_edges = static_cast<int>(e.count()), A = static_cast<int>(p.basis);
+    const auto weight = [&](int i, int a, int q) {
+        const int64_t edge = e.begin + i + q / SPHERICAL, l = q % SPHERICAL;
+        return l < p.spherical ? read<D>(p.weight, (edge * A + a) * p.spherical + l) : N(0);
+    };
+    const auto sum = [&](int i, int q, int c) { return tile.sum[i + q / SPHERICAL][q % SPHERICAL][c]; };
+    products<4, 4, N>(p.to_atoms ? 1 : num_edges, A, tile_width(p.channels, channel, Tile::CHANNELS),
+                      p.to_atoms ? num_edges * SPHERICAL : SPHERICAL, weight, sum, [&](int i, int a, int c, N x) {
+                          const int64_t row = (p.to_atoms ? atom : e.begin + i) * A + a;
+                          T& place = out[row * p.channels + channel + c];
+                          place = p.to_atoms && !first ? place + stored(x) : stored(x);
+                      });
 }
 
 template <class T, bool D>
@@ -120,39 +122,37 @@ __global__ void __launch_bounds__(THREADS) triplet_kernel(Triplet<T> p, T* out) 
         }
 }
 
-// to_sum[e, l, c] = sum_a weight[e, a, l] grad[e, a, c]
+// Entry (a, c) of the incoming gradient of edge e, of row `atom` with to_atoms.
+template <class T, bool D>
+__device__ Number<T, D> gradient(const Triplet<T>& p, In<T> grad, int64_t atom, int64_t edge, int64_t a, int64_t c) {
+    return read<D>(grad, ((p.to_atoms ? atom : edge) * p.basis + a) * p.channels + c);
+}
+
+// to_sum[e, l, c] = sum_a weight[e, a, l] grad[e, a, c], zero beyond the edges, functions and channels
 template <class T, bool D, class Tile>
 __device__ void fill_to_sum(const Triplet<T>& p, In<T> grad, int64_t atom, Rows e, int64_t channel, Tile& tile) {
-    for (int item = threadIdx.x; item < Tile::EDGES * Tile::CHANNELS; item += blockDim.x) {
-        const int i = item / Tile::CHANNELS, c = item % Tile::CHANNELS;
-        Number<T, D> sum[SPHERICAL];
-        no_scores<T, D>(sum, nullptr);
-        if (e.begin + i < e.end && channel + c < p.channels)
-            for (int64_t a = 0; a < p.basis; ++a) {
-                const int64_t row = (p.to_atoms ? atom : e.begin + i) * p.basis + a;
-                const auto g = read<D>(grad, row * p.channels + channel + c);
-#pragma unroll
-                for (int l = 0; l < SPHERICAL; ++l)
-                    if (l < p.spherical)
-                        sum[l] += read<D>(p.weight, ((e.begin + i) * p.basis + a) * p.spherical + l) * g;
-            }
-#pragma unroll
-        for (int l = 0; l < SPHERICAL; ++l) tile.to_sum[i][l][c] = sum[l];
-    }
+    using N = Number<T, D>;
+    const auto weight = [&](int i, int l, int a) {
+        const bool inside = e.begin + i < e.end && l < p.spherical;
+        return inside ? read<D>(p.weight, ((e.begin + i) * p.basis + a) * p.spherical + l) : N(0);
+    };
+    const auto g = [&](int i, int a, int c) {
+        const bool inside = e.begin + i < e.end && channel + c < p.channels;
+        return inside ? gradient<T, D>(p, grad, atom, e.begin + i, a, channel + c) : N(0);
+    };
+    products<4, 4, N>(Tile::EDGES, SPHERICAL, Tile::CHANNELS, static_cast<int>(p.basis), weight, g,
+                      [&](int i, int l, int c, N x) { tile.to_sum[i][l][c] = x; });
 }
 
 // to_x[k, c] += sum_e sum_l y[e, k, l] to_sum[e, l, c]
 template <class T, class Tile>
 __device__ void add_to_x(const Triplet<T>& p, Rows k, int64_t channel, const Tile& tile, T* to_x) {
-    for (int item = threadIdx.x; item < Tile::INCOMING * Tile::CHANNELS; item += blockDim.x) {
-        const int j = item / Tile::CHANNELS, c = item % Tile::CHANNELS;
-        if (k.begin + j >= k.end || channel + c >= p.channels) continue;
-        typename Tile::N total(0);
-        for (int i = 0; i < Tile::EDGES; ++i)
-#pragma unroll
-            for (int l = 0; l < SPHERICAL; ++l) total += tile.y[i][j][l] * tile.to_sum[i][l][c];
-        to_x[(k.begin + j) * p.channels + channel + c] += stored(total);
-    }
+    using N = typename Tile::N;
+    const auto y = [&](int, int j, int q) { return tile.y[q / SPHERICAL][j][q % SPHERICAL]; };
+    const auto to_sum = [&](int, int q, int c) { return tile.to_sum[q / SPHERICAL][q % SPHERICAL][c]; };
+    products<4, 2, N>(1, static_cast<int>(k.count()), tile_width(p.channels, channel, Tile::CHANNELS),
+                      Tile::EDGES * SPHERICAL, y, to_sum,
+                      [&](int, int j, int c, N x) { to_x[(k.begin + j) * p.channels + channel + c] += stored(x); });
 }
 
 // to_cosine[e, k] = sum_l slopes[e, k, l] sum_c to_sum[e, l, c] x[k, c]
@@ -161,12 +161,15 @@ __device__ void fill_to_cosine(Tile& tile) {
     using N = typename Tile::N;
     for (int item = threadIdx.x; item < Tile::EDGES * Tile::INCOMING; item += blockDim.x) {
         const int i = item / Tile::INCOMING, j = item % Tile::INCOMING;
-        N total(0);
-        for (int l = 0; l < SPHERICAL; ++l) {
-            N inner(0);
-            for (int c = 0; c < Tile::CHANNELS; ++c) inner += tile.to_sum[i][l][c] * tile.x[j][c];
-            total += tile.slopes[i][j][l] * inner;
+        N to_y[SPHERICAL], total(0);
+        no_scores(to_y, static_cast<N*>(nullptr));
+        for (int c = 0; c < Tile::CHANNELS; ++c) {
+            const N x = tile.x[j][c];
+#pragma unroll
+            for (int l = 0; l < SPHERICAL; ++l) to_y[l] += tile.to_sum[i][l][c] * x;
         }
+#pragma unroll
+        for (int l = 0; l < SPHERICAL; ++l) total += tile.slopes[i][j][l] * to_y[l];
         tile.to_cosine[i][j] = total;
     }
 }
@@ -195,17 +198,13 @@ __device__ void add_to_vectors(const Triplet<T>& p, Rows e, Rows k, const Tile& 
 template <class T, bool D, class Tile>
 __device__ void add_to_weight(const Triplet<T>& p, In<T> grad, int64_t atom, Rows e, int64_t channel, const Tile& tile,
                               T* to_weight) {
-    const int per_edge = static_cast<int>(p.basis * p.spherical);
-    const int num_channels = static_cast<int>(Rows{0, p.channels}.part(channel, Tile::CHANNELS).count());
-    for (int item = threadIdx.x; item < e.count() * per_edge; item += blockDim.x) {
-        const int i = item / per_edge, a = item % per_edge / static_cast<int>(p.spherical);
-        const int l = item % static_cast<int>(p.spherical);
-        const int64_t row = (p.to_atoms ? atom : e.begin + i) * p.basis + a;
-        Number<T, D> total(0);
-        for (int c = 0; c < num_channels; ++c)
-            total += read<D>(grad, row * p.channels + channel + c) * tile.sum[i][l][c];
-        to_weight[e.begin * per_edge + item] += stored(total);
-    }
+    using N = Number<T, D>;
+    const auto g = [&](int i, int a, int c) { return gradient<T, D>(p, grad, atom, e.begin + i, a, channel + c); };
+    const auto sum = [&](int i, int c, int l) { return tile.sum[i][l][c]; };
+    products<2, 4, N>(static_cast<int>(e.count()), static_cast<int>(p.basis), static_cast<int>(p.spherical),
+                      tile_width(p.channels, channel, Tile::CHANNELS), g, sum, [&](int i, int a, int l, N x) {
+                          to_weight[((e.begin + i) * p.basis + a) * p.spherical + l] += stored(x);
+                      });
 }
 
 template <class T, bool D>
