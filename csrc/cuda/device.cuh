@@ -45,15 +45,15 @@ struct Rows {
 };
 
 // How much of a tile is inside when it begins at `first` of `size`.
-__device__ int tile_width(int64_t size, int64_t first, int most) {
+__device__ inline int tile_width(int64_t size, int64_t first, int most) {
     return size - first < most ? static_cast<int>(size - first) : most;
 }
 
 // The edges into an atom, or more generally row i of what `ptr` divides.
-__device__ Rows rows_of(const int64_t* ptr, int64_t i) { return {ptr[i], ptr[i + 1]}; }
+__device__ inline Rows rows_of(const int64_t* ptr, int64_t i) { return {ptr[i], ptr[i + 1]}; }
 
 // Replace n numbers by their running sums; a whole block must call it. Returns the total.
-__device__ int64_t running_sums(int64_t* x, int64_t n) {
+__device__ inline int64_t running_sums(int64_t* x, int64_t n) {
     __shared__ int64_t sums[THREADS];
     const int64_t begin = n * threadIdx.x / blockDim.x, end = n * (threadIdx.x + 1) / blockDim.x;
     int64_t sum = 0, total = 0;

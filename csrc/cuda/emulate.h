@@ -15,7 +15,7 @@
 #include <vector>
 
 #define __global__
-#define __device__ inline
+#define __device__
 #define __shared__ static
 #define __launch_bounds__(threads)
 
