@@ -71,12 +71,12 @@ class Emulated:
     def check(self, name, sizes, inputs, expected, *, scratch=(), eps=0.0):
         """One thread per block must agree with the CPU, and several threads in either order with one in every bit.
 
-        What is written to, scratch memory too, is poisoned before each run.
+        What is written to is poisoned before each run, as are the `scratch` bytes.
         """
         first = None
         for threads in (1, 5, -5):
             results = [torch.full_like(x, torch.nan) for x in expected]
-            poisoned = [torch.full_like(x, torch.nan) for x in scratch]
+            poisoned = [torch.full((size,), -1, dtype=torch.int8) for size in scratch]
             self.threads(threads)
             self.call(name, sizes, [*inputs, *poisoned, *results], eps)
             first = first or results
@@ -90,18 +90,8 @@ class Emulated:
 def emulated(tmp_path_factory):
     require_native()
     library = tmp_path_factory.mktemp("emulated") / "kernels.so"
-    flags = [
-        "-shared",
-        "-fPIC",
-        "-std=c++20",
-        "-O1",
-        "-ffp-contract=off",
-        "-Wall",
-        "-Wno-unknown-pragmas",
-        "-DEJMP_EMULATE",
-        "-x",
-        "c++",
-    ]
+    flags = ["-shared", "-fPIC", "-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
+    flags += ["-DEJMP_EMULATE", "-x", "c++"]
     run_compiler(compiler("g++"), *flags, *KERNELS, FOLDER / "emulated.cpp", "-o", library)
     return Emulated(library)
 
@@ -236,8 +226,7 @@ def test_quadruplet_equals_cpu(emulated, shape, dtype):
     wide = dtype == torch.float64
     for second in (False, True):
         inputs = [*main.ids, *middle.ids, *with_along(problem.values, problem.directions(second)), *rows]
-        size = [emulated.library.ejmp_quadruplet_workspace(wide, sizes[4], shape[0], x, second) for x in (0, 1)]
-        scratch = [torch.empty(-(-x // 8), dtype=torch.float64) for x in size]
+        scratch = [emulated.library.ejmp_quadruplet_workspace(wide, sizes[4], shape[0], x, second) for x in (0, 1)]
         emulated.check("quadruplet", sizes, inputs, [expected[2 * second]], scratch=scratch[:1], eps=eps)
         inputs += [problem.grad, None]
         emulated.check("quadruplet_backward", sizes, inputs, expected[2 * second + 1], scratch=scratch[1:], eps=eps)

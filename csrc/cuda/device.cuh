@@ -52,22 +52,18 @@ __device__ inline int tile_width(int64_t size, int64_t first, int most) {
 // The edges into an atom, or more generally row i of what `ptr` divides.
 __device__ inline Rows rows_of(const int64_t* ptr, int64_t i) { return {ptr[i], ptr[i + 1]}; }
 
-// Replace n numbers by their running sums; a whole block must call it. Returns the total.
-__device__ inline int64_t running_sums(int64_t* x, int64_t n) {
+// Replace n numbers by their running sums; a whole block must call it.
+__device__ inline void running_sums(int64_t* x, int64_t n) {
     __shared__ int64_t sums[THREADS];
     const int64_t begin = n * threadIdx.x / blockDim.x, end = n * (threadIdx.x + 1) / blockDim.x;
-    int64_t sum = 0, total = 0;
+    int64_t sum = 0;
     for (int64_t i = begin; i < end; ++i) sum += x[i];
     sums[threadIdx.x] = sum;
     __syncthreads();
     sum = 0;
-    for (unsigned t = 0; t < blockDim.x; ++t) {
-        if (t < threadIdx.x) sum += sums[t];
-        total += sums[t];
-    }
+    for (unsigned t = 0; t < threadIdx.x; ++t) sum += sums[t];
     for (int64_t i = begin; i < end; ++i) x[i] = sum += x[i];
     __syncthreads();
-    return total;
 }
 
 template <class T>

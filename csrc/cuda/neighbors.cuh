@@ -41,6 +41,9 @@ struct Lists {
     }
 };
 
+// Fill and sort `found`; list_ptr comes from count_neighbors.
+void find_lists(const NeighborQuery& query, const void* cells, const int64_t* list_ptr, Neighbor* found, void* stream);
+
 namespace {
 
 // The structure an atom belongs to.

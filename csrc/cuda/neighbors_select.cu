@@ -7,8 +7,6 @@
 
 namespace ejmp::cuda {
 
-void find_lists(const NeighborQuery& query, const void* cells, const int64_t* list_ptr, Neighbor* found, void* stream);
-
 namespace {
 
 constexpr int PAIRS = 0, MAIN = 1, ATOM_EDGES = 2, QUAD_EDGES = 3;

@@ -59,9 +59,8 @@ template <class T>
 void atom_sum_backward(int64_t num_atoms, int64_t width, const T* grad, const T* x, const T* factor, const int64_t* ptr,
                        T* grad_x, T* grad_factor, void* stream);
 
-// ---- graph building: find_neighbors of ../ops.h in three steps. Between them the caller reads how many edges there
-// are,
-// ---- to allocate the arrays of the next one; the same edges in the same order as on the CPU, to the last bit.
+// Graph building is find_neighbors of ../ops.h in three steps, because only the caller can allocate: between two steps
+// it reads how many edges there are. The edges and their order are those of the CPU, to the last bit.
 
 // The arguments of find_neighbors, in device memory.
 struct NeighborQuery {
