@@ -9,7 +9,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
-CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+CSRC := $(foreach kind,h cpp cu cuh,$(wildcard csrc/*.$(kind) csrc/*/*.$(kind)))
 
 .PHONY: test bench lint format clean
 test: .venv/built

@@ -53,7 +53,7 @@ ejmp::Triplet<T> triplet(const int64_t* n, Arrays& a) {
 
 template <class T>
 ejmp::Quadruplet<T> quadruplet(const int64_t* n, double eps, Arrays& a) {
-    ejmp::Quadruplet<T> p{n[0], n[1], n[2], n[3], T(eps), {}, {}, {}, {}, {}, {}, {}};
+    ejmp::Quadruplet<T> p{n[0], n[1], n[2], n[3], 0, n[0], T(eps), {}, {}, {}, {}, {}, {}, {}};
     p.main = a.incoming(), p.middle = a.incoming();
     p.x = a.input<T>(), p.filter = a.input<T>(), p.weight = a.input<T>();
     p.v = a.input<T>(), p.v_middle = a.input<T>();

@@ -28,6 +28,8 @@ void triplet(const Triplet<T>& p, T* out, void* stream);
 template <class T>
 void triplet_backward(const Triplet<T>& p, In<T> grad, T* x, T* weight, T* v_out, T* v_in, void* stream);
 
+// first_atom and last_atom of a Quadruplet are not looked at: all rows are computed.
+//
 // Bytes of device memory that quadruplet and quadruplet_backward use while they run; `second`: in the second backward.
 template <class T>
 int64_t quadruplet_workspace(int64_t num_rows, int64_t channels, bool backward, bool second);
