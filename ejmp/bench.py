@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import ejmp
+from ejmp.backend import Backend
 from ejmp.flops import GraphSizes, count_macs, graph_sizes
 from ejmp.graph import EDGE_SETS, AtomGraph
 from ejmp.machine import StoragePeak, gemm_rates, provenance, summarise, synchronize, time_call
@@ -50,6 +51,9 @@ class Plan:
     seed: int = 0
     small: bool = False
     """Use JMP-S instead of JMP-L."""
+    backend: Backend = "auto"
+    compare: bool = False
+    """Also time the reference backend in every round."""
 
 
 def run(plan: Plan, report: Callable[[str], None] = lambda _line: None) -> dict[str, Any]:
@@ -72,18 +76,22 @@ def run(plan: Plan, report: Callable[[str], None] = lambda _line: None) -> dict[
     if graph.main.num_edges == 0:
         raise ValueError(f"{plan.workload.name}: no two atoms are within {plan.workload.cutoff} A: nothing to measure")
     report(f"{plan.workload.name}: {graph.num_atoms} atoms, {graph.main.num_edges} edges; making the model")
-    models = make_models(plan.blocks, small=plan.small, seed=plan.seed, device=device)
+    models = make_models(plan.blocks, small=plan.small, seed=plan.seed, device=device, backend=plan.backend)
     gates = {b: check_model(model, plan.precisions, models[max(models)]) for b, model in models.items()}
     report("every model passes its check; measuring memory and warming up")
-    memory = {(b, p): peak_memory(models[b], graph, p) for p in plan.precisions for b in plan.blocks}
+    backends = _backends(plan)
+    cases = list(itertools.product(plan.blocks, plan.precisions, backends))
+    memory = {(b, p, k): peak_memory(models[b], graph, p, k) for b, p, k in cases}
     times, rates = _rounds(plan, models, graph, report)
     sizes = graph_sizes(graph)
-    rows = [
-        make_row(models[b], graph, sizes, times[b, p], _best(rates, p))
-        | {"precision": p, "peak_memory_mib": memory[b, p] / 2**20, "error_vs_float64": gates[b][p]}
-        for p in plan.precisions
-        for b in plan.blocks
-    ]
+    rows = []
+    for p, b in itertools.product(plan.precisions, plan.blocks):
+        row = make_row(models[b], graph, sizes, times[b, p, plan.backend], _best(rates, p))
+        row |= {"precision": p, "error_vs_float64": gates[b][p]}
+        row["peak_memory_mib"] = memory[b, p, plan.backend] / 2**20
+        if plan.compare:
+            row |= _compared(times[b, p, plan.backend], times[b, p, "reference"], memory[b, p, "reference"])
+        rows.append(row)
     _add_ratios(rows, published=not plan.small)
     return {
         "benchmark": "blocks",
@@ -99,12 +107,17 @@ def run(plan: Plan, report: Callable[[str], None] = lambda _line: None) -> dict[
 
 
 def make_models(
-    blocks: Sequence[int], *, small: bool = False, seed: int = 0, device: torch.device | str = "cpu"
+    blocks: Sequence[int],
+    *,
+    small: bool = False,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    backend: Backend = "auto",
 ) -> dict[int, JMP]:
     """Return a scalar model with random weights and its prunings to fewer blocks, by number of blocks."""
     torch.manual_seed(seed)
     preset = ejmp.jmp_s if small else ejmp.jmp_l
-    full = JMP(preset(blocks=max(blocks), scalar=True)).to(device).eval()
+    full = JMP(preset(blocks=max(blocks), scalar=True), backend).to(device).eval()
     return {b: full if b == full.config.blocks else prune(full, blocks=b) for b in blocks}
 
 
@@ -164,40 +177,41 @@ def _forward(
     graph: AtomGraph,
     precision: Precision,
     call: Callable[[JMP, AtomGraph], Tensor] = lambda model, graph: model(graph).energy,
+    backend: Backend | None = None,
 ) -> Tensor:
-    before = model.precision
-    model.precision = precision
+    before = model.precision, model.requested_backend
+    model.precision, model.requested_backend = precision, backend or model.requested_backend
     try:
         return call(model, graph)
     finally:
-        model.precision = before
+        model.precision, model.requested_backend = before
 
 
-def time_forward(model: JMP, graph: AtomGraph, precision: Precision) -> float:
+def time_forward(model: JMP, graph: AtomGraph, precision: Precision, backend: Backend | None = None) -> float:
     """Return the seconds of one forward pass, with the device idle before and after.
 
     Raises:
         RuntimeError: if the energy is not finite.
     """
     energies: list[Tensor] = []
-    seconds = time_call(lambda: energies.append(_forward(model, graph, precision)), graph.device)
+    seconds = time_call(lambda: energies.append(_forward(model, graph, precision, backend=backend)), graph.device)
     if not torch.isfinite(energies[0]).all():
         raise RuntimeError(f"{model.config.blocks} blocks, {precision}: the energy is not finite")
     return seconds
 
 
-def peak_memory(model: JMP, graph: AtomGraph, precision: Precision) -> int:
+def peak_memory(model: JMP, graph: AtomGraph, precision: Precision, backend: Backend | None = None) -> int:
     """Return the most bytes a forward pass holds beyond what was there before it."""
     if graph.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(graph.device)
         before = torch.cuda.memory_allocated(graph.device)
-        _forward(model, graph, precision)
+        _forward(model, graph, precision, backend=backend)
         synchronize(graph.device)
         return torch.cuda.max_memory_allocated(graph.device) - before
     owners = (graph, *(getattr(graph, name) for name in EDGE_SETS))
     inputs = [*(vars(owner).values() for owner in owners), model.state_dict().values()]
     with StoragePeak(itertools.chain.from_iterable(inputs)) as memory:
-        _forward(model, graph, precision)
+        _forward(model, graph, precision, backend=backend)
     return memory.peak
 
 
@@ -213,21 +227,34 @@ def _timed_graph(plan: Plan, device: torch.device) -> tuple[AtomGraph, dict[str,
     return graph, {backend: summarise(found) for backend, found in samples.items()}
 
 
-Times = dict[tuple[int, str], list[float]]
+Times = dict[tuple[int, str, str], list[float]]
+
+
+def _backends(plan: Plan) -> list[Backend]:
+    return [plan.backend, "reference"] if plan.compare else [plan.backend]
+
+
+def _compared(seconds: Sequence[float], reference: Sequence[float], reference_bytes: int) -> dict[str, Any]:
+    """Return what the reference backend took in the same rounds, and the speed-up: the median of the rounds' ratios."""
+    return {
+        "reference_ms": summarise([1e3 * s for s in reference]),
+        "speedup": statistics.median(r / s for r, s in zip(reference, seconds, strict=True)),
+        "reference_peak_memory_mib": reference_bytes / 2**20,
+    }
 
 
 def _rounds(
     plan: Plan, models: dict[int, JMP], graph: AtomGraph, report: Callable[[str], None]
 ) -> tuple[Times, dict[str, list[float]]]:
-    times: Times = {(b, p): [] for b in plan.blocks for p in plan.precisions}
+    cases = list(itertools.product(plan.blocks, plan.precisions, _backends(plan)))
+    times: Times = {case: [] for case in cases}
     rates: dict[str, list[float]] = {}
     start, number = time.perf_counter(), 0
     while number < plan.min_rounds or (number < plan.max_rounds and time.perf_counter() - start < plan.seconds):
         for name, rate in gemm_rates(graph.main.num_edges, plan.precisions, graph.device).items():
             rates.setdefault(name, []).append(rate)
-        for b in plan.blocks:
-            for p in plan.precisions:
-                times[b, p].append(time_forward(models[b], graph, p))
+        for b, p, backend in cases:
+            times[b, p, backend].append(time_forward(models[b], graph, p, backend))
         number += 1
         report(f"round {number} done, {time.perf_counter() - start:.0f} s")
     return times, rates

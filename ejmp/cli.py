@@ -19,12 +19,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_bench(commands.add_parser("bench", help="throughput, FLOPs and memory by number of blocks"))
+    doctor = commands.add_parser("doctor", help="which implementation serves which op, device and type, and why")
+    doctor.set_defaults(run=_doctor)
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
     except ModuleNotFoundError as error:
         print(f"ejmp {options.command}: {error}; pip install ejmp[bench] brings it", file=sys.stderr)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"ejmp {options.command}: {error}", file=sys.stderr)
     return 2
 
@@ -44,6 +46,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="default: cuda if there is one, or else cpu")
     parser.add_argument("--seconds", type=float, default=100, help="go on measuring this long (at least two rounds)")
     parser.add_argument("--small", action="store_true", help="JMP-S instead of JMP-L")
+    parser.add_argument("--backend", default="auto", choices=("auto", "reference", "native", "triton"))
+    parser.add_argument("--compare", action="store_true", help="also time the reference backend, in the same rounds")
     parser.add_argument("--output", type=Path, metavar="JSON", help="write the results, and a picture beside them")
 
 
@@ -60,6 +64,8 @@ def _bench(options: argparse.Namespace) -> int:
         device=str(device),
         seconds=options.seconds,
         small=options.small,
+        backend=options.backend,
+        compare=options.compare,
     )
     if options.output is not None:
         report.need_matplotlib()
@@ -71,6 +77,13 @@ def _bench(options: argparse.Namespace) -> int:
         picture = options.output.with_suffix(".png")
         report.picture(result, picture)
         print(f"\n{options.output} {picture}")
+    return 0
+
+
+def _doctor(_options: argparse.Namespace) -> int:
+    from ejmp import doctor  # noqa: PLC0415
+
+    print(doctor.examine())
     return 0
 
 

@@ -1,8 +1,8 @@
 """The forward pass on fused ops: the same model as `interactions` and `model` spell out, from the same parameters.
 
-Nothing here lists a triplet, pads a table or waits for the device. Scale factors are folded into the small weights beside
-them, activations, filters, residuals and scalings are one pass after each product, and of a layer on
-[h_source, h_target, m] only the part of m runs on edges. Tested to give what the reference backend gives.
+Nothing here lists a triplet, pads a table or waits for the device. Scale factors are folded into the small weights
+beside them, activations, filters, residuals and scalings are one pass after each product, and of a layer on [h_source,
+h_target, m] only the part of m runs on edges. Tested to give what the reference backend gives.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ejmp.bases import BasisProjection, Bases
+from ejmp.bases import Bases, BasisProjection
 from ejmp.graph import AtomGraph, EdgeSet
 from ejmp.interactions import (
     AtomUpdate,
@@ -83,11 +83,10 @@ class Fused:
         assert self.dtype is not None
         if torch.is_grad_enabled() or not isinstance(weight, nn.Parameter):
             return weight.to(self.dtype)
-        version, copy = _CASTS.get(weight, (-1, None))
-        if copy is None or version != weight._version or copy.dtype != self.dtype:  # noqa: SLF001
-            copy = weight.detach().to(self.dtype)
-            _CASTS[weight] = (weight._version, copy)  # noqa: SLF001
-        return copy
+        known = _CASTS.get(weight)
+        if known is None or known[0] != weight._version or known[1].dtype != self.dtype:  # noqa: SLF001
+            known = _CASTS[weight] = (weight._version, weight.detach().to(self.dtype))  # noqa: SLF001
+        return known[1]
 
     def plain(self, layer: Plain, x: Tensor, scale: ScaleFactor | None = None) -> Tensor:
         """Apply a linear layer, with a scale factor folded into its weight."""
@@ -185,7 +184,7 @@ class Fused:
         factor = self.plain(layer.mlp_rbf, rbf, layer.scale_rbf)
         return self._wide(self.dense(layer.down_projection, activate(pre, factor, in_place=True)))
 
-    def triplets(  # noqa: PLR0913 - two features and the two edge sets they live on
+    def triplets(
         self, layer: TripletInteraction, x: Tensor, cbf: Tensor, out: EdgeSet, into: EdgeSet, *, to_atoms: bool = False
     ) -> Tensor:
         """Sum over triplets and mix, [E_out or N, trip_out]."""
@@ -216,7 +215,12 @@ class Fused:
 
     def messages_to_edges(self, block: InteractionBlock, h: Tensor, m: Tensor, bases: FusedBases) -> Tensor:
         """Return half the sum of what a block sends to edges, [E, M]."""
-        graph, trip, near, quad = self.graph, block.trip_interaction, block.atom_edge_interaction, block.quad_interaction
+        graph, trip, near, quad = (
+            self.graph,
+            block.trip_interaction,
+            block.atom_edge_interaction,
+            block.quad_interaction,
+        )
         out = self.dense(block.dense_ca, m, scale=0.5)
         x = self.filtered(trip, self.plain(trip.dense_ba, m), bases.rbf_trip)
         out = self.to_edges(trip, self.triplets(trip, x, bases.cbf_trip, graph.main, graph.main), out)

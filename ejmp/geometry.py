@@ -33,5 +33,3 @@ def compute_geometry(graph: AtomGraph, num_spherical: int) -> Geometry:
         quadruplets=angles.quadruplets(main, graph.quad_edges, num_spherical),
         pairs=reference.neighbor_table(atoms, graph.atom_pairs.ptr, graph.atom_pairs.max_degree),
     )
-
-

@@ -103,6 +103,14 @@ def gemm_rates(rows: int, precisions: Sequence[Precision], device: torch.device,
     return rates
 
 
+def copy_rate(device: torch.device, size: int = 1 << 28, repeats: int = 5) -> float:
+    """Measure how fast memory is copied, in GB/s read and written together."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = min(time_call(lambda: target.copy_(source), device) for _ in range(repeats))
+    return 2e-9 * size / seconds
+
+
 def provenance(device: torch.device) -> dict[str, Any]:
     """Return what a number needs to be believed: hardware, versions, commit, load, date."""
     cpu = platform.processor() or platform.machine()

@@ -1,5 +1,6 @@
 """JMP: embed atoms and edges, run the blocks, read each block out, and turn that into energies and forces."""
 
+import importlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ejmp.backend import Backend, resolve
+from ejmp.backend import Backend, missing, resolve
 from ejmp.backend import check as check_backend
 from ejmp.bases import Bases
 from ejmp.config import JMPConfig
@@ -138,6 +139,8 @@ class JMP(nn.Module):
             raise ValueError(f"precision: expected one of {get_args(Precision)}, got {precision!r}")
         self.config = config
         self.requested_backend: Backend = check_backend(backend)
+        if backend != "reference" and missing("native") is None:
+            importlib.import_module("ejmp.fused")  # registers its ops, before anybody counts or traces them
         self.precision: Precision = precision
         self.embedding = AtomEmbedding(config)
         self.backbone = Backbone(config)
@@ -206,7 +209,10 @@ class JMP(nn.Module):
             x_e, x_f = [], []
             for i, out_block in enumerate(backbone.out_blocks):
                 if i > 0:
-                    h, m = fused.block(backbone.int_blocks[i - 1], h, m, values)
+                    block = backbone.int_blocks[i - 1]
+                    assert isinstance(block, InteractionBlock)
+                    h, m = fused.block(block, h, m, values)
+                assert isinstance(out_block, OutputBlock)
                 x_e.append(fused.energy(out_block, h, m, values))
                 if forces:
                     x_f.append(fused.forces(out_block, m, values))

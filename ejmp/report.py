@@ -7,11 +7,13 @@ COLUMNS = (
     "precision | blocks | structures/s | atoms/s | edges/s | ms median | ms p95 | x of {most} blocks | published x | "
     "GMAC | GFLOP | of {most} | parameters | of {most} | peak MiB | of {most} | % of GEMM rate"
 )
+COMPARED = " | x of reference | its peak MiB"
 
 
 def table(result: dict[str, Any]) -> str:
     """Return a Markdown table of a block-count benchmark."""
-    head = COLUMNS.format(most=max(row["blocks"] for row in result["rows"]))
+    compared = all("speedup" in row for row in result["rows"])
+    head = COLUMNS.format(most=max(row["blocks"] for row in result["rows"])) + (COMPARED if compared else "")
     lines = [f"| {head} |", "|" + " --- |" * (head.count("|") + 1)]
     for row in result["rows"]:
         published = row.get("published_throughput_ratio")
@@ -34,6 +36,8 @@ def table(result: dict[str, Any]) -> str:
             f"{row['ratio']['peak_memory_mib']:.2f}",
             f"{100 * row['gemm_share']:.0f}",
         ]
+        if compared:
+            cells += [f"{row['speedup']:.2f}", f"{row['reference_peak_memory_mib']:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ HEAVY = {"ase", "lmdb", "deepspeed", "fvcore", "h5py", "mpi4py", "matplotlib", "
 # Each module may import those before it, not those after it.
 ORDER = (
     "graph", "config", "structure", "build", "backend", "layers", "geometry", "bases", "interactions", "fused", "model",
-    "scaling", "prune", "checkpoint", "flops", "workloads", "machine", "bench", "report", "cli",
+    "scaling", "prune", "checkpoint", "flops", "workloads", "machine", "bench", "report", "doctor", "cli",
 )  # fmt: skip
 
 

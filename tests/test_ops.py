@@ -43,7 +43,11 @@ def make_graph(dtype, *, tiny=False):
     """A crystal of three atoms (several images of each neighbour), a bent molecule, and a lone atom."""
     cell = [[3.1, 0, 0], [0.4, 3.3, 0], [-0.2, 0.5, 3.6]]
     crystal = ejmp.Structure(
-        numbers=[12, 8, 8], positions=[[0.1, 0.2, 0], [1.7, 1.5, 1.6], [0.3, 1.9, 2.2]], cell=cell, pbc=True, tags=[1, 2, 0]
+        numbers=[12, 8, 8],
+        positions=[[0.1, 0.2, 0], [1.7, 1.5, 1.6], [0.3, 1.9, 2.2]],
+        cell=cell,
+        pbc=True,
+        tags=[1, 2, 0],
     )
     bent = ejmp.Structure(
         numbers=[6, 8, 1, 7, 1],
@@ -334,7 +338,16 @@ def test_bad_input(change, message):
 @pytest.mark.parametrize("isa", ["avx2", "portable", "nonsense"])
 def test_other_instruction_sets(isa):
     """The kernels for other processors run here too and pass the same comparison."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "test_equal_to_the_specification or bfloat16"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        __file__,
+        "-k",
+        "test_equal_to_the_specification or bfloat16",
+    ]
     run = subprocess.run(command, env={**os.environ, "EJMP_ISA": isa}, capture_output=True, text=True, check=False)
     if isa == "nonsense":
         assert run.returncode != 0

@@ -24,27 +24,37 @@ void pair(const Pair<T>& p, T* out, int threads) {
     });
 }
 
+// The gradient of h is summed over edges by source: in a fixed number of parts, each over some of the targets, so that
+// threads do not meet and the sum does not depend on how many there are.
 template <class T>
 void pair_backward(const Pair<T>& p, const T* grad, T* to_h, T* to_radial, int threads) {
-    const int64_t R = p.num_radial, C = p.channels, num_edges = p.ptr[p.num_atoms];
-    std::vector<int64_t> target(num_edges);
-    parallel_for<Arena<T>>(p.num_atoms, 1, threads, [&](int64_t n, Arena<T>& arena) {
-        arena.reset();
-        T *const rows = arena.take(PAIR_ROWS * C), *const grad_t = arena.take(C * R);
-        for (int64_t c = 0; c < C; ++c)
-            for (int64_t r = 0; r < R; ++r) grad_t[c * R + r] = grad[(n * R + r) * C + c];
-        std::fill(target.begin() + p.ptr[n], target.begin() + p.ptr[n + 1], n);
-        for (int64_t e = p.ptr[n]; e < p.ptr[n + 1]; e += PAIR_ROWS) {
-            const int64_t end = std::min(e + PAIR_ROWS, p.ptr[n + 1]);
-            gather_rows(p, e, end, rows);
-            mm(end - e, R, C, rows, C, 1, grad_t, R, to_radial + e * R, R, false);
+    const int64_t R = p.num_radial, C = p.channels, N = p.num_atoms, parts = std::min<int64_t>(N, 16);
+    std::vector<T> partial(parts * N * C);
+    parallel_for<Arena<T>>(parts, 1, threads, [&](int64_t part, Arena<T>& arena) {
+        T* const sum = partial.data() + part * N * C;
+        for (int64_t n = part * N / parts; n < (part + 1) * N / parts; ++n) {
+            arena.reset();
+            T *const rows = arena.take(PAIR_ROWS * C), *const grad_t = arena.take(C * R);
+            const T* const g = grad + n * R * C;
+            for (int64_t c = 0; c < C; ++c)
+                for (int64_t r = 0; r < R; ++r) grad_t[c * R + r] = g[r * C + c];
+            for (int64_t e = p.ptr[n]; e < p.ptr[n + 1]; e += PAIR_ROWS) {
+                const int64_t end = std::min(e + PAIR_ROWS, p.ptr[n + 1]);
+                gather_rows(p, e, end, rows);
+                mm(end - e, R, C, rows, C, 1, grad_t, R, to_radial + e * R, R, false);
+                mm(end - e, C, R, p.radial + e * R, R, 1, g, C, rows, C, false);
+                for (int64_t i = e; i < end; ++i) {
+                    T* const row = sum + p.source[i] * C;
+                    for (int64_t c = 0; c < C; ++c) row[c] += rows[(i - e) * C + c];
+                }
+            }
         }
     });
-    const std::vector<int64_t> from = pointers_by_source(p.source, num_edges, p.num_atoms);
-    const std::vector<int64_t> order = order_by_source(p.source, num_edges, from);
-    parallel_for<Stateless>(p.num_atoms, 1, threads, [&](int64_t s, Stateless&) {
-        std::fill_n(to_h + s * C, C, T(0));
-        for (int64_t i = from[s]; i < from[s + 1]; ++i)
-            mm(1, C, R, p.radial + order[i] * R, R, 1, grad + target[order[i]] * R * C, C, to_h + s * C, C, true);
+    parallel_for<Stateless>(N, 64, threads, [&](int64_t n, Stateless&) {
+        for (int64_t c = 0; c < C; ++c) {
+            T total = 0;
+            for (int64_t part = 0; part < parts; ++part) total += partial[(part * N + n) * C + c];
+            to_h[n * C + c] = total;
+        }
     });
 }

@@ -123,22 +123,12 @@ class QuadrupletAtom {
         return m;
     }
 
-    // Cosines p . n of the dihedral angles with all edges d->b.
+    // Cosines p . n of the dihedral angles with all edges d->b; without a derivative where one is undefined.
     void dihedrals(const Unit<T, D>& p, const Middle<T, D>& m) {
-        const Number<T, D> axes[3] = {p.direction.x, p.direction.y, p.direction.z};
-        for (int64_t k = 0; k < m.ld; k += WIDTH<T>) {
-            Vec<T> value{}, along{};
-            for (int i = 0; i < 3; ++i) {
-                const Vec<T> n = load(m.normal.value + i * m.ld + k);
-                value = fma(n, splat(axes[i].value), value);
-                if constexpr (D) {
-                    along = fma(n, splat(axes[i].along), along);
-                    along = fma(load(m.normal.along + i * m.ld + k), splat(axes[i].value), along);
-                }
-            }
-            store(pair_.cosine.value + k, value);
-            if constexpr (D) store(pair_.cosine.along + k, along * load(m.regular + k) * T(p.regular));
-        }
+        const Number<T, D> components[3] = {p.direction.x, p.direction.y, p.direction.z};
+        project(components, m.normal, m.ld, pair_.cosine);
+        if constexpr (D)
+            for (int64_t k = 0; k < m.ld; ++k) pair_.cosine.along[k] *= m.regular[k] * T(p.regular);
     }
 
     // Fill pair_ for edge e = c->a and a middle edge; return the direction p.

@@ -1,86 +1,100 @@
 // Gaussian radial basis times a weight, without storing the basis. Only Gaussians within a window around a distance are
-// more than rounding: edges are taken in the order of their distances, so that a block of them shares one window.
-// Included once per instruction set.
+// more than rounding. Edges are taken in blocks that share a window: it is narrow because the edges into an atom come
+// in the order of their distances. Included once per instruction set.
 
 constexpr int64_t RADIAL_ROWS = 14;
 
+// Edges begin .. begin + rows and the basis functions first .. first + count that matter to them.
 template <class T>
-class RadialBlocks {
-  public:
-    explicit RadialBlocks(const Radial<T>& p) : p_(p), order_(p.num_edges) {
-        std::iota(order_.begin(), order_.end(), int64_t(0));
-        std::sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) {
-            return std::make_pair(p.distance[a], a) < std::make_pair(p.distance[b], b);
-        });
-    }
-    int64_t count() const { return (p_.num_edges + RADIAL_ROWS - 1) / RADIAL_ROWS; }
+struct RadialBlock {
+    int64_t begin, rows, first, count;
 
-    struct Block {
-        const int64_t* edges;
-        int64_t rows, first, count;  // basis functions first .. first + count
-    };
-    // Fill values [rows, R], of which columns first .. first + count matter.
-    Block evaluate(int64_t block, T* values) const {
-        const int64_t R = p_.num_radial, begin = block * RADIAL_ROWS;
-        Block found{order_.data() + begin, std::min(RADIAL_ROWS, p_.num_edges - begin), R, 0};
+    RadialBlock(const Radial<T>& p, int64_t block) : begin(block * RADIAL_ROWS), first(0), count(0) {
+        rows = std::min(RADIAL_ROWS, p.num_edges - begin);
+        T low = 1, high = 0;  // the distances within the cutoff
+        for (int64_t i = 0; i < rows; ++i) {
+            const T x = p.distance[begin + i] / T(p.cutoff);
+            if (x < 1) low = std::min(low, x), high = std::max(high, x);
+        }
         int64_t last = 0;
-        for (int64_t i = 0; i < found.rows; ++i)
-            for (int64_t k = 0; k < R; ++k) {
-                const T value = function(p_.distance[found.edges[i]], k);
-                values[i * R + k] = value;
-                if (value != 0) found.first = std::min(found.first, k), last = std::max(last, k + 1);
+        for (int64_t k = 0; k < p.num_radial && low <= high; ++k) {
+            const T y = std::max(std::max(low - p.offset[k], p.offset[k] - high), T(0));
+            if (p.temps[k] * y * y > (sizeof(T) == 4 ? 30 : 60)) continue;  // exp(-30) is 1e-13, exp(-60) 1e-26
+            if (last == 0) first = k;
+            last = k + 1;
+        }
+        count = std::max<int64_t>(0, last - first);
+    }
+
+    // values [rows, count rounded up to whole vectors]: the basis functions or their derivative by the distance
+    void evaluate(const Radial<T>& p, const T* offset, const T* temps, T* values) const {
+        const int64_t ld = padded<T>(count);
+        const T n = T(p.exponent), a = -(n + 1) * (n + 2) / 2, b = n * (n + 2), c = -n * (n + 1) / 2;
+        const T scale = std::pow(1 / T(p.cutoff), T(p.order));
+        for (int64_t i = 0; i < rows; ++i) {
+            const T x = p.distance[begin + i] / T(p.cutoff);
+            T u = 0, u1 = 0, u2 = 0;
+            if (x < 1) {
+                const T power = std::pow(x, p.exponent - 2);
+                u = scale * (1 + power * x * x * (a + x * (b + x * c)));
+                u1 = scale * power * x * (n * a + x * ((n + 1) * b + x * (n + 2) * c));
+                u2 = scale * power * (n * (n - 1) * a + x * ((n + 1) * n * b + x * (n + 2) * (n + 1) * c));
             }
-        found.count = std::max<int64_t>(0, last - found.first);
-        if (found.count == 0) found.first = 0;
-        return found;
+            for (int64_t k = 0; k < ld; k += WIDTH<T>) {
+                const Vec<T> y = x - load(offset + first + k), t = load(temps + first + k), slope = T(-2) * t * y;
+                Vec<T> factor = splat(u);
+                if (p.order == 1) factor = u1 + u * slope;
+                if (p.order == 2) factor = u2 + T(2) * u1 * slope + u * (slope * slope - T(2) * t);
+                store(values + i * ld + k, factor * exponential<T>(T(0.5) * slope * y));
+            }
+        }
     }
+};
 
-  private:
-    // The basis function k or its derivative by the distance.
-    T function(T distance, int64_t k) const {
-        const T x = distance / T(p_.cutoff), t = p_.temps[k], y = x - p_.offset[k];
-        if (!(x < 1) || t * y * y > (sizeof(T) == 4 ? 30 : 60)) return 0;  // exp(-60) is 1e-26
-        const T n = p_.exponent, a = -(n + 1) * (n + 2) / 2, b = n * (n + 2), c = -n * (n + 1) / 2;
-        const T power = std::pow(x, p_.exponent - 2);  // x^(n - 2)
-        const T u = 1 + power * x * x * (a + x * (b + x * c)), g = std::exp(-t * y * y);
-        if (p_.order == 0) return u * g;
-        const T u1 = power * x * (n * a + x * ((n + 1) * b + x * (n + 2) * c)), g1 = -2 * t * y * g;
-        if (p_.order == 1) return (u1 * g + u * g1) / T(p_.cutoff);
-        const T u2 = power * (n * (n - 1) * a + x * ((n + 1) * n * b + x * (n + 2) * (n + 1) * c));
-        return (u2 * g + 2 * u1 * g1 + u * (4 * t * t * y * y - 2 * t) * g) / T(p_.cutoff * p_.cutoff);
+// The centres and widths, with room to read whole vectors beyond the last.
+template <class T>
+struct RadialTables {
+    std::vector<T> offset, temps;
+    explicit RadialTables(const Radial<T>& p)
+        : offset(p.offset, p.offset + p.num_radial), temps(p.temps, p.temps + p.num_radial) {
+        offset.resize(p.num_radial + WIDTH<T>), temps.resize(p.num_radial + WIDTH<T>);
     }
-
-    const Radial<T>& p_;
-    std::vector<int64_t> order_;
 };
 
 template <class T>
+int64_t radial_blocks(const Radial<T>& p) {
+    return (p.num_edges + RADIAL_ROWS - 1) / RADIAL_ROWS;
+}
+
+template <class T>
 void radial(const Radial<T>& p, const T* weight, T* out, int threads) {
-    const RadialBlocks<T> blocks(p);
-    const int64_t R = p.num_radial, W = p.width;
-    parallel_for<Arena<T>>(blocks.count(), 4, threads, [&](int64_t i, Arena<T>& arena) {
+    const RadialTables<T> tables(p);
+    const int64_t W = p.width;
+    parallel_for<Arena<T>>(radial_blocks(p), 16, threads, [&](int64_t i, Arena<T>& arena) {
         arena.reset();
-        T *const values = arena.take(RADIAL_ROWS * R), *const rows = arena.take(RADIAL_ROWS * W);
-        const auto block = blocks.evaluate(i, values);
-        mm(block.rows, W, block.count, values + block.first, R, 1, weight + block.first * W, W, rows, W, false);
-        for (int64_t j = 0; j < block.rows; ++j) std::copy_n(rows + j * W, W, out + block.edges[j] * W);
+        const RadialBlock<T> block(p, i);
+        const int64_t ld = padded<T>(block.count);
+        T* const values = arena.take(RADIAL_ROWS * ld);
+        block.evaluate(p, tables.offset.data(), tables.temps.data(), values);
+        mm(block.rows, W, block.count, values, ld, 1, weight + block.first * W, W, out + block.begin * W, W, false);
     });
 }
 
 template <class T>
 void radial_transposed(const Radial<T>& p, const T* x, T* out, int threads) {
-    const RadialBlocks<T> blocks(p);
-    const int64_t R = p.num_radial, W = p.width;
-    const int64_t parts = std::min<int64_t>(blocks.count(), W < 1024 ? 8 : 4);  // not by the number of threads
+    const RadialTables<T> tables(p);
+    const int64_t R = p.num_radial, W = p.width, blocks = radial_blocks(p);
+    const int64_t parts = std::min<int64_t>(blocks, W < 1024 ? 8 : 4);  // not by the number of threads
     std::vector<T> partial(parts * R * W);
     parallel_for<Arena<T>>(parts, 1, threads, [&](int64_t part, Arena<T>& arena) {
         T* const sum = partial.data() + part * R * W;
-        for (int64_t i = part * blocks.count() / parts; i < (part + 1) * blocks.count() / parts; ++i) {
+        for (int64_t i = part * blocks / parts; i < (part + 1) * blocks / parts; ++i) {
             arena.reset();
-            T *const values = arena.take(RADIAL_ROWS * R), *const rows = arena.take(RADIAL_ROWS * W);
-            const auto block = blocks.evaluate(i, values);
-            for (int64_t j = 0; j < block.rows; ++j) std::copy_n(x + block.edges[j] * W, W, rows + j * W);
-            mm(block.count, W, block.rows, values + block.first, 1, R, rows, W, sum + block.first * W, W, true);
+            const RadialBlock<T> block(p, i);
+            const int64_t ld = padded<T>(block.count);
+            T* const values = arena.take(RADIAL_ROWS * ld);
+            block.evaluate(p, tables.offset.data(), tables.temps.data(), values);
+            mm(block.count, W, block.rows, values, 1, ld, x + block.begin * W, W, sum + block.first * W, W, true);
         }
     });
     std::fill_n(out, R * W, T(0));

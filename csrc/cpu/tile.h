@@ -178,6 +178,22 @@ struct Unit {
     }
 };
 
+// out[k] = v . (axes[0, k], axes[1, k], axes[2, k]) for k < count, a multiple of the vector width; axes [3, count]
+template <class T, bool D>
+void project(const Number<T, D> (&v)[3], Tile<T, D> axes, int64_t count, Tile<T, D> out) {
+    for (int64_t k = 0; k < count; k += WIDTH<T>) {
+        Vec<T> value{}, along{};
+        for (int i = 0; i < 3; ++i) {
+            const Vec<T> n = load(axes.value + i * count + k);
+            value = fma(n, splat(v[i].value), value);
+            if constexpr (D)
+                along = fma(load(axes.along + i * count + k), splat(v[i].value), fma(n, splat(v[i].along), along));
+        }
+        store(out.value + k, value);
+        if constexpr (D) store(out.along + k, along);
+    }
+}
+
 // Spherical functions Y_l0(c) = sqrt((2l+1)/4pi) P_l(c) of `count` cosines (a multiple of the vector width), each times
 // mask, by Bonnet's recursion: y [S, ld]; slopes [S, ld] is the derivative by c, or null.
 constexpr int64_t MOST_SPHERICAL = 16;

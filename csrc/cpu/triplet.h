@@ -1,31 +1,49 @@
 // Triplet aggregation, one atom at a time: the edges out of the sum and into it all end at that atom, so nothing is
 // listed and no two threads write to one place. Included once per instruction set.
 
-// Values and slopes [S, ld] of Y_l(V_e . V_k) for the edges k into an atom; zero for the same image of the same atom.
+// The edges into one atom: their vectors by component, and scratch for their angles with one edge out of the sum.
 template <class T, bool D>
-void triplet_angles(const Triplet<T>& p, int64_t e, int64_t first, int64_t count, int64_t ld, T* mask,
-                    Tile<T, D> cosine, Tile<T, D> y, Tile<T, D> slopes) {
-    const auto v_e = vector(tile<D>(p.v_out), e);
-    const auto v_in = tile<D>(p.v_in);
-    for (int64_t k = 0; k < count; ++k) {
-        cosine.set(k, dot(v_e, vector(v_in, first + k)));
-        mask[k] = p.in.source[first + k] != p.out.source[e] || p.in.image[first + k] != p.out.image[e];
+struct TripletAngles {
+    const Triplet<T>& p;
+    int64_t first, count, ld;
+    Tile<T, D> axes, cosine;  // [3, ld], [ld]
+    T* mask;                  // [ld]
+
+    TripletAngles(const Triplet<T>& p, int64_t atom, Arena<T>& arena)
+        : p(p),
+          first(p.in.ptr[atom]),
+          count(p.in.ptr[atom + 1] - first),
+          ld(padded<T>(count)),
+          axes(arena.template tile<D>(3 * ld)),
+          cosine(arena.template tile<D>(ld)),
+          mask(arena.take(ld)) {
+        axes.zero(3 * ld), std::fill_n(mask, ld, T(0));
+        for (int64_t k = 0; k < count; ++k)
+            for (int i = 0; i < 3; ++i) axes.set(i * ld + k, tile<D>(p.v_in)[3 * (first + k) + i]);
     }
-    legendre(p.spherical, ld, cosine, mask, y, slopes, ld);
-}
+
+    // Values and slopes [S, ld] of Y_l(V_e . V_k); zero for the same image of the same atom.
+    void evaluate(int64_t e, Tile<T, D> y, Tile<T, D> slopes) const {
+        const auto v = vector(tile<D>(p.v_out), e);
+        const Number<T, D> components[3] = {v.x, v.y, v.z};
+        project(components, axes, ld, cosine);
+        const int64_t source = p.out.source[e], image = p.out.image[e];
+        const int64_t *const sources = p.in.source + first, *const images = p.in.image + first;
+        for (int64_t k = 0; k < count; ++k) mask[k] = T((sources[k] != source) | (images[k] != image));
+        legendre(p.spherical, ld, cosine, mask, y, slopes, ld);
+    }
+};
 
 template <class T, bool D>
 void triplet_atom(const Triplet<T>& p, int64_t atom, Arena<T>& arena, Tile<T, D> out) {
-    const int64_t first = p.in.ptr[atom], count = p.in.ptr[atom + 1] - first, ld = padded<T>(count);
-    const int64_t S = p.spherical, C = p.channels, A = p.basis;
     arena.reset();
-    T* const mask = arena.take(ld);
-    const auto cosine = arena.template tile<D>(ld), y = arena.template tile<D>(S * ld);
-    const auto sum = arena.template tile<D>(S * C);
-    cosine.zero(ld), std::fill_n(mask, ld, T(0));
+    const TripletAngles<T, D> angles(p, atom, arena);
+    const int64_t first = angles.first, count = angles.count, ld = angles.ld;
+    const int64_t S = p.spherical, C = p.channels, A = p.basis;
+    const auto y = arena.template tile<D>(S * ld), sum = arena.template tile<D>(S * C);
     if (p.to_atoms && p.out.ptr[atom] == p.out.ptr[atom + 1]) (out + atom * A * C).zero(A * C);
     for (int64_t e = p.out.ptr[atom]; e < p.out.ptr[atom + 1]; ++e) {
-        triplet_angles(p, e, first, count, ld, mask, cosine, y, Tile<T, D>{nullptr, nullptr});
+        angles.evaluate(e, y, Tile<T, D>{nullptr, nullptr});
         mm(S, C, count, y, ld, 1, tile<D>(p.x) + first * C, C, sum, C, false);
         const bool add = p.to_atoms && e > p.out.ptr[atom];
         mm(A, C, S, tile<D>(p.weight) + e * A * S, S, 1, sum, C, out + (p.to_atoms ? atom : e) * A * C, C, add);
@@ -35,21 +53,20 @@ void triplet_atom(const Triplet<T>& p, int64_t atom, Arena<T>& arena, Tile<T, D>
 template <class T, bool D>
 void triplet_backward_atom(const Triplet<T>& p, Tile<T, D> grad, int64_t atom, Arena<T>& arena, Tile<T, D> to_x,
                            Tile<T, D> to_weight, Tile<T, D> to_v_out, Tile<T, D> to_v_in) {
-    const int64_t first = p.in.ptr[atom], count = p.in.ptr[atom + 1] - first, ld = padded<T>(count);
-    const int64_t S = p.spherical, C = p.channels, A = p.basis, lds = padded<T>(S);
     arena.reset();
-    T* const mask = arena.take(ld);
-    const auto cosine = arena.template tile<D>(ld), y = arena.template tile<D>(S * ld);
-    const auto slopes = arena.template tile<D>(S * ld), sum = arena.template tile<D>(S * C);
+    const TripletAngles<T, D> angles(p, atom, arena);
+    const int64_t first = angles.first, count = angles.count, ld = angles.ld;
+    const int64_t S = p.spherical, C = p.channels, A = p.basis, lds = padded<T>(S);
+    const auto y = arena.template tile<D>(S * ld), slopes = arena.template tile<D>(S * ld);
+    const auto sum = arena.template tile<D>(S * C);
     const auto sum_t = arena.template tile<D>(C * lds), to_sum = arena.template tile<D>(S * C);
     const auto x_t = arena.template tile<D>(C * ld), to_y = arena.template tile<D>(S * ld);
     const auto weight_t = arena.template tile<D>(A * lds), x = tile<D>(p.x) + first * C;
-    cosine.zero(ld), std::fill_n(mask, ld, T(0));
     transpose(count, C, x, x_t, ld);
     (to_x + first * C).zero(count * C);
     (to_v_in + 3 * first).zero(3 * count);
     for (int64_t e = p.out.ptr[atom]; e < p.out.ptr[atom + 1]; ++e) {
-        triplet_angles(p, e, first, count, ld, mask, cosine, y, slopes);
+        angles.evaluate(e, y, slopes);
         const auto g = grad + (p.to_atoms ? atom : e) * A * C, w = tile<D>(p.weight) + e * A * S;
         mm(S, C, A, w, 1, S, g, C, to_sum, C, false);
         mm(S, C, count, y, ld, 1, x, C, sum, C, false);

@@ -18,7 +18,7 @@ from ejmp_kernels.library import like, load, third_derivative, zeros_for
 SCALED_SILU = 1 / 0.6
 
 
-def activate(  # noqa: PLR0913 - one pass over memory for all of it
+def activate(
     x: Tensor,
     factor: Tensor | None = None,
     add: Tensor | None = None,
@@ -63,7 +63,7 @@ def swap_add(x: Tensor, swap: Tensor, add: Tensor | None = None, *, scale: float
     return _OPS.swap_add(x, swap, add, scale * SCALED_SILU)
 
 
-def _setup(ctx: Any, inputs: tuple, output: Any) -> None:  # noqa: ARG001
+def _setup(ctx: Any, inputs: tuple, output: Any) -> None:
     x, factor, add, ctx.alpha, ctx.beta = inputs
     ctx.has_add = add is not None
     ctx.save_for_backward(x, *([] if factor is None else [factor]))
@@ -76,7 +76,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     return (to_x, to_factor if factor else None, to_add, None, None)
 
 
-def _setup_backward(ctx: Any, inputs: tuple, output: Any) -> None:  # noqa: ARG001
+def _setup_backward(ctx: Any, inputs: tuple, output: Any) -> None:
     grad, x, factor, ctx.alpha = inputs
     ctx.save_for_backward(grad, x, *([] if factor is None else [factor]))
 
@@ -89,7 +89,7 @@ def _double(ctx: Any, u_x: Tensor | None, u_factor: Tensor | None) -> tuple:
     return (to_grad, to_x, to_factor if factor else None, None)
 
 
-def _setup_swap(ctx: Any, inputs: tuple, output: Any) -> None:  # noqa: ARG001
+def _setup_swap(ctx: Any, inputs: tuple, output: Any) -> None:
     x, swap, add, ctx.alpha = inputs
     ctx.has_add = add is not None
     ctx.save_for_backward(x, swap)
@@ -99,7 +99,7 @@ def _swap_backward(ctx: Any, grad: Tensor) -> tuple:
     return (_OPS.swap_add_backward(grad, *ctx.saved_tensors, ctx.alpha), None, grad if ctx.has_add else None, None)
 
 
-def _setup_swap_backward(ctx: Any, inputs: tuple, output: Any) -> None:  # noqa: ARG001
+def _setup_swap_backward(ctx: Any, inputs: tuple, output: Any) -> None:
     *tensors, ctx.alpha = inputs
     ctx.save_for_backward(*tensors)
 

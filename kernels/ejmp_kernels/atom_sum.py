@@ -1,7 +1,7 @@
 """Sum edges into atoms through a filter: out[n, c] = sum of m[e, c] filters[e, c] over edges e into n.
 
-Reads m and filters once, writes out once, in a fixed order and without atomics: 8 E M + 4 N M bytes in float32. Sums are
-in float32 also for bfloat16 inputs. Specification: `reference.atom_sum`. Source: GemNet-OC (arXiv 2204.02782), atom
+Reads m and filters once, writes out once, in a fixed order and without atomics: 8 E M + 4 N M bytes in float32. Sums
+are in float32 also for bfloat16 inputs. Specification: `reference.atom_sum`. Source: GemNet-OC (arXiv 2204.02782), atom
 update.
 """
 
@@ -36,7 +36,7 @@ def _fake(m: Tensor, _filters: Tensor, ptr: Tensor) -> Tensor:
     return m.new_empty(ptr.shape[0] - 1, m.shape[1], dtype=dtype)
 
 
-def _setup(ctx: Any, inputs: tuple, output: Any) -> None:  # noqa: ARG001
+def _setup(ctx: Any, inputs: tuple, output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 

@@ -14,7 +14,7 @@ from torch.library import register_autograd, register_fake
 from ejmp_kernels.library import by_atom, like, load
 
 
-def gather_add(  # noqa: PLR0913 - three terms and the edges' three index arrays
+def gather_add(
     x: Tensor | None, source_rows: Tensor, target_rows: Tensor, source: Tensor, swap: Tensor, ptr: Tensor
 ) -> Tensor:
     """Add to each edge a row of its source and one of its target.
@@ -36,7 +36,7 @@ def gather_add(  # noqa: PLR0913 - three terms and the edges' three index arrays
     return _OPS.gather_add(x, source_rows, target_rows, source, swap, ptr)
 
 
-def _setup(ctx: Any, inputs: tuple, output: Any) -> None:  # noqa: ARG001
+def _setup(ctx: Any, inputs: tuple, output: Any) -> None:
     ctx.has_x = inputs[0] is not None
     ctx.save_for_backward(*inputs[4:])
 
@@ -47,7 +47,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     return (grad if ctx.has_x else None, to_source, to_target, None, None, None)
 
 
-def _setup_sum(ctx: Any, inputs: tuple, output: Any) -> None:  # noqa: ARG001
+def _setup_sum(ctx: Any, inputs: tuple, output: Any) -> None:
     x, order, ptr = inputs
     ctx.num_edges, ctx.ordered = x.shape[0], order is not None
     ctx.save_for_backward(*([ptr] if order is None else [ptr, order]))

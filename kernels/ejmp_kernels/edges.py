@@ -27,7 +27,8 @@ class Edges(Protocol):
     def image(self) -> Tensor:
         """[E] int64, the cell offset packed into one number; images of paths are sums.
 
-        Two edges of one target are the same image of one neighbour if source and image agree."""
+        Two edges of one target are the same image of one neighbour if source and image agree.
+        """
         ...
 
     @property

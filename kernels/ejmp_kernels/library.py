@@ -2,8 +2,8 @@
 
 An op `name` has a gradient op `name_backward(grad, *inputs)`, which is registered like any other and differentiable
 itself, so that losses on gradient forces (second derivatives) are right. A nonlinear op has a third one,
-`name_double(*along, grad, *inputs)`: the gradient of the gradient op, which ends the chain: differentiating a third time
-raises an error.
+`name_double(*along, grad, *inputs)`: the gradient of the gradient op, which ends the chain: differentiating a third
+time raises an error.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,19 +41,20 @@ def like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in tensors)
 
 
-def register_nonlinear(name: str, num_inputs: int, fake: Shape, flops: Callable[..., int]) -> None:
+def register_nonlinear(name: str, num_inputs: int, fake: Shape, flops: Callable[..., tuple[int, int]]) -> None:
     """Register an op whose first `num_inputs` arguments are tensors with gradients, and its two gradient ops.
 
     Args:
         name: of the op.
         num_inputs: how many arguments have gradients; the rest are index tensors and options.
         fake: maps the op's arguments to an uninitialised result.
-        flops: maps the op's arguments to the floating-point operations of its matrix products.
+        flops: maps the op's arguments to the floating-point operations of its sums over neighbours, and of the
+            contraction after them.
     """
     ops, n = load(), num_inputs
     op, backward_op, double_op = (getattr(ops, name + suffix) for suffix in ("", "_backward", "_double"))
 
-    def setup(ctx: Any, inputs: tuple, output: Any) -> None:  # noqa: ARG001 - torch's signature
+    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.arguments = [x for x in inputs if not isinstance(x, Tensor)]
         ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
 
@@ -72,10 +73,18 @@ def register_nonlinear(name: str, num_inputs: int, fake: Shape, flops: Callable[
     register_autograd(f"ejmp::{name}", backward, setup_context=setup)
     register_autograd(f"ejmp::{name}_backward", double, setup_context=setup)
     register_autograd(f"ejmp::{name}_double", third_derivative, setup_context=lambda ctx, inputs, output: None)
-    # The gradient recomputes the sums and contracts twice as often; on dual numbers every product is three.
-    register_flop_formula([op], get_raw=True)(lambda *args, out_val=None: flops(*args))  # noqa: ARG005
-    register_flop_formula([backward_op], get_raw=True)(lambda _grad, *args, out_val=None: 3 * flops(*args))  # noqa: ARG005
-    register_flop_formula([double_op], get_raw=True)(lambda *args, out_val=None: 11 * flops(*args[n + 1 :]))  # noqa: ARG005
+
+    def count(op: Any, skip: int, sums: int, contractions: int) -> None:
+        def formula(*args: Any, out_val: Any = None) -> int:
+            of_sums, of_contraction = flops(*args[skip:])
+            return sums * of_sums + contractions * of_contraction
+
+        register_flop_formula([op], get_raw=True)(formula)
+
+    # A gradient makes the sums again and two of their kind; a product of dual numbers is up to three.
+    count(op, 0, 1, 1)
+    count(backward_op, 1, 3, 2)
+    count(double_op, n + 1, 11, 5)
 
 
 def third_derivative(*_: Any) -> tuple:

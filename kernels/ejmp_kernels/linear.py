@@ -1,7 +1,8 @@
 """Linear maps without bias: out = x weight^T, by the product `gemm` chooses, at every order of derivative.
 
 One op, `ejmp::matmul(a, b, transpose_a, transpose_b)`: its gradients are itself with other transpositions, so it can be
-differentiated as often as one likes (csrc/bindings_dense.cpp). 2 m k n FLOP, counted by torch's counter. Specification: torch.nn.functional.linear.
+differentiated as often as one likes (csrc/bindings_dense.cpp). 2 m k n FLOP, counted by torch's counter. Specification:
+torch.nn.functional.linear.
 """
 
 from typing import Any
@@ -24,7 +25,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or x.dtype != weight.dtype:
         shapes = f"{tuple(x.shape)} {x.dtype}, {tuple(weight.shape)} {weight.dtype}"
         raise ValueError(f"linear: expected x [rows, in] and weight [out, in] of one type, got {shapes}")
-    return torch.ops.ejmp.matmul(x, weight, False, True)  # noqa: FBT003
+    return torch.ops.ejmp.matmul(x, weight, False, True)
 
 
 def _matmul(a: Tensor, b: Tensor, transpose_a: bool, transpose_b: bool) -> Tensor:
@@ -35,7 +36,7 @@ def _fake(a: Tensor, b: Tensor, transpose_a: bool, transpose_b: bool) -> Tensor:
     return a.new_empty(a.shape[1 if transpose_a else 0], b.shape[0 if transpose_b else 1])
 
 
-def _flops(a: torch.Size, b: torch.Size, transpose_a: bool, transpose_b: bool, **_: Any) -> int:  # noqa: ARG001
+def _flops(a: torch.Size, b: torch.Size, transpose_a: bool, transpose_b: bool, **_: Any) -> int:
     return 2 * a[0] * a[1] * b[0 if transpose_b else 1]
 
 

@@ -1,9 +1,9 @@
 """Sum over the many neighbours of an atom: out[n, r, c] = sum of radial[e, r] h[source[e], c] over edges e into n.
 
 Reads radial once and h from the cache, writes out once: 4 (E R + N C + N R C) bytes in float32; 2 E R C FLOP. The sums
-run as small matrix products over pieces of 64 neighbours; the gradient for h walks the edges by source. The 128 Gaussians
-of a pair are never stored: `radial` projects them on the fly. Specification: `reference.pair_sum`. Source: GemNet-OC
-(arXiv 2204.02782), atom to atom.
+run as small matrix products over pieces of 64 neighbours; the gradient for h walks the edges by source. The 128
+Gaussians of a pair are never stored: `radial` projects them on the fly. Specification: `reference.pair_sum`. Source:
+GemNet-OC (arXiv 2204.02782), atom to atom.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ def pair(h: Tensor, radial: Tensor, ptr: Tensor, source: Tensor) -> Tensor:
     return _OPS.pair(h, radial, ptr, source)
 
 
-def _setup(ctx: Any, inputs: tuple, output: Any) -> None:  # noqa: ARG001
+def _setup(ctx: Any, inputs: tuple, output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 

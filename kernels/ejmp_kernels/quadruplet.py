@@ -1,18 +1,18 @@
 """Quadruplet aggregation in factorised form: seven sums per pair of edges instead of 49 per quadruplet, and no list.
 
-For quadruplets d->b->a<-c of an output edge e = c->a, a middle edge q = b->a and an input edge d->b, with d != a, b != c,
-d != c as images, p = V_e x V_q / |.| and n = V_d x V_q / |.|:
+For quadruplets d->b->a<-c of an output edge e = c->a, a middle edge q = b->a and an input edge d->b, with d != a, b !=
+c, d != c as images, p = V_e x V_q / |.| and n = V_d x V_q / |.|:
 
 value[q, d, c] = x[d, c] sum_k filter[q, k, c] Y_k(V_q . V_d)
 out[e, a, c] = sum_lk weight[e, a, S l + k] sum_q Y_l(V_e . V_q) sum_d Y_k(p . n) value[q, d, c]
 
-The cosine of the dihedral angle is p . n, so the sum over d is a small matrix product per pair (e, q), and l enters once
-per pair. Where p or n is shorter than eps (three atoms on a line) it is divided by eps and passes no gradient.
+The cosine of the dihedral angle is p . n, so the sum over d is a small matrix product per pair (e, q), and l enters
+once per pair. Where p or n is shorter than eps (three atoms on a line) it is divided by eps and passes no gradient.
 
-Reads x, filter, weight and the vectors and writes out once: 4 (E C + Q S C + E A S^2 + E A C) bytes in float32. Work:
-2 T S C + 2 P S^2 C + 2 E A S^2 C FLOP for P pairs (e, q) and T triples (e, q, d). The backward also keeps the gradients
-of the values, one row per pair (q, d), until they are summed by atom b. Specification: `reference.quadruplet`. Source of
-the sum: GemNet-OC (arXiv 2204.02782); the dihedral as a product of normals: vector identity.
+Reads x, filter, weight and the vectors and writes out once: 4 (E C + Q S C + E A S^2 + E A C) bytes in float32. Work: 2
+T S C + 2 P S^2 C + 2 E A S^2 C FLOP for P pairs (e, q) and T triples (e, q, d). The backward also keeps the gradients
+of the values, one row per pair (q, d), until they are summed by atom b. Specification: `reference.quadruplet`. Source
+of the sum: GemNet-OC (arXiv 2204.02782); the dihedral as a product of normals: vector identity.
 """
 
 import itertools
@@ -32,7 +32,7 @@ PIECE_BYTES = 1 << 24
 """How large a piece of the sums `quadruplet_linear` makes at a time: what the C library reuses, in a large cache."""
 
 
-def quadruplet(  # noqa: PLR0913 - three features, two edge sets, one tolerance
+def quadruplet(
     x: Tensor, filters: Tensor, weight: Tensor, main: Edges, middle: Edges, *, eps: float | None = None
 ) -> Tensor:
     """Sum input edges over quadruplets and contract with the output edge's basis.
@@ -56,9 +56,7 @@ def quadruplet(  # noqa: PLR0913 - three features, two edge sets, one tolerance
     return _OPS.quadruplet(x, filters, weight, main.vector, middle.vector, *ids, eps)
 
 
-def quadruplet_linear(  # noqa: PLR0913 - as quadruplet
-    x: Tensor, filters: Tensor, weight: Tensor, main: Edges, middle: Edges, mix: Tensor
-) -> Tensor:
+def quadruplet_linear(x: Tensor, filters: Tensor, weight: Tensor, main: Edges, middle: Edges, mix: Tensor) -> Tensor:
     """Return linear(quadruplet(...), mix); where no gradient is needed, without ever holding all [E, A * C] sums.
 
     Args:
@@ -94,7 +92,7 @@ def _fake(x: Tensor, _filters: Tensor, weight: Tensor, *_: object) -> Tensor:
     return x.new_empty(weight.shape[0], weight.shape[1] * x.shape[1])
 
 
-def _flops(  # noqa: PLR0913 - the op's own signature
+def _flops(
     x: Tensor,
     filters: Tensor,
     weight: Tensor,
@@ -107,12 +105,13 @@ def _flops(  # noqa: PLR0913 - the op's own signature
     middle_source: Tensor,
     *_: object,
     degree: Tensor | None = None,
-) -> int:
+) -> tuple[int, int]:
     inputs = (ptr.diff() if degree is None else degree)[middle_source]
     outputs = ptr.diff().repeat_interleave(middle_ptr.diff())
     spherical, channels = filters.shape[1], x.shape[1]
     sums = int((inputs * outputs).sum()) + spherical * int(outputs.sum()) + int(inputs.sum())
-    return 2 * spherical * channels * (sums + weight.shape[0] * weight.shape[1] * spherical)
+    one = 2 * spherical * channels
+    return one * sums, one * weight.shape[0] * weight.shape[1] * spherical
 
 
 def _fake_part(x: Tensor, _filters: Tensor, weight: Tensor, *_: object) -> Tensor:
@@ -121,11 +120,13 @@ def _fake_part(x: Tensor, _filters: Tensor, weight: Tensor, *_: object) -> Tenso
 
 
 def _flops_part(*arguments: Any, out_val: Tensor) -> int:
-    x, filters, weight, *vectors, ptr, source, image, middle_ptr, middle_source, middle_image, _eps, first, last = arguments
+    x, filters, weight, *vectors, ptr, source, image, middle_ptr, middle_source, middle_image, _eps, first, last = (
+        arguments
+    )
     inside = slice(first, last + 1)
     some = middle_ptr[inside]
     edges = (ptr[inside], source, image, some - some[0], middle_source[some[0] : some[-1]], middle_image)
-    return _flops(x, filters, weight[: len(out_val)], *vectors, *edges, degree=ptr.diff())
+    return sum(_flops(x, filters, weight[: len(out_val)], *vectors, *edges, degree=ptr.diff()))
 
 
 _OPS = load()

@@ -1,8 +1,8 @@
 """Radial basis functions projected on the fly: out[e, j] = sum_k b_k(distance[e]) weight[k, j].
 
 b_k(d) = u(x) exp(-temps[k] (x - offset[k])^2) with x = d / cutoff and the polynomial envelope u (DimeNet, arXiv
-2003.03123), as `reference.gaussian_basis`. The [E, R] basis is never stored, and Gaussians that are zero to rounding are
-never summed: about 20 of 128 remain. All projections of one graph that share distances go through one call, their
+2003.03123), as `reference.gaussian_basis`. The [E, R] basis is never stored, and Gaussians that are zero to rounding
+are never summed: about 20 of 128 remain. All projections of one graph that share distances go through one call, their
 weights side by side. Writes 4 E J bytes in float32; 2 E R J FLOP as a dense product counts them.
 
 `order` differentiates b by the distance up to twice, which makes the op and its transpose closed under derivatives.
@@ -17,9 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ejmp_kernels.library import load
 
 
-def radial(  # noqa: PLR0913 - the parameters of a basis
-    distance: Tensor, offset: Tensor, temps: Tensor, weight: Tensor, cutoff: float, exponent: int
-) -> Tensor:
+def radial(distance: Tensor, offset: Tensor, temps: Tensor, weight: Tensor, cutoff: float, exponent: int) -> Tensor:
     """Evaluate and project the radial basis.
 
     Args:
@@ -39,7 +37,7 @@ def radial(  # noqa: PLR0913 - the parameters of a basis
     return _OPS.radial(distance, offset, temps, weight, cutoff, exponent, 0)
 
 
-def _setup(ctx: Any, inputs: tuple, output: Any) -> None:  # noqa: ARG001
+def _setup(ctx: Any, inputs: tuple, output: Any) -> None:
     ctx.save_for_backward(*inputs[:4])
     ctx.options = inputs[4:]
 

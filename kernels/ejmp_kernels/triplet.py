@@ -37,7 +37,7 @@ def triplet(x: Tensor, weight: Tensor, out: Edges, into: Edges, *, to_atoms: boo
     )
 
 
-def _fake(  # noqa: PLR0913 - the op's own signature
+def _fake(
     x: Tensor,
     weight: Tensor,
     v_out: Tensor,
@@ -54,7 +54,7 @@ def _fake(  # noqa: PLR0913 - the op's own signature
     return x.new_empty(rows, weight.shape[1] * x.shape[1])
 
 
-def _flops(  # noqa: PLR0913
+def _flops(
     x: Tensor,
     weight: Tensor,
     _v_out: Tensor,
@@ -66,9 +66,10 @@ def _flops(  # noqa: PLR0913
     _in_source: Tensor,
     _in_image: Tensor,
     _to_atoms: bool,
-) -> int:
+) -> tuple[int, int]:
     pairs = int((out_ptr.diff() * in_ptr.diff()).sum())
-    return 2 * x.shape[1] * weight.shape[2] * (pairs + weight.shape[0] * weight.shape[1])
+    one = 2 * x.shape[1] * weight.shape[2]
+    return one * pairs, one * weight.shape[0] * weight.shape[1]
 
 
 _OPS = load()

@@ -1,0 +1,302 @@
+"""Every native op beside its plain-torch specification, by turns in one run, against the machine's ceilings.
+
+    pytest benchmarks/bench_kernels.py --benchmark-only [--structures PATH] [--select GLOB] [--benchmark-json FILE]
+
+Sizes are JMP-L's. `speedup` is the median over rounds of reference time / native time, for the same inputs. The
+reference model makes its tables of neighbours and spherical functions once for all blocks; `speedup_over_shared` is
+against that: the specification gets its tables ready-made and its gradients stop at them, while the native op evaluates
+the angles itself and its gradients go on to the vectors.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Callable
+
+import pytest
+import torch
+from ase.build import bulk
+from torch.utils.flop_counter import FlopCounterMode
+
+import ejmp
+from ejmp import bench
+from ejmp.machine import StoragePeak, copy_rate, gemm_rates, time_call
+from ejmp_kernels import angles, reference
+from ejmp_kernels.activation import activate, swap_add
+from ejmp_kernels.atom_sum import atom_sum
+from ejmp_kernels.edge_embedding import gather_add
+from ejmp_kernels.linear import linear
+from ejmp_kernels.pair import pair
+from ejmp_kernels.quadruplet import quadruplet
+from ejmp_kernels.radial import radial
+from ejmp_kernels.triplet import triplet
+
+CPU = torch.device("cpu")
+SIZES = ejmp.jmp_l()
+
+
+@dataclasses.dataclass
+class Case:
+    """One op: its inputs, the native call, the specification, and the latter on ready-made tables."""
+
+    inputs: list
+    native: Callable
+    spec: Callable
+    shared: Callable | None = None
+    shared_inputs: list | None = None
+
+
+def randn(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def make_triplet(out, into, *, to_atoms=False):
+    def make(graph):
+        a, b = getattr(graph, out), getattr(graph, into)
+        x = randn(b.num_edges, SIZES.emb_size_trip_in)
+        w = randn(a.num_edges, SIZES.emb_size_cbf, SIZES.num_spherical)
+        found = angles.triplets(a, b, SIZES.num_spherical)
+
+        def call(function):
+            def run(x, w, v_out, v_in):
+                edges = [dataclasses.replace(e, vector=v) for e, v in ((a, v_out), (b, v_in))]
+                return function(x, w, *edges, to_atoms=to_atoms)
+
+            return run
+
+        def shared(x, w, angular):
+            summed = reference.triplet_sum(x, w, found.table, angular)
+            return reference.segment_sum(summed, a.target, graph.num_atoms) if to_atoms else summed
+
+        inputs = [x, w, a.vector, b.vector]
+        return Case(inputs, call(triplet), call(angles.triplet), shared, [x, w, found.angular])
+
+    return make
+
+
+def make_quadruplet(graph):
+    main, middle, S = graph.main, graph.quad_edges, SIZES.num_spherical
+    x, filters = randn(main.num_edges, SIZES.emb_size_quad_in), randn(middle.num_edges, S, SIZES.emb_size_quad_in)
+    w = randn(main.num_edges, SIZES.emb_size_sbf, S**2)
+    found = angles.quadruplets(main, middle, S)
+
+    def call(function):
+        def run(x, filters, w, v, v_middle):
+            edges = [dataclasses.replace(e, vector=u) for e, u in ((main, v), (middle, v_middle))]
+            return function(x, filters, w, *edges)
+
+        return run
+
+    def shared(x, filters, w, circular, angular):
+        values = reference.gather(x, found.inputs) * (circular.mT @ filters) * found.inputs_valid[..., None]
+        return reference.quadruplet_sum(values, w, found.middles, angular)
+
+    inputs = [x, filters, w, main.vector, middle.vector]
+    ready = [x, filters, w, found.circular.contiguous(), found.angular]
+    return Case(inputs, call(quadruplet), call(angles.quadruplet), shared, ready)
+
+
+def make_pair(graph):
+    edges = graph.atom_pairs
+    inputs = [randn(graph.num_atoms, SIZES.emb_size_pair_in), randn(edges.num_edges, SIZES.emb_size_rbf)]
+    table = reference.neighbor_table(torch.arange(graph.num_atoms), edges.ptr, edges.max_degree)
+    return Case(
+        inputs,
+        lambda h, r: pair(h, r, edges.ptr, edges.source),
+        lambda h, r: reference.pair_sum(h, r, edges.source, table),
+    )
+
+
+def make_radial(graph):
+    """The radial basis of pairs, projected."""
+    R = SIZES.num_radial
+    offset, temps = torch.linspace(0, 1, R), torch.full((R,), 0.5 * (R - 1) ** 2)
+    return Case(
+        [graph.atom_pairs.distance, randn(R, SIZES.emb_size_rbf)],
+        lambda d, w: radial(d, offset, temps, w, 12.0, 5),
+        lambda d, w: reference.gaussian_basis(d, offset, temps, 12.0, 5) @ w,
+    )
+
+
+def make_pair_from_distances(graph):
+    """Sum over pairs with the radial basis on the fly."""
+    sums, basis = make_pair(graph), make_radial(graph)
+    return Case(
+        [sums.inputs[0], *basis.inputs],
+        lambda h, d, w: sums.native(h, basis.native(d, w)),
+        lambda h, d, w: sums.spec(h, basis.spec(d, w)),
+    )
+
+
+def make_atom_sum(graph):
+    edges, M = graph.main, SIZES.emb_size_edge
+    return Case(
+        [randn(edges.num_edges, M), randn(edges.num_edges, M)],
+        lambda m, f: atom_sum(m, f, edges.ptr),
+        lambda m, f: reference.atom_sum(m, f, edges.target, graph.num_atoms),
+    )
+
+
+def make_gather_add(graph):
+    edges, M = graph.main, SIZES.emb_size_edge
+    return Case(
+        [randn(edges.num_edges, M), randn(graph.num_atoms, M), randn(graph.num_atoms, M)],
+        lambda x, a, b: gather_add(x, a, b, edges.source, edges.swap, edges.ptr),
+        lambda x, a, b: reference.gather_add(x, a, b, edges.source, edges.target),
+    )
+
+
+def make_activate(graph):
+    """The end of a residual layer."""
+    shape = (graph.main.num_edges, SIZES.emb_size_edge)
+    return Case(
+        [randn(*shape), randn(*shape)],
+        lambda x, r: activate(x, add=r, scale=0.7, add_scale=0.7),
+        lambda x, r: reference.activate(x, add=r, scale=0.7, add_scale=0.7),
+    )
+
+
+def make_swap_add(graph):
+    edges, M = graph.main, SIZES.emb_size_edge
+    return Case(
+        [randn(edges.num_edges, 2 * M), randn(edges.num_edges, M)],
+        lambda x, a: swap_add(x, edges.swap, a),
+        lambda x, a: reference.swap_add(x, edges.swap, a),
+    )
+
+
+def make_linear(graph):
+    M = SIZES.emb_size_edge
+    return Case([randn(graph.main.num_edges, M), randn(M, M)], linear, torch.nn.functional.linear)
+
+
+OPS = {
+    "edge_to_edge": make_triplet("main", "main"),
+    "atom_to_edge": make_triplet("main", "atom_edges"),
+    "edge_to_atom": make_triplet("atom_edges", "main", to_atoms=True),
+    "quadruplet": make_quadruplet,
+    "pair": make_pair,
+    "radial": make_radial,
+    "pair_from_distances": make_pair_from_distances,
+    "atom_sum": make_atom_sum,
+    "gather_add": make_gather_add,
+    "activate": make_activate,
+    "swap_add": make_swap_add,
+    "linear": make_linear,
+}
+
+
+def forward(function, inputs):
+    """Return a call without gradients, and nothing to keep."""
+
+    def call():
+        with torch.no_grad():
+            return [function(*inputs)]
+
+    return call
+
+
+def backward(function, inputs):
+    """Return a call of the gradients alone."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    grad = randn(*out.shape)
+    return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
+
+
+def second(function, inputs):
+    """Return a call of the gradients' gradients alone."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    grad = randn(*out.shape).requires_grad_()
+    first = torch.autograd.grad(out, inputs, grad, create_graph=True)
+    along = [randn(*g.shape) for g in first]
+    connected = [(g, u) for g, u in zip(first, along, strict=True) if g.requires_grad]
+    if not connected:
+        pytest.skip("the op is linear: there is no second derivative")
+    gs, us = zip(*connected, strict=True)
+    return lambda: torch.autograd.grad(gs, [grad, *inputs], us, retain_graph=True, allow_unused=True)
+
+
+def peak(call, known):
+    with StoragePeak(known) as memory:
+        call()
+    return memory.peak
+
+
+@pytest.mark.parametrize("order", [forward, backward, second], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("op", OPS)
+def bench_op(benchmark, provenance, workload, op, order):
+    graph = bench.workload_graph(workload)
+    case = OPS[op](graph)
+    with torch.no_grad():
+        value, expected = case.native(*case.inputs), case.spec(*case.inputs)
+    assert (value - expected).abs().max() <= 1e-4 * expected.abs().max()
+    native, spec = order(case.native, case.inputs), order(case.spec, case.inputs)
+    with FlopCounterMode(display=False) as counter:
+        out = native()
+    found = compare(spec, native)
+    seconds = found["ms"] / 1e3
+    gflop = 1e-9 * counter.get_total_flops()
+    gbytes = 1e-9 * sum(x.nbytes for x in (*case.inputs, *out) if x is not None)
+    provenance |= found | {
+        "op": op,
+        "edges": graph.main.num_edges,
+        "gflops": gflop / seconds,
+        "gbytes_per_s": gbytes / seconds,
+        "share_of_gemm_rate": gflop / seconds / max(gemm_rates(graph.main.num_edges, ["fp32"], CPU).values()),
+        "share_of_copy_rate": gbytes / seconds / copy_rate(CPU),
+        "peak_mib": peak(native, case.inputs) / 2**20,
+        "reference_peak_mib": peak(spec, case.inputs) / 2**20,
+    }
+    if case.shared is not None:
+        ready = compare(order(case.shared, case.shared_inputs), native)
+        provenance |= {"speedup_over_shared": ready["speedup"], "shared_reference_ms": ready["reference_ms"]}
+    benchmark.pedantic(native, rounds=5)
+
+
+def compare(spec, native, rounds=7):
+    """Time both by turns."""
+    spec(), native()
+    pairs = [(time_call(spec, CPU), time_call(native, CPU)) for _ in range(rounds)]
+    return {
+        "ms": 1e3 * statistics.median(fast for _, fast in pairs),
+        "reference_ms": 1e3 * statistics.median(slow for slow, _ in pairs),
+        "speedup": statistics.median(slow / fast for slow, fast in pairs),
+    }
+
+
+def sodium_chloride(num_atoms):
+    """A rattled rocksalt crystal of about this many atoms, at constant density."""
+    atoms = bulk("NaCl", "rocksalt", a=5.64, cubic=True).repeat(round((num_atoms / 8) ** (1 / 3)))
+    atoms.rattle(0.05, seed=0)
+    return atoms
+
+
+def grow_edge_to_edge(graph):
+    main = graph.main
+    x, w = randn(main.num_edges, SIZES.emb_size_trip_in), randn(main.num_edges, SIZES.emb_size_cbf, SIZES.num_spherical)
+    return lambda: triplet(x, w, main, main)
+
+
+def grow_quadruplet(graph):
+    """With an eighth of the basis, which keeps 5,000 atoms in memory."""
+    main, middle, C, S = graph.main, graph.quad_edges, SIZES.emb_size_quad_in, SIZES.num_spherical
+    x, filters = randn(main.num_edges, C), randn(middle.num_edges, S, C)
+    w = randn(main.num_edges, SIZES.emb_size_sbf // 8, S**2)
+    return lambda: quadruplet(x, filters, w, main, middle)
+
+
+def grow_pair(graph):
+    edges = graph.atom_pairs
+    h, r = randn(graph.num_atoms, SIZES.emb_size_pair_in), randn(edges.num_edges, SIZES.emb_size_rbf)
+    return lambda: pair(h, r, edges.ptr, edges.source)
+
+
+@pytest.mark.parametrize("num_atoms", [100, 200, 500, 1000, 2000, 5000])
+@pytest.mark.parametrize("make", [grow_edge_to_edge, grow_quadruplet, grow_pair], ids=lambda f: f.__name__)
+def bench_growth(benchmark, provenance, make, num_atoms):
+    """Cost per atom at constant density."""
+    graph = ejmp.build_graph(sodium_chloride(num_atoms), 12.0, 30)
+    benchmark.pedantic(make(graph), rounds=5, warmup_rounds=1)
+    microseconds = 1e6 * benchmark.stats.stats.median
+    provenance |= {"op": make.__name__, "atoms": graph.num_atoms, "us_per_atom": microseconds / graph.num_atoms}

@@ -1,0 +1,83 @@
+"""Say which implementation serves each op on each device and type, and why."""
+
+import platform
+
+import torch
+
+from ejmp.backend import missing, resolve
+from ejmp_kernels import extension, gemm
+
+OPS = (
+    ("neighbour search", "find_neighbors"),
+    ("triplets", "triplet"),
+    ("quadruplets", "quadruplet"),
+    ("pairs", "pair"),
+    ("radial bases", "radial"),
+    ("atom sums", "atom_sum"),
+    ("edge embedding", "gather_add"),
+    ("activation, filter, residual", "activate"),
+    ("swap and add", "swap_add"),
+    ("matrix products", "matmul"),
+)
+STORED = ("atom_sum", "gather_add", "activate", "swap_add", "matmul")
+"""Ops that also exist in bfloat16; the others run in float32 then."""
+TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def examine() -> str:
+    """Return a report of what this installation has and takes, for people."""
+    reason = extension.unavailable()
+    lines = [
+        f"torch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads",
+        f"native ops: {'not there: ' + reason if reason else 'compiled, kernels for ' + torch.ops.ejmp.isa()}",
+        f"CUDA: {_cuda()}",
+        f"triton backend: {missing('triton')}",
+        "",
+        'backend="auto" takes:',
+    ]
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for device in devices:
+        for dtype in TYPES:
+            why = missing("native", device, dtype)
+            chosen = resolve("reference" if why else "auto", device, dtype)
+            lines.append(f"  {device:4} {_name(dtype):8} {chosen}{f': {why}' if why else ''}")
+    lines += ["", f"{'op on the CPU':30} {'float32':10} {'float64':10} {'bfloat16':22} float16"]
+    for title, op in OPS:
+        lines.append(
+            f"{title:30} " + " ".join(f"{_serves(op, d):{w}}" for d, w in zip(TYPES, (10, 10, 22, 0), strict=True))
+        )
+    return "\n".join([*lines, "", *_products(reason)])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _cuda() -> str:
+    if not torch.cuda.is_available():
+        return "no device; the CUDA kernels (csrc/cuda) are compiled and tested in emulation, not linked into torch yet"
+    return f"{torch.cuda.get_device_name()}, runs the reference backend: the CUDA kernels are not linked into torch yet"
+
+
+def _serves(op: str, dtype: torch.dtype) -> str:
+    """Name the implementation of an op for a type, on the CPU."""
+    if op == "find_neighbors":
+        return "-" if dtype != torch.float64 else "torch" if extension.unavailable() else "native"
+    if missing("native", "cpu", dtype):
+        return "torch"
+    if dtype == torch.bfloat16 and op not in STORED:
+        return "native, in float32"
+    return "see below" if op == "matmul" else f"native {torch.ops.ejmp.isa()}"
+
+
+def _products(reason: str | None) -> list[str]:
+    if reason:
+        return ["matrix products: torch"]
+    lines = [f"matrix products (EJMP_GEMM={gemm.pinned()}; choices kept in {gemm.cache_file()}):"]
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows in (512, 4096):
+            x, w = torch.ones(rows, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+            products = {"forward": (x, w.mT), "gradient of x": (x, w), "gradient of weight": (x.mT, x)}
+            chosen = ", ".join(f"{name} {gemm.choose(a, b)}" for name, (a, b) in products.items())
+            lines.append(f"  {_name(dtype):8} ({rows}, 1024, 1024): {chosen}")
+    return [*lines, "  float64, float16 and small products: torch"]
