@@ -9,7 +9,7 @@ using namespace ejmp::bindings;
 
 // Sum rows of x, or of x times factor, over the edges into each atom, in float32 or float64.
 Tensor sum_into_atoms(const char* op, const Tensor& x, const OptionalTensor& factor, const OptionalTensor& order,
-                      const Tensor& ptr, bool wide) {
+                      const Tensor& ptr) {
     check_size(op, "x", x, 2);
     if (factor) check_like(op, "factor", *factor, x.scalar_type(), x.sizes());
     check_ptr(op, "ptr", ptr, x.size(0));
@@ -22,11 +22,11 @@ Tensor sum_into_atoms(const char* op, const Tensor& x, const OptionalTensor& fac
                                     Array<int64_t>(order).data(), Array<int64_t>(ptr).data(), out.mutable_data_ptr(),
                                     threads());
     });
-    return wide ? out : out.to(x.scalar_type());
+    return out;
 }
 
 Tensor atom_sum(const Tensor& m, const Tensor& factor, const Tensor& ptr) {
-    return sum_into_atoms("atom_sum", m, factor, c10::nullopt, ptr, true);
+    return sum_into_atoms("atom_sum", m, factor, c10::nullopt, ptr);
 }
 
 std::tuple<Tensor, Tensor> atom_sum_backward(const Tensor& grad_, const Tensor& m_, const Tensor& factor_,
@@ -49,26 +49,28 @@ std::tuple<Tensor, Tensor> atom_sum_backward(const Tensor& grad_, const Tensor& 
 }
 
 Tensor edge_sum(const Tensor& x, const OptionalTensor& order, const Tensor& ptr) {
-    return sum_into_atoms("edge_sum", x, c10::nullopt, order, ptr, false);
+    return sum_into_atoms("edge_sum", x, c10::nullopt, order, ptr);
 }
 
 Tensor gather_add(const OptionalTensor& x, const Tensor& from_, const Tensor& to_, const Tensor& source_,
                   const Tensor& swap, const Tensor& ptr_) {
+    const char* const op = "gather_add";
     const Tensor from = from_.contiguous(), to = to_.contiguous(), source = source_.contiguous(),
                  ptr = ptr_.contiguous();
-    const char* const op = "gather_add";
-    check_size(op, "from", from, 2), check_size(op, "source", source, 1);
-    check_like(op, "to", to, from.scalar_type(), from.sizes());
+    check_size(op, "source_rows", from, 2), check_size(op, "source", source, 1);
+    const auto type = x ? x->scalar_type() : from.scalar_type();
+    check_like(op, "source_rows", from, type == at::kBFloat16 ? at::kFloat : type, from.sizes());
+    check_like(op, "target_rows", to, from.scalar_type(), from.sizes());
     check_ids(op, "source", source, source.size(0), from.size(0));
     check_ids(op, "swap", swap.contiguous(), source.size(0), source.size(0));
     check_ptr(op, "ptr", ptr, source.size(0));
     TORCH_CHECK_VALUE(ptr.size(0) == from.size(0) + 1, op, ": ptr must have one entry more than there are atoms");
-    if (x) check_like(op, "x", *x, from.scalar_type(), {source.size(0), from.size(1)});
-    const Tensor out = at::empty({source.size(0), from.size(1)}, from.options());
-    with_stored(op, from, [&](auto s) {
+    if (x) check_like(op, "x", *x, type, {source.size(0), from.size(1)});
+    const Tensor out = at::empty({source.size(0), from.size(1)}, from.options().dtype(type));
+    with_stored(op, out, [&](auto s) {
         using S = decltype(s);
-        dense_kernels<S>().gather_add(from.size(0), out.size(1), Array<S>(x).data(), Array<S>(from).data(),
-                                      Array<S>(to).data(), source.const_data_ptr<int64_t>(),
+        dense_kernels<S>().gather_add(from.size(0), out.size(1), Array<S>(x).data(), from.const_data_ptr(),
+                                      to.const_data_ptr(), source.const_data_ptr<int64_t>(),
                                       ptr.const_data_ptr<int64_t>(), data<S>(out), threads());
     });
     return out;

@@ -136,9 +136,10 @@ struct DenseKernels {
                               double alpha, S* grad_x, int threads);
     void (*swap_add_double)(int64_t num_edges, int64_t width, const S* u, const S* grad, const S* x,
                             const int64_t* swap, double alpha, S* to_grad, S* to_x, int threads);
-    // out[e] = x[e] + from[source[e]] + to[n] for edges e into atom n; x [E, M] or null, from and to [N, M]
-    void (*gather_add)(int64_t num_atoms, int64_t width, const S* x, const S* from, const S* to, const int64_t* source,
-                       const int64_t* ptr, S* out, int threads);
+    // out[e] = x[e] + from[source[e]] + to[n] for edges e into atom n; x [E, M] or null; from and to [N, M] in what is
+    // computed with: float32 for bfloat16
+    void (*gather_add)(int64_t num_atoms, int64_t width, const S* x, const void* from, const void* to,
+                       const int64_t* source, const int64_t* ptr, S* out, int threads);
     // out[n] = sum of x[order[e]] factor[order[e]] over e in ptr[n] .. ptr[n + 1]; order and factor may be null;
     // out is float32 (float64 for double)
     void (*edge_sum)(int64_t num_atoms, int64_t width, const S* x, const S* factor, const int64_t* order,

@@ -124,8 +124,8 @@ class Fused:
     def embed_edges(self, dense: Dense, h: Tensor, x: Tensor) -> Tensor:
         """Apply a dense layer to [h_source, h_target, m], given the product of m with its part of the weight."""
         main, weight, size = self.graph.main, dense.linear.weight, h.shape[1]
-        rows = self.linear(h, torch.cat([weight[:, :size], weight[:, size : 2 * size]]))
-        from_source, to_target = (part.to(x.dtype) for part in rows.chunk(2, dim=1))
+        rows = linear(h, torch.cat([weight[:, :size], weight[:, size : 2 * size]]))  # not in the low type: it is cheap
+        from_source, to_target = rows.chunk(2, dim=1)
         return activate(gather_add(x, from_source, to_target, main.source, self.swap, main.ptr), in_place=True)
 
     def _wide(self, x: Tensor) -> Tensor:

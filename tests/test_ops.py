@@ -148,7 +148,8 @@ def make_atom_sum(dtype, tiny):
 def make_gather_add(dtype, tiny):
     edges = make_graph(dtype, tiny=tiny).main
     atoms, M = len(edges.ptr) - 1, 3 if tiny else 37
-    inputs = [randn(edges.num_edges, M, dtype=dtype), *(randn(atoms, M, dtype=dtype, seed=i) for i in (1, 2))]
+    rows = torch.float32 if dtype == torch.bfloat16 else dtype
+    inputs = [randn(edges.num_edges, M, dtype=dtype), *(randn(atoms, M, dtype=rows, seed=i) for i in (1, 2))]
     return Case(
         inputs,
         lambda x, a, b: gather_add(x, a, b, edges.source, edges.swap, edges.ptr),

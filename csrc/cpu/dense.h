@@ -187,14 +187,26 @@ void swap_add_double(int64_t num_edges, int64_t width, const S* u, const S* grad
 }
 
 template <class S>
-void gather_add(int64_t num_atoms, int64_t width, const S* x, const S* from, const S* to, const int64_t* source,
+void gather_add(int64_t num_atoms, int64_t width, const S* x, const void* from, const void* to, const int64_t* source,
                 const int64_t* ptr, S* out, int threads) {
-    using V = Vec<Compute<S>>;
+    using T = Compute<S>;
+    constexpr int W = WIDTH<T>;
     parallel_for<Stateless>(num_atoms, 1, threads, [&](int64_t n, Stateless&) {
+        const T* const b = static_cast<const T*>(to) + n * width;
         for (int64_t e = ptr[n]; e < ptr[n + 1]; ++e) {
-            const S* const in[3] = {x ? x + e * width : nullptr, from + source[e] * width, to + n * width};
-            S* const place[1] = {out + e * width};
-            map_row<S, 3, 1>(width, in, place, [=](const V* v, V* o) { o[0] = v[0] + v[1] + v[2]; });
+            const T* const a = static_cast<const T*>(from) + source[e] * width;
+            const S* const row = x ? x + e * width : nullptr;
+            int64_t c = 0;
+            for (; c + W <= width; c += W) {
+                const Vec<T> sum = load(a + c) + load(b + c);
+                write(out + e * width + c, row ? sum + read(row + c) : sum);
+            }
+            if (c == width) continue;
+            S buffer[W] = {};
+            if (row) std::copy_n(row + c, width - c, buffer);
+            const Vec<T> sum = load(a + c, width - c) + load(b + c, width - c);
+            write(buffer, row ? sum + read(buffer) : sum);
+            std::copy_n(buffer, width - c, out + e * width + c);
         }
     });
 }

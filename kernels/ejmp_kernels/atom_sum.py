@@ -7,11 +7,10 @@ update.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake
 
-from ejmp_kernels.library import like, load, zeros_for
+from ejmp_kernels.library import like, load, wide, zeros_for
 
 
 def atom_sum(m: Tensor, filters: Tensor, ptr: Tensor) -> Tensor:
@@ -31,11 +30,6 @@ def atom_sum(m: Tensor, filters: Tensor, ptr: Tensor) -> Tensor:
     return _OPS.atom_sum(m, filters, ptr)
 
 
-def _fake(m: Tensor, _filters: Tensor, ptr: Tensor) -> Tensor:
-    dtype = torch.float64 if m.dtype == torch.float64 else torch.float32
-    return m.new_empty(ptr.shape[0] - 1, m.shape[1], dtype=dtype)
-
-
 def _setup(ctx: Any, inputs: tuple, output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -53,7 +47,7 @@ def _double(ctx: Any, u_m: Tensor | None, u_filters: Tensor | None) -> tuple:
 
 
 _OPS = load()
-register_fake("ejmp::atom_sum")(_fake)
+register_fake("ejmp::atom_sum")(lambda m, filters, ptr: wide(m, ptr.shape[0] - 1))
 register_fake("ejmp::atom_sum_backward")(lambda grad, m, filters, ptr: like(m, filters))
 register_autograd("ejmp::atom_sum", _backward, setup_context=_setup)
 register_autograd("ejmp::atom_sum_backward", _double, setup_context=_setup)

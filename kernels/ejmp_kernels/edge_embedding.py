@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.library import register_autograd, register_fake
 
-from ejmp_kernels.library import by_atom, like, load
+from ejmp_kernels.library import by_atom, like, load, wide
 
 
 def gather_add(
@@ -21,14 +21,14 @@ def gather_add(
 
     Args:
         x: [E, M] or None for zeros; float32, float64 or bfloat16.
-        source_rows: [N, M].
-        target_rows: [N, M].
+        source_rows: [N, M], float32 if x is bfloat16, so that the sum is rounded once.
+        target_rows: [N, M], of the same type.
         source: [E] int64.
         swap: [E] int64, the counter-edge of each edge.
         ptr: [N + 1] int64, CSR pointers of the edges over targets.
 
     Returns:
-        [E, M].
+        [E, M], like x.
 
     Raises:
         ValueError: if shapes, types or devices do not fit together, or an index is out of range.
@@ -49,20 +49,24 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
 
 def _setup_sum(ctx: Any, inputs: tuple, output: Any) -> None:
     x, order, ptr = inputs
-    ctx.num_edges, ctx.ordered = x.shape[0], order is not None
+    ctx.num_edges, ctx.dtype, ctx.ordered = x.shape[0], x.dtype, order is not None
     ctx.save_for_backward(*([ptr] if order is None else [ptr, order]))
 
 
 def _sum_backward(ctx: Any, grad: Tensor) -> tuple:
     ptr, *order = ctx.saved_tensors
-    rows = grad.index_select(0, by_atom(ptr, ctx.num_edges))
+    rows = grad.to(ctx.dtype).index_select(0, by_atom(ptr, ctx.num_edges))
     if ctx.ordered:
         rows = like(rows)[0].index_copy(0, order[0], rows)
     return (rows, None, None)
 
 
+def _fake(x: Tensor | None, source_rows: Tensor, target_rows: Tensor, source: Tensor, *_: Tensor) -> Tensor:
+    return (source_rows if x is None else x).new_empty(source.shape[0], source_rows.shape[1])
+
+
 _OPS = load()
-register_fake("ejmp::gather_add")(lambda x, a, b, source, swap, ptr: a.new_empty(source.shape[0], a.shape[1]))
-register_fake("ejmp::edge_sum")(lambda x, order, ptr: x.new_empty(ptr.shape[0] - 1, x.shape[1]))
+register_fake("ejmp::gather_add")(_fake)
+register_fake("ejmp::edge_sum")(lambda x, order, ptr: wide(x, ptr.shape[0] - 1))
 register_autograd("ejmp::gather_add", _backward, setup_context=_setup)
 register_autograd("ejmp::edge_sum", _sum_backward, setup_context=_setup_sum)

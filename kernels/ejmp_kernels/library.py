@@ -96,6 +96,11 @@ def third_derivative(*_: Any) -> tuple:
     raise NotImplementedError("ejmp's native ops have first and second derivatives only; use backend='reference'")
 
 
+def wide(x: Tensor, rows: int) -> Tensor:
+    """Return an uninitialised [rows, columns of x] in the type of sums: float64 for float64, or else float32."""
+    return x.new_empty(rows, x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
 def by_atom(ptr: Tensor, num_edges: int) -> Tensor:
     """Return the target of each edge, [E], from CSR pointers [N + 1]."""
     atoms = torch.arange(len(ptr) - 1, device=ptr.device)
