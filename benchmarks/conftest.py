@@ -15,6 +15,7 @@ def pytest_addoption(parser):
     group.addoption("--structures", type=Path, help="measure on these instead of the built-in workloads")
     group.addoption("--select", default="*", help="files of a folder or zip archive to take")
     group.addoption("--batch", type=int, default=1, help="how many structures to read")
+    group.addoption("--scale-factors", type=Path, help="fitted scale factors by module name (JSON) for bench_precision")
     group.addoption("--small", action="store_true", help="JMP-S instead of JMP-L")
 
 

@@ -85,14 +85,13 @@ template <class T>
 inline Vec<T> silu(Vec<T> x) {
     return x * sigmoid<T>(x);
 }
+// The derivatives of silu from x and s = sigmoid(x).
 template <class T>
-inline Vec<T> silu_slope(Vec<T> x) {
-    const Vec<T> s = sigmoid<T>(x);
+inline Vec<T> silu_slope(Vec<T> x, Vec<T> s) {
     return s * (T(1) + x * (T(1) - s));
 }
 template <class T>
-inline Vec<T> silu_curvature(Vec<T> x) {
-    const Vec<T> s = sigmoid<T>(x);
+inline Vec<T> silu_curvature(Vec<T> x, Vec<T> s) {
     return s * (T(1) - s) * (T(2) + x * (T(1) - T(2) * s));
 }
 
@@ -117,7 +116,7 @@ void activate_backward(int64_t n, const S* grad, const S* x, const S* factor, do
     const bool product = factor;
     map<S, 3, 2>(n, {grad, x, factor}, {grad_x, grad_factor}, threads, [=](const V* v, V* o) {
         const V s = sigmoid<T>(v[1]), g = a * v[0];
-        o[0] = g * s * (T(1) + v[1] * (T(1) - s));
+        o[0] = g * silu_slope<T>(v[1], s);
         if (product) o[0] = o[0] * v[2], o[1] = g * v[1] * s;
     });
 }
@@ -130,11 +129,11 @@ void activate_double(int64_t n, const S* u_x, const S* u_factor, const S* grad, 
     const T a = T(alpha);
     const bool product = factor;
     map<S, 5, 3>(n, {u_x, u_factor, grad, x, factor}, {to_grad, to_x, to_factor}, threads, [=](const V* v, V* o) {
-        const V slope = a * silu_slope<T>(v[3]), curvature = a * silu_curvature<T>(v[3]);
+        const V s = sigmoid<T>(v[3]), slope = a * silu_slope<T>(v[3], s), curvature = a * silu_curvature<T>(v[3], s);
         o[0] = v[0] * slope;
         o[1] = v[0] * v[2] * curvature;
         if (product) {
-            o[0] = o[0] * v[4] + a * v[1] * silu<T>(v[3]);
+            o[0] = o[0] * v[4] + a * v[1] * v[3] * s;
             o[1] = o[1] * v[4] + v[1] * v[2] * slope;
             o[2] = v[0] * v[2] * slope;
         }
@@ -164,7 +163,8 @@ void swap_add_backward(int64_t num_edges, int64_t width, const S* grad, const S*
         const int64_t e = row % 2 ? swap[row / 2] : row / 2;  // a swap undoes itself
         const S* const in[2] = {grad + e * width, x + row * width};
         S* const to[1] = {grad_x + row * width};
-        map_row<S, 2, 1>(width, in, to, [=](const V* v, V* o) { o[0] = a * v[0] * silu_slope<T>(v[1]); });
+        map_row<S, 2, 1>(width, in, to,
+                         [=](const V* v, V* o) { o[0] = a * v[0] * silu_slope<T>(v[1], sigmoid<T>(v[1])); });
     });
 }
 
@@ -179,9 +179,10 @@ void swap_add_double(int64_t num_edges, int64_t width, const S* u, const S* grad
         const S* const in[5] = {u + here, x + here, u + there, x + there, grad + e * width};
         S* const to[3] = {to_grad + e * width, to_x + here, to_x + there};
         map_row<S, 5, 3>(width, in, to, [=](const V* v, V* o) {
-            o[0] = a * (v[0] * silu_slope<T>(v[1]) + v[2] * silu_slope<T>(v[3]));
-            o[1] = a * v[4] * v[0] * silu_curvature<T>(v[1]);
-            o[2] = a * v[4] * v[2] * silu_curvature<T>(v[3]);
+            const V here = sigmoid<T>(v[1]), there = sigmoid<T>(v[3]);
+            o[0] = a * (v[0] * silu_slope<T>(v[1], here) + v[2] * silu_slope<T>(v[3], there));
+            o[1] = a * v[4] * v[0] * silu_curvature<T>(v[1], here);
+            o[2] = a * v[4] * v[2] * silu_curvature<T>(v[3], there);
         });
     });
 }
