@@ -25,16 +25,17 @@ lint: .venv/linters
 format: .venv/linters
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format . ; $(BIN)/clang-format -i $(CSRC)
 
-# Third-party packages: needs the network once, and again only when pyproject.toml changes.
+# Third-party packages: needs the network once, and again only when pyproject.toml changes. The package itself goes in
+# without its extension (CXX=false), which is built below.
 .venv/installed: pyproject.toml
 	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('ejmp needs Python 3.11 or newer: PYTHON=...')"
 	$(PIP) --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(PIP) install $(TORCH) "setuptools>=77"
-	$(PIP) install --no-build-isolation --editable .[test]
+	CXX=false $(PIP) install --no-build-isolation --editable .[test]
 	touch $@
 
 .venv/linters: .venv/built
-	$(PIP) install --no-build-isolation --editable .[dev]
+	CXX=false $(PIP) install --no-build-isolation --editable .[dev]
 	touch $@
 
 # The C++ extension: no network. Without a compiler the package stays in plain torch, says so, and tries again next time.

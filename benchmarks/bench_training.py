@@ -95,7 +95,8 @@ def bench_precision(benchmark, provenance, request, models, precision):
         for name, value in json.loads(factors.read_text()).items():
             if f"backbone.{name}.scale_factor" in state:  # a scalar model has no factors of forces
                 state[f"backbone.{name}.scale_factor"].fill_(value)
-    graph = ejmp.build_graph([molecule("CH3CH2OH"), molecule("C6H6"), molecule("CH3CONH2")], 12.0, 30)
+    # no three atoms on a line (as in benzene): there each type of number has its own limit for dihedral angles
+    graph = ejmp.build_graph([molecule("CH3CH2OH"), molecule("CH3CONH2"), molecule("CH3COOH")], 12.0, 30)
     exact = copy.deepcopy(model).double()
     in_double = graph.to(dtype=torch.float64)
     expected = exact(in_double).energy.detach(), ejmp.gradient_forces(exact, in_double)

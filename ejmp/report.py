@@ -42,6 +42,39 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def kernel_table(result: dict[str, Any]) -> str:
+    """Return a Markdown table of `benchmarks/bench_kernels.py`, one row per op, from pytest-benchmark's JSON."""
+    passes = ("forward", "backward", "second")
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for benchmark in result["benchmarks"]:
+        info = benchmark["extra_info"]
+        if "speedup" in info and "op" in info:
+            order = next(name for name in passes if f"-{name}]" in benchmark["name"])
+            found.setdefault(info["op"], {})[order] = info
+    columns = [
+        "op",
+        *(f"{order} {of}" for order in passes for of in ("ms", "x")),
+        "x, shared tables",
+        "% of GEMM",
+        "% of copy",
+    ]
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    for op, rows in found.items():
+        cells = [op]
+        for order in passes:
+            row = rows.get(order)
+            cells += [f"{row['ms']:.1f}", f"{row['speedup']:.1f}"] if row else ["-", "-"]
+        shared = [f"{row['speedup_over_shared']:.1f}" for row in rows.values() if "speedup_over_shared" in row]
+        first = rows["forward"]
+        cells += [
+            " ".join(shared) or "-",
+            f"{100 * first['share_of_gemm_rate']:.0f}",
+            f"{100 * first['share_of_copy_rate']:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def summary(result: dict[str, Any]) -> str:
     """Return the lines that belong above the table."""
     work, made = result["workload"], result["provenance"]

@@ -104,6 +104,24 @@ def test_storage_peak_counts_bytes():
     assert memory.peak == 2 * 4000 + 4
 
 
+def test_comparison_with_the_reference(tmp_path, capsys):
+    from conftest import require_native
+
+    require_native()
+    ase.io.write(tmp_path / "water.xyz", molecule("H2O"))
+    output = tmp_path / "blocks.json"
+    arguments = ["bench", "--structures", str(tmp_path / "water.xyz"), "--small", "--blocks", "2", "--seconds", "0"]
+    assert (
+        cli.main([*arguments, "--precision", "fp32", "--backend", "native", "--compare", "--output", str(output)]) == 0
+    )
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row["speedup"] > 0
+    assert row["peak_memory_mib"] < row["reference_peak_memory_mib"]
+    assert "x of reference" in capsys.readouterr().out
+    assert cli.main([*arguments, "--backend", "triton"]) == 2
+    assert "Triton" in capsys.readouterr().err
+
+
 def test_blocks_benchmark_end_to_end(tmp_path, capsys):
     ase.io.write(tmp_path / "water.xyz", molecule("H2O"))
     output = tmp_path / "deep" / "blocks.json"

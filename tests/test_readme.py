@@ -30,6 +30,21 @@ def test_table_is_the_committed_result():
     assert "dirty" not in result["provenance"]["commit"]
 
 
+def test_kernel_table_is_the_committed_result():
+    result = json.loads((RESULTS / "kernels_cpu.json").read_text())
+    assert report.kernel_table(result) in README
+
+
+def test_training_figures_are_the_committed_result():
+    infos = [b["extra_info"] for b in json.loads((RESULTS / "training_cpu.json").read_text())["benchmarks"]]
+    (step,) = (info for info in infos if "speedup" in info)
+    assert f"{step['speedup']:.2f} times as fast" in README
+    assert f"{100 * step['memory_ratio']:.0f}% of the" in README
+    for info in infos:
+        if "energy_error" in info:
+            assert f"{info['energy_error']:.0e} and {info['gradient_force_error']:.0e} in {info['precision']}" in README
+
+
 def test_every_named_file_exists():
     for name in re.findall(r"`((?:benchmarks|launch|csrc|kernels|ejmp|tests)/[\w./]+)`", README):
         assert (ROOT / name).exists(), name
