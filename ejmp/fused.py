@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ejmp.bases import Bases, BasisProjection
 from ejmp.graph import AtomGraph, EdgeSet
@@ -30,9 +29,6 @@ from ejmp_kernels.pair import pair
 from ejmp_kernels.quadruplet import quadruplet_linear
 from ejmp_kernels.radial import radial
 from ejmp_kernels.triplet import triplet
-
-_CASTS = WeakTensorKeyDictionary()
-"""Low-precision copies of weights for inference, with the version of the weight they were made from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,16 +73,7 @@ class Fused:
         """Map [rows, in] to [rows, out] in the low type, if there is one."""
         if self.dtype is None:
             return linear(x, weight)
-        return linear(x.to(self.dtype), self._low(weight))
-
-    def _low(self, weight: Tensor) -> Tensor:
-        assert self.dtype is not None
-        if torch.is_grad_enabled() or not isinstance(weight, nn.Parameter):
-            return weight.to(self.dtype)
-        known = _CASTS.get(weight)
-        if known is None or known[0] != weight._version or known[1].dtype != self.dtype:  # noqa: SLF001
-            known = _CASTS[weight] = (weight._version, weight.detach().to(self.dtype))  # noqa: SLF001
-        return known[1]
+        return linear(x.to(self.dtype), weight.to(self.dtype))
 
     def plain(self, layer: Plain, x: Tensor, scale: ScaleFactor | None = None) -> Tensor:
         """Apply a linear layer, with a scale factor folded into its weight."""

@@ -71,22 +71,6 @@ def test_low_precision_is_as_good(pair_of_models):
     assert errors[1] <= errors[0]
 
 
-def test_weights_that_change_are_not_cached(pair_of_models):
-    """The bfloat16 copies for inference follow the parameters."""
-    _, native = pair_of_models
-    native.precision = "bf16"
-    graph = load_golden("ethanol").graph(torch.float32)
-    with torch.no_grad():
-        before = native(graph).energy
-        assert torch.equal(native(graph).energy, before)
-        for parameter in native.backbone.parameters():
-            parameter.mul_(1.01)
-        after = native(graph).energy
-    assert not torch.equal(after, before)
-    with torch.enable_grad():
-        assert relative_error(native(graph).energy.detach(), after) <= 1e-2
-
-
 def test_bf16_trains(pair_of_models):
     """Gradients with respect to float32 parameters, also through gradient forces."""
     reference, native = pair_of_models

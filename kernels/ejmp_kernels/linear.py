@@ -36,7 +36,7 @@ def _fake(a: Tensor, b: Tensor, transpose_a: bool, transpose_b: bool) -> Tensor:
     return a.new_empty(a.shape[1 if transpose_a else 0], b.shape[0 if transpose_b else 1])
 
 
-def _flops(a: torch.Size, b: torch.Size, transpose_a: bool, transpose_b: bool, **_: Any) -> int:
+def _flops(a: torch.Size, b: torch.Size, transpose_a: bool, transpose_b: bool, out_shape: Any = None) -> int:
     return 2 * a[0] * a[1] * b[0 if transpose_b else 1]
 
 
