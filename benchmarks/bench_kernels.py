@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ase.build import bulk
+from bench_graph import sodium_chloride
 from torch.utils.flop_counter import FlopCounterMode
 
 import ejmp
@@ -263,13 +263,6 @@ def compare(spec, native, rounds=7):
         "reference_ms": 1e3 * statistics.median(slow for slow, _ in pairs),
         "speedup": statistics.median(slow / fast for slow, fast in pairs),
     }
-
-
-def sodium_chloride(num_atoms):
-    """A rattled rocksalt crystal of about this many atoms, at constant density."""
-    atoms = bulk("NaCl", "rocksalt", a=5.64, cubic=True).repeat(round((num_atoms / 8) ** (1 / 3)))
-    atoms.rattle(0.05, seed=0)
-    return atoms
 
 
 def grow_edge_to_edge(graph):

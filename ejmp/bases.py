@@ -90,11 +90,9 @@ class EdgeEmbedding(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BasisValues:
+class ProjectedBases:
     """Projected bases of one graph; every interaction block reads the same."""
 
-    radial: Tensor
-    """[E, R] of the main edges, unprojected."""
     rbf_quad: Tensor
     """[E, rbf], like the next four."""
     rbf_trip: Tensor
@@ -115,6 +113,14 @@ class BasisValues:
     """[E_quad, cbf, S]."""
     sbf_quad: Tensor
     """[E, sbf, S^2]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BasisValues(ProjectedBases):
+    """The same, and the basis that the first edge embedding reads."""
+
+    radial: Tensor
+    """[E, R] of the main edges, unprojected."""
 
 
 class Bases(nn.Module):

@@ -5,12 +5,10 @@ beside them, activations, filters, residuals and scalings are one pass after eac
 h_target, m] only the part of m runs on edges. Tested to give what the reference backend gives.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
-from ejmp.bases import Bases, BasisProjection
+from ejmp.bases import Bases, BasisProjection, ProjectedBases
 from ejmp.graph import AtomGraph, EdgeSet
 from ejmp.interactions import (
     AtomUpdate,
@@ -29,28 +27,6 @@ from ejmp_kernels.pair import pair
 from ejmp_kernels.quadruplet import quadruplet_linear
 from ejmp_kernels.radial import radial
 from ejmp_kernels.triplet import triplet
-
-
-@dataclass(frozen=True, kw_only=True)
-class FusedBases:
-    """Projected bases of one graph, as `bases.BasisValues`."""
-
-    rbf_quad: Tensor
-    """[E, rbf], like the next four."""
-    rbf_trip: Tensor
-    rbf_edge_atom: Tensor
-    rbf_atom_update: Tensor
-    rbf_out: Tensor
-    rbf_atom_edge: Tensor
-    rbf_pair: Tensor
-    cbf_trip: Tensor
-    """[E, cbf, S], like the next."""
-    cbf_atom_edge: Tensor
-    cbf_edge_atom: Tensor
-    cbf_quad: Tensor
-    """[E_quad * S, cbf]."""
-    sbf_quad: Tensor
-    """[E, sbf, S^2]."""
 
 
 class Fused:
@@ -77,8 +53,12 @@ class Fused:
 
     def plain(self, layer: Plain, x: Tensor, scale: ScaleFactor | None = None) -> Tensor:
         """Apply a linear layer, with a scale factor folded into its weight."""
+        return self.linear(x, layer.linear.weight if scale is None else self._folded(layer, scale))
+
+    @staticmethod
+    def _folded(layer: Plain, scale: ScaleFactor) -> Tensor:
         weight = layer.linear.weight
-        return self.linear(x, weight if scale is None else weight * scale.scale_factor.to(weight.dtype))
+        return weight * scale.scale_factor.to(weight.dtype)
 
     def dense(self, layer: Dense, x: Tensor, scale: float = 1.0) -> Tensor:
         """Apply a linear layer and its activation."""
@@ -99,14 +79,14 @@ class Fused:
             x = self.residual(layer, x, scale if i == len(layers) - 1 else 1.0)
         return x if len(layers) else x * scale
 
-    def dense_residuals(self, layers: nn.Sequential, x: Tensor) -> Tensor:
-        """Apply a dense layer and residual layers after it."""
+    def dense_residuals(self, layers: nn.Sequential | nn.ModuleList, x: Tensor) -> tuple[Tensor, ...]:
+        """Apply a dense layer and residual layers after it; return the output of each."""
         first, *rest = layers
         assert isinstance(first, Dense)
-        x = self.dense(first, x)
+        outputs = [self.dense(first, x)]
         for layer in rest:
-            x = self.residual(layer, x)
-        return x
+            outputs.append(self.residual(layer, outputs[-1]))
+        return tuple(outputs)
 
     def embed_edges(self, dense: Dense, h: Tensor, x: Tensor) -> Tensor:
         """Apply a dense layer to [h_source, h_target, m], given the product of m with its part of the weight."""
@@ -121,7 +101,7 @@ class Fused:
 
     # ---- bases ----
 
-    def bases(self, bases: Bases) -> FusedBases:
+    def bases(self, bases: Bases) -> ProjectedBases:
         """Evaluate and project every radial basis, those of equal distances in one call."""
         graph = self.graph
         near, main = graph.atom_edges.distance, graph.main.distance
@@ -133,7 +113,7 @@ class Fused:
         )
         rbf_atom_edge, cbf_edge_atom = self._radial(bases, near, bases.mlp_rbf_aeint, bases.mlp_cbf_eaint)
         (cbf_quad,) = self._radial(bases, graph.quad_edges.distance, bases.mlp_cbf_qint)
-        return FusedBases(
+        return ProjectedBases(
             rbf_quad=quad,
             rbf_trip=trip,
             rbf_edge_atom=edge_atom,
@@ -144,7 +124,7 @@ class Fused:
             cbf_trip=cbf_trip,
             cbf_atom_edge=cbf_atom_edge,
             cbf_edge_atom=cbf_edge_atom,
-            cbf_quad=cbf_quad.mT.flatten(0, 1).contiguous(),
+            cbf_quad=cbf_quad,
             sbf_quad=self._radial(bases, main, bases.mlp_sbf_qint)[0],
         )
 
@@ -176,12 +156,7 @@ class Fused:
     ) -> Tensor:
         """Sum over triplets and mix, [E_out or N, trip_out]."""
         summed = triplet(x, cbf, out, into, to_atoms=to_atoms)
-        return self._mix(summed, layer.mlp_cbf.bilinear, layer.scale_cbf_sum)
-
-    @staticmethod
-    def _mix(summed: Tensor, layer: Plain, scale: ScaleFactor) -> Tensor:
-        weight = layer.linear.weight
-        return linear(summed, weight * scale.scale_factor.to(weight.dtype))
+        return linear(summed, self._folded(layer.mlp_cbf.bilinear, layer.scale_cbf_sum))
 
     def to_edges(self, layer: TripletInteraction | QuadrupletInteraction, y: Tensor, add: Tensor) -> Tensor:
         """Up-project messages for edges and counter-edges and add half their sum / sqrt(2), [E, M]."""
@@ -189,18 +164,18 @@ class Fused:
         weight = torch.cat([layer.up_projection_ca.linear.weight, layer.up_projection_ac.linear.weight])
         return swap_add(self.linear(y, weight), self.swap, add, scale=0.5 * INV_SQRT_2)
 
-    def quadruplets(self, layer: QuadrupletInteraction, m: Tensor, bases: FusedBases) -> Tensor:
+    def quadruplets(self, layer: QuadrupletInteraction, m: Tensor, bases: ProjectedBases) -> Tensor:
         """Sum over quadruplets and mix, [E, quad_out]."""
         graph = self.graph
         x = self.filtered(layer, self.plain(layer.dense_db, m), bases.rbf_quad)
-        weight = layer.mlp_cbf.linear.weight
-        filters = linear(bases.cbf_quad, weight * layer.scale_cbf.scale_factor.to(weight.dtype))
-        filters = filters.view(graph.quad_edges.num_edges, bases.cbf_trip.shape[2], x.shape[1])
-        weight = layer.mlp_sbf.bilinear.linear.weight
-        mix = weight * layer.scale_sbf_sum.scale_factor.to(weight.dtype)
+        cbf = bases.cbf_quad.mT
+        filters = linear(cbf.flatten(0, 1), self._folded(layer.mlp_cbf, layer.scale_cbf)).view(
+            *cbf.shape[:2], x.shape[1]
+        )
+        mix = self._folded(layer.mlp_sbf.bilinear, layer.scale_sbf_sum)
         return quadruplet_linear(x, filters, bases.sbf_quad, graph.main, graph.quad_edges, mix)
 
-    def messages_to_edges(self, block: InteractionBlock, h: Tensor, m: Tensor, bases: FusedBases) -> Tensor:
+    def messages_to_edges(self, block: InteractionBlock, h: Tensor, m: Tensor, bases: ProjectedBases) -> Tensor:
         """Return half the sum of what a block sends to edges, [E, M]."""
         graph, trip, near, quad = (
             self.graph,
@@ -219,32 +194,33 @@ class Fused:
         y = self.triplets(near, x, bases.cbf_atom_edge, graph.main, graph.atom_edges)
         return self.to_edges(near, y, out)
 
-    def edges_to_atoms(self, block: InteractionBlock, m: Tensor, bases: FusedBases) -> Tensor:
+    def edges_to_atoms(self, block: InteractionBlock, m: Tensor, bases: ProjectedBases) -> Tensor:
         """Sum triplets into atoms, [N, C]."""
         graph, layer = self.graph, block.edge_atom_interaction
         x = self.filtered(layer, self.plain(layer.dense_ba, m), bases.rbf_edge_atom)
         y = self.triplets(layer, x, bases.cbf_edge_atom, graph.atom_edges, graph.main, to_atoms=True)
         return self.dense(layer.up_projection_ca, y)
 
-    def pairs(self, layer: PairInteraction, h: Tensor, bases: FusedBases) -> Tensor:
+    def pairs(self, layer: PairInteraction, h: Tensor, bases: ProjectedBases) -> Tensor:
         """Sum over pairs, [N, C]."""
         edges = self.graph.atom_pairs
         summed = pair(self._wide(self.dense(layer.down_projection, h)), bases.rbf_pair, edges.ptr, edges.source)
-        return self.dense(layer.up_projection, self._mix(summed, layer.bilinear, layer.scale_rbf_sum))
+        return self.dense(layer.up_projection, linear(summed, self._folded(layer.bilinear, layer.scale_rbf_sum)))
 
     def atom_sum(self, layer: AtomUpdate, m: Tensor, rbf: Tensor) -> Tensor:
         """Sum edges into atoms through a radial filter, [E, M] to [N, M]."""
         summed = atom_sum(m, self.plain(layer.dense_rbf, rbf), self.graph.main.ptr)
         return summed * layer.scale_sum.scale_factor.to(summed.dtype)
 
-    def block(self, block: InteractionBlock, h: Tensor, m: Tensor, bases: FusedBases) -> tuple[Tensor, Tensor]:
+    def block(self, block: InteractionBlock, h: Tensor, m: Tensor, bases: ProjectedBases) -> tuple[Tensor, Tensor]:
         """Update atoms [N, C] and edges [E, M]."""
         new_m = self.messages_to_edges(block, h, m, bases)
         h = (h + self.edges_to_atoms(block, m, bases) + self.pairs(block.atom_interaction, h, bases)) * INV_SQRT_3
         new_m = self.residuals(block.layers_before_skip, new_m, scale=INV_SQRT_2)
         m = self.residuals(block.layers_after_skip, torch.add(new_m, m, alpha=INV_SQRT_2))
         h = self.residuals(block.atom_emb_layers, h)
-        h2 = self.dense_residuals(block.atom_update.layers, self.atom_sum(block.atom_update, m, bases.rbf_atom_update))
+        update = block.atom_update
+        h2 = self.dense_residuals(update.layers, self.atom_sum(update, m, bases.rbf_atom_update))[-1]
         h = (h + h2) * INV_SQRT_2
         dense = block.concat_layer.dense
         m2 = self.embed_edges(dense, h, self.linear(m, dense.linear.weight[:, 2 * h.shape[1] :]))
@@ -258,20 +234,11 @@ class Fused:
         x = self._radial_product(bases, self.graph.main.distance, dense.linear.weight[:, 2 * h.shape[1] :].mT)
         return self.embed_edges(dense, h, x if self.dtype is None else x.to(self.dtype))
 
-    def energy(self, block: OutputBlock, h: Tensor, m: Tensor, bases: FusedBases) -> Tensor:
+    def energy(self, block: OutputBlock, h: Tensor, m: Tensor, bases: ProjectedBases) -> Tensor:
         """Return x_E, [N, C]."""
-        x = self.dense_residuals(block.layers, self.atom_sum(block, m, bases.rbf_out))
+        x = self.dense_residuals(block.layers, self.atom_sum(block, m, bases.rbf_out))[-1]
         return self.residuals(block.seq_energy2, (x + h) * INV_SQRT_2)
 
-    def forces(self, block: OutputBlock, m: Tensor, bases: FusedBases) -> Tensor:
+    def forces(self, block: OutputBlock, m: Tensor, bases: ProjectedBases) -> Tensor:
         """Return x_F, [E, M]."""
         return self.residuals(block.seq_forces, m) * self.plain(block.dense_rbf_F, bases.rbf_out, block.scale_rbf_F)
-
-    def final_mlp(self, layers: nn.ModuleList, x: list[Tensor]) -> tuple[Tensor, ...]:
-        """Map the outputs of all blocks to the output of each layer, [., size]."""
-        first, *rest = layers
-        assert isinstance(first, Dense)
-        outputs = [self.dense(first, torch.cat(x, dim=-1))]
-        for layer in rest:
-            outputs.append(self.residual(layer, outputs[-1]))
-        return tuple(outputs)

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import ejmp
 from ejmp.model import LOW_PRECISION, Precision, check_precision, tf32_products
+from ejmp_kernels import gemm
 
 
 def synchronize(device: torch.device) -> None:
@@ -95,7 +96,7 @@ def gemm_rates(rows: int, precisions: Sequence[Precision], device: torch.device,
         w = torch.randn(1024, 1024, device=device, dtype=dtype)
         libraries: dict[str, Callable[..., Tensor]] = {"torch": torch.nn.functional.linear}
         if device.type == "cpu" and precision == "fp32" and torch.backends.mkldnn.is_available():
-            libraries["onednn"] = lambda x, w: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")  # noqa: SLF001
+            libraries["onednn"] = lambda x, w: gemm.LIBRARIES["onednn"](x, w.mT)
         for library, product in libraries.items():
             with tf32_products() if precision == "tf32" else nullcontext():
                 seconds = [time_call(lambda p=product, a=x, b=w: p(a, b), device) for _ in range(repeats + 1)][1:]

@@ -216,8 +216,8 @@ class JMP(nn.Module):
                 x_e.append(fused.energy(out_block, h, m, values))
                 if forces:
                     x_f.append(fused.forces(out_block, m, values))
-            mlp_e = fused.final_mlp(backbone.out_mlp_E.out_mlp, x_e)
-            mlp_f = fused.final_mlp(backbone.out_mlp_F.out_mlp, x_f) if forces else ()
+            mlp_e = fused.dense_residuals(backbone.out_mlp_E.out_mlp, torch.cat(x_e, dim=-1))
+            mlp_f = fused.dense_residuals(backbone.out_mlp_F.out_mlp, torch.cat(x_f, dim=-1)) if forces else ()
         return Features(x_E=tuple(x_e), x_F=tuple(x_f), mlp_E=mlp_e, mlp_F=mlp_f)
 
     def heads(self, features: Features, graph: AtomGraph) -> Output:

@@ -2,7 +2,7 @@
 
 Reads radial once and h from the cache, writes out once: 4 (E R + N C + N R C) bytes in float32; 2 E R C FLOP. The sums
 run as small matrix products over pieces of 64 neighbours; the gradient for h walks the edges by source. The 128
-Gaussians of a pair are never stored: `radial` projects them on the fly. Specification: `reference.pair_sum`. Source:
+Gaussians of a pair are never stored: `radial` projects them on the fly. Specification: `angles.pair`. Source:
 GemNet-OC (arXiv 2204.02782), atom to atom.
 """
 

@@ -11,7 +11,7 @@ once per pair. Where p or n is shorter than eps (three atoms on a line) it is di
 
 Reads x, filter, weight and the vectors and writes out once: 4 (E C + Q S C + E A S^2 + E A C) bytes in float32. Work: 2
 T S C + 2 P S^2 C + 2 E A S^2 C FLOP for P pairs (e, q) and T triples (e, q, d). The backward also keeps the gradients
-of the values, one row per pair (q, d), until they are summed by atom b. Specification: `reference.quadruplet`. Source
+of the values, one row per pair (q, d), until they are summed by atom b. Specification: `angles.quadruplet`. Source
 of the sum: GemNet-OC (arXiv 2204.02782); the dihedral as a product of normals: vector identity.
 """
 
