@@ -1,7 +1,7 @@
 """One structure as raw arrays, and the checks every structure passes before it becomes part of a graph."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ TAGS = (0, 1, 2)
 
 @dataclass(frozen=True, kw_only=True)
 class Structure:
-    """Atoms in space, as arrays or tensors. ASE atoms can be used wherever a Structure can."""
+    """Atoms in space, as arrays or tensors, and what is known of them. `build_graph` takes ASE atoms just as well."""
 
     numbers: Any
     """[n] integers, atomic numbers 1..120."""
@@ -31,6 +31,16 @@ class Structure:
     """One bool, or three."""
     tags: Any = None
     """[n] integers: 0 bulk, 1 surface, 2 adsorbate or molecule. None: 2 everywhere."""
+    fixed: Any = None
+    """[n] booleans: atoms held in place, which losses and metrics leave out. None: all are free."""
+    energy: float | None = None
+    """Total energy, eV."""
+    forces: Any = None
+    """[n, 3], eV/A."""
+    targets: Mapping[str, float] = field(default_factory=dict)
+    """Other labels of the whole structure by name, each in the unit its reader documents."""
+    id: str = ""
+    """Where it comes from; unique within its dataset."""
 
 
 def to_list(structures: Any) -> list[Any]:

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = {"ase", "lmdb", "deepspeed", "fvcore", "h5py", "mpi4py", "matplotlib", "safetensors", "scipy"}
+HEAVY = {"ase", "lmdb", "deepspeed", "fvcore", "h5py", "mpi4py", "matplotlib", "pooch", "rich", "safetensors", "scipy"}
 # Each module may import those before it, not those after it.
 ORDER = (
     "graph", "config", "structure", "build", "backend", "layers", "geometry", "bases", "interactions", "fused", "model",
-    "scaling", "prune", "checkpoint", "flops", "workloads", "machine", "bench", "report", "doctor", "cli",
+    "scaling", "prune", "checkpoint", "flops", "workloads", "machine", "bench", "report", "doctor",
+    "data.formats", "data.info", "data", "cli",
 )  # fmt: skip
 
 
@@ -30,10 +31,12 @@ def imports(path):
 
 
 def test_imports_run_one_way():
-    modules = {path.stem: path for path in (ROOT / "ejmp").glob("*.py") if path.stem != "__init__"}
+    paths = {path.relative_to(ROOT / "ejmp").with_suffix(""): path for path in (ROOT / "ejmp").rglob("*.py")}
+    modules = {".".join(name.parts).removesuffix(".__init__"): path for name, path in paths.items()}
+    del modules["__init__"]
     assert set(modules) == set(ORDER)
     for name, path in modules.items():
-        used = {module.split(".")[1] for module in imports(path) if module.startswith("ejmp.")} & set(ORDER)
+        used = {module.removeprefix("ejmp.") for module in imports(path) if module.startswith("ejmp.")} & set(ORDER)
         late = {other for other in used if ORDER.index(other) >= ORDER.index(name)}
         assert not late, f"ejmp/{name}.py imports {late}"
     for path in (ROOT / "kernels").rglob("*.py"):
