@@ -226,9 +226,7 @@ Tensor matmul(const Tensor& a, const Tensor& b, bool transpose_a, bool transpose
 
 TORCH_LIBRARY_FRAGMENT(ejmp, library) {
     library.def("matmul(Tensor a, Tensor b, bool transpose_a, bool transpose_b) -> Tensor");
-    library.def("atom_sum(Tensor m, Tensor factor, Tensor ptr) -> Tensor");
-    library.def("atom_sum_backward(Tensor grad, Tensor m, Tensor factor, Tensor ptr) -> (Tensor, Tensor)");
-    library.def("edge_sum(Tensor x, Tensor? order, Tensor ptr) -> Tensor");
+    define_sums(library);
     library.def(
         "gather_add(Tensor? x, Tensor source_rows, Tensor target_rows, Tensor source, Tensor swap, "
         "Tensor ptr) -> Tensor");

@@ -17,11 +17,9 @@ def missing(backend: Backend, device: str = "cpu", dtype: torch.dtype = torch.fl
         return None
     if backend == "triton":
         return "the Triton kernels are not part of this version"
-    reason = extension.unavailable()
-    if reason is None and device != "cpu":
-        reason = f"the compiled kernels run on the CPU only, not on {device}"
-    if reason is None and dtype not in (torch.float32, torch.float64, torch.bfloat16):
-        reason = f"the compiled kernels have float32, float64 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    reason = extension.unavailable(device)
+    if reason is None and device == "cpu" and dtype == torch.float16:
+        reason = "the compiled kernels have float32, float64 and bfloat16, not float16"
     return reason
 
 

@@ -51,7 +51,7 @@ def build_graph(
         structures: an ase.Atoms, an ejmp.Structure, anything with `numbers`, `positions`, `cell`, `pbc`, or a list.
         cutoff: A; one value, or one per structure.
         max_neighbors: one value, or one per structure.
-        device: where the graph goes. The native search runs on the CPU and its result is moved.
+        device: where the graph goes. Without CUDA kernels the native search runs on the CPU and its result is moved.
         dtype: of distances and vectors, float32 or float64; the model's dtype.
         backend: "native" is the compiled cell list, "reference" the plain-torch search on `device`; "auto" takes
             the first one available.
@@ -64,7 +64,7 @@ def build_graph(
     listed = to_list(structures)
     device = torch.device(device)
     native = _resolve(backend)
-    search_device = torch.device("cpu") if native else device
+    search_device = torch.device("cpu") if native and extension.unavailable(device.type) else device
     checked = [check_structure(item, b, search_device) for b, item in enumerate(listed)]
     cutoffs = _per_structure(cutoff, len(listed), "cutoff", MAX_CUTOFF)
     limits = _per_structure(max_neighbors, len(listed), "max_neighbors", MAX_NEIGHBORS)

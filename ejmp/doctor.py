@@ -55,8 +55,12 @@ def _name(dtype: torch.dtype) -> str:
 
 def _cuda() -> str:
     if not torch.cuda.is_available():
-        return "no device; the CUDA kernels (csrc/cuda) are compiled and tested in emulation, not linked into torch yet"
-    return f"{torch.cuda.get_device_name()}, runs the reference backend: the CUDA kernels are not linked into torch yet"
+        return "no device"
+    reason = extension.unavailable("cuda")
+    served = (
+        reason or "compiled kernels for graph building, triplets, quadruplets, pairs, sums; the rest in plain torch"
+    )
+    return f"{torch.cuda.get_device_name()}: {served}"
 
 
 def _serves(op: str, dtype: torch.dtype) -> str:

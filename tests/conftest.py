@@ -102,3 +102,14 @@ def backend(request):
     if request.param == "native":
         require_native()
     return request.param
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fill every new tensor with NaN: what an op forgets to write shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)

@@ -49,7 +49,7 @@ def test_refused_with_the_reason(tiny_config, monkeypatch):
     half = ejmp.JMP(tiny_config, "native", "fp16")
     with pytest.raises(RuntimeError, match="float16"):
         half(ejmp.build_graph(molecule("H2O"), 8.0))
-    monkeypatch.setattr(extension, "unavailable", lambda: "no compiler")
+    monkeypatch.setattr(extension, "unavailable", lambda device="cpu": "no compiler")
     backend.resolve.cache_clear()
     with pytest.raises(RuntimeError, match="no compiler"):
         ejmp.JMP(tiny_config, "native")

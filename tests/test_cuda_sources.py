@@ -1,6 +1,5 @@
 """The CUDA sources, checked without a GPU: nvcc compiles them, and emulated by g++ they equal the CPU ops."""
 
-import ctypes
 import dataclasses
 import shutil
 import subprocess
@@ -8,13 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import require_native
+from conftest import load_golden, require_native
 from tolerances import relative_error
+from torch.utils.cpp_extension import include_paths, library_paths
+
+import ejmp
+from ejmp_kernels import unfused
+
+require_native()
+from ejmp_kernels import activation, atom_sum, edge_embedding, pair, quadruplet, radial, triplet  # noqa: E402
 
 FOLDER = Path(__file__).parents[1] / "csrc/cuda"
 KERNELS = sorted(FOLDER.glob("*.cu"))
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+DTYPES = [torch.float64, torch.float32]
 CHANNELS = (5, 20, 64)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 SHAPES = [(5, 1, 3), (20, 5, 8), (64, 16, 7)]  # channels, basis, spherical
 
 
@@ -43,57 +51,34 @@ def test_nvcc_compiles(tmp_path):
     assert "warning" not in output, output
 
 
-class Emulated:
-    """The kernels as a shared library whose functions take sizes and arrays in the order of csrc/cuda/emulated.cpp."""
-
-    def __init__(self, library):
-        self.library = ctypes.CDLL(str(library))
-        for name in ("quadruplet_workspace", "cells_bytes", "lists_bytes"):
-            getattr(self.library, f"ejmp_{name}").restype = ctypes.c_int64
-        self.threads(1)
-
-    def threads(self, count):
-        self.library.ejmp_threads(count)
-
-    def call(self, name, sizes, arrays, eps=0.0):
-        assert all(x is None or x.is_contiguous() for x in arrays)
-        function = getattr(self.library, f"ejmp_{name}")
-        function.restype = ctypes.c_char_p
-        error = function(
-            arrays[-1].dtype == torch.float64,
-            (ctypes.c_int64 * len(sizes))(*sizes),
-            ctypes.c_double(eps),
-            (ctypes.c_void_p * len(arrays))(*[None if x is None else x.data_ptr() for x in arrays]),
-        )
-        if error:
-            raise RuntimeError(error.decode())
-
-    def check(self, name, sizes, inputs, expected, *, scratch=(), eps=0.0):
-        """One thread per block must agree with the CPU, and several threads in either order with one in every bit.
-
-        What is written to is poisoned before each run, as are the `scratch` bytes.
-        """
-        first = None
-        for threads in (1, 5, -5):
-            results = [torch.full_like(x, torch.nan) for x in expected]
-            poisoned = [torch.full((size,), -1, dtype=torch.int8) for size in scratch]
-            self.threads(threads)
-            self.call(name, sizes, [*inputs, *poisoned, *results], eps)
-            first = first or results
-            for result, want, same in zip(results, expected, first, strict=True):
-                error = relative_error(result, want)
-                assert error <= TOLERANCE[want.dtype], f"{threads} threads: relative error {error:.1e}"
-                assert torch.equal(result, same), f"{threads} threads"
-
-
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
+    """The CUDA ops of csrc/bindings_cuda.cpp, run on the CPU under the name torch.ops.ejmp_emulated."""
     require_native()
     library = tmp_path_factory.mktemp("emulated") / "kernels.so"
     flags = ["-shared", "-fPIC", "-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
-    flags += ["-DEJMP_EMULATE", "-x", "c++"]
-    run_compiler(compiler("g++"), *flags, *KERNELS, FOLDER / "emulated.cpp", "-o", library)
-    return Emulated(library)
+    flags += ["-DEJMP_EMULATE", "-fvisibility=hidden", *(f"-I{path}" for path in include_paths()), "-x", "c++"]
+    links = ["-x", "none", *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
+    run_compiler(compiler("g++"), *flags, *KERNELS, FOLDER.parent / "bindings_cuda.cpp", *links, "-o", library)
+    torch.ops.load_library(str(library))
+    return torch.ops.ejmp_emulated
+
+
+def equal(emulated, name, expected, *arguments):
+    """One thread per block must agree with the CPU, and several threads in either order with one in every bit.
+
+    Memory is poisoned, so that what a kernel forgets to write shows.
+    """
+    first = None
+    for threads in (1, 5, -5):
+        emulated.threads(threads)
+        results = getattr(emulated, name)(*arguments)
+        results = [results] if isinstance(results, torch.Tensor) else results
+        first = first or results
+        for result, want, same in zip(results, expected, first, strict=True):
+            error = relative_error(result, want)
+            assert error <= TOLERANCE[want.dtype], f"{threads} threads: relative error {error:.1e}"
+            assert torch.equal(result, same), f"{threads} threads"
 
 
 def pointers(counts):
@@ -128,44 +113,26 @@ class Edges:
     def target(self):
         return torch.repeat_interleave(self.ptr.diff())
 
-    def by_source(self):
-        counts = self.source.bincount(minlength=len(self.ptr) - 1)
-        return [pointers(counts), self.source.sort(stable=True).indices]
-
 
 def random_like(shapes, seed, dtype):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
-def with_along(values, along):
-    """Inputs in the order of the library: each value and its direction."""
-    return [x for pair in zip(values, along, strict=True) for x in pair]
-
-
-@dataclasses.dataclass
-class Problem:
-    """An op on a random graph; `second`: with directions."""
-
-    values: list
-    along: list
-    grad: torch.Tensor
-
-    def directions(self, second):
-        return self.along if second else [None] * len(self.values)
-
-    def expected(self, op, options):
-        """The results of the op, of its backward and, of both, of the second backward, on the CPU."""
-        forward, backward, double = (getattr(torch.ops.ejmp, op + suffix) for suffix in ("", "_backward", "_double"))
-        second = double(*self.along, self.grad, *self.values, *options)
-        return forward(*self.values, *options), backward(self.grad, *self.values, *options), second[0], second[1:]
+def all_orders(emulated, name, values, along, grad, options):
+    """The op, its backward and its second backward against the CPU's."""
+    for suffix, inputs in (("", []), ("_backward", [grad]), ("_double", [*along, grad])):
+        arguments = [*inputs, *values, *options]
+        expected = getattr(torch.ops.ejmp, name + suffix)(*arguments)
+        expected = [expected] if isinstance(expected, torch.Tensor) else expected
+        equal(emulated, name + suffix, expected, *arguments)
 
 
 OUT_DEGREES, IN_DEGREES = (3, 0, 19, 1, 9, 0), (40, 7, 16, 0, 33, 0)
 MIDDLE_DEGREES = (2, 0, 4, 3, 0, 2)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("to_atoms", [False, True])
 @pytest.mark.parametrize(("channels", "A", "S"), SHAPES)
 def test_triplet_equals_cpu(emulated, channels, A, S, to_atoms, dtype):
@@ -175,15 +142,10 @@ def test_triplet_equals_cpu(emulated, channels, A, S, to_atoms, dtype):
     values = random_like(shapes, 3, dtype)
     values[2:] = [v / v.norm(dim=1, keepdim=True) for v in values[2:]]
     rows = N if to_atoms else out.num_edges
-    problem = Problem(values, random_like(shapes, 4, dtype), *random_like([(rows, A * channels)], 5, dtype))
     masked = (out.target[:, None] == into.target) & (out.source[:, None] == into.source)
     assert (masked & (out.image[:, None] == into.image)).any()
-    expected = problem.expected("triplet", [*out.ids, *into.ids, to_atoms])
-    sizes = [N, channels, A, S, to_atoms]
-    for second in (False, True):
-        inputs = [*out.ids, *into.ids, *with_along(values, problem.directions(second))]
-        emulated.check("triplet", sizes, inputs, [expected[2 * second]])
-        emulated.check("triplet_backward", sizes, [*inputs, problem.grad, None], expected[2 * second + 1])
+    (grad,) = random_like([(rows, A * channels)], 5, dtype)
+    all_orders(emulated, "triplet", values, random_like(shapes, 4, dtype), grad, [*out.ids, *into.ids, to_atoms])
 
 
 def quadruplet_inputs(main, middle, shape, dtype):
@@ -211,39 +173,27 @@ def masked_quadruplets(main, middle):
     return int(d_is_a.sum()), int(c_is_b.sum()), int((meet & same).sum())
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_quadruplet_equals_cpu(emulated, shape, dtype):
     main, middle = Edges.random(OUT_DEGREES, 6), Edges.random(MIDDLE_DEGREES, 7)
     assert min(masked_quadruplets(main, middle)) > 0
-    problem = Problem(*quadruplet_inputs(main, middle, shape, dtype))
+    inputs = quadruplet_inputs(main, middle, shape, dtype)
     eps = 1e-6 if dtype == torch.float64 else 1e-4
-    expected = problem.expected("quadruplet", [*main.ids, *middle.ids, eps])
-    num_rows = main.ptr.diff()[middle.source]
-    row_ptr = pointers(num_rows)
-    sizes = [len(OUT_DEGREES), *shape, int(row_ptr[-1])]
-    rows = [row_ptr, *middle.by_source()]
-    wide = dtype == torch.float64
-    for second in (False, True):
-        inputs = [*main.ids, *middle.ids, *with_along(problem.values, problem.directions(second)), *rows]
-        scratch = [emulated.library.ejmp_quadruplet_workspace(wide, sizes[4], shape[0], x, second) for x in (0, 1)]
-        emulated.check("quadruplet", sizes, inputs, [expected[2 * second]], scratch=scratch[:1], eps=eps)
-        inputs += [problem.grad, None]
-        emulated.check("quadruplet_backward", sizes, inputs, expected[2 * second + 1], scratch=scratch[1:], eps=eps)
+    all_orders(emulated, "quadruplet", *inputs, [*main.ids, *middle.ids, eps, max(OUT_DEGREES)])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("num_radial", [16, 37])
 def test_pair_equals_cpu(emulated, num_radial, channels, dtype):
     edges = Edges.random(IN_DEGREES, 11)
     N, E = len(IN_DEGREES), edges.num_edges
     h, radial, grad = random_like([(N, channels), (E, num_radial), (N, num_radial * channels)], 12, dtype)
-    ids, sizes = [edges.ptr, edges.source], [N, channels, num_radial]
-    inputs = [*ids, h, radial]
-    emulated.check("pair", sizes, inputs, [torch.ops.ejmp.pair(h, radial, *ids)])
+    ids = [edges.ptr, edges.source]
+    equal(emulated, "pair", [torch.ops.ejmp.pair(h, radial, *ids)], h, radial, *ids)
     expected = torch.ops.ejmp.pair_backward(grad, h, radial, *ids)
-    emulated.check("pair_backward", sizes, [*inputs, edges.target, *edges.by_source(), grad], expected)
+    equal(emulated, "pair_backward", expected, grad, h, radial, *ids)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -251,20 +201,24 @@ def test_pair_equals_cpu(emulated, num_radial, channels, dtype):
 def test_sums_equal_cpu(emulated, channels, dtype):
     edges = Edges.random(IN_DEGREES, 13)
     N, E = len(IN_DEGREES), edges.num_edges
-    m, factor, grad = random_like([(E, channels), (E, channels), (N, channels)], 14, dtype)
-    sizes, (by_source, order) = [N, channels], edges.by_source()
-    expected = torch.ops.ejmp.atom_sum(m, factor, edges.ptr)
-    emulated.check("edge_sum", sizes, [m, factor, None, edges.ptr], [expected])
-    expected = torch.ops.ejmp.edge_sum(m, order, by_source)
-    emulated.check("edge_sum", sizes, [m, None, order, by_source], [expected])
-    expected = torch.ops.ejmp.atom_sum_backward(grad, m, factor, edges.ptr)
-    emulated.check("atom_sum_backward", sizes, [grad, m, factor, edges.ptr], expected)
+    m, factor = random_like([(E, channels), (E, channels)], 14, dtype)
+    (grad,) = random_like([(N, channels)], 14, torch.float32 if dtype == torch.bfloat16 else dtype)
+    order = edges.source.sort(stable=True).indices
+    by_source = pointers(edges.source.bincount(minlength=N))
+    cases = {"atom_sum": (m, factor, edges.ptr), "edge_sum": (m, order, by_source)}
+    cases["atom_sum_backward"] = (grad, m, factor, edges.ptr)
+    for name, arguments in cases.items():
+        expected = getattr(torch.ops.ejmp, name)(*arguments)
+        equal(emulated, name, [expected] if isinstance(expected, torch.Tensor) else expected, *arguments)
 
 
-def test_too_many_spherical_functions(emulated):
-    ids = [torch.zeros(1, dtype=torch.long), None, None]
+def test_bad_input(emulated):
+    x, ids = torch.zeros(0, 1), torch.zeros(1, dtype=torch.long)
+    none, v = ids[:0], torch.zeros(0, 3)
     with pytest.raises(RuntimeError, match=r"spherical must be in 1\.\.8 on a GPU, got 9"):
-        emulated.call("triplet", [0, 1, 1, 9, 0], [*ids, *ids, *[None] * 8, torch.empty(0)])
+        emulated.triplet(x, torch.zeros(0, 1, 9), v, v, ids, none, none, ids, none, none, False)
+    with pytest.raises(ValueError, match="pair: radial must be Double"):
+        emulated.pair(torch.zeros(2, 3).double(), torch.zeros(0, 4), torch.zeros(3, dtype=torch.long), none)
 
 
 def neighbor_query():
@@ -306,24 +260,23 @@ def neighbor_query():
 def test_neighbors_equal_cpu(emulated, threads):
     query = neighbor_query()
     expected = torch.ops.ejmp.find_neighbors(*query)
-    B, N = len(query[1]), len(query[0])
-
-    def poisoned(size, dtype=torch.int64):
-        return torch.full(size, -1, dtype=dtype)
-
     emulated.threads(threads)
-    cells = poisoned([emulated.library.ejmp_cells_bytes(B, N)], torch.int8)
-    list_ptr = poisoned([N + 1])
-    emulated.call("count_neighbors", [B, N], [*query, cells, list_ptr])
-    num_found = int(list_ptr[-1])
-    lists = poisoned([emulated.library.ejmp_lists_bytes(num_found)], torch.int8)
-    ptr = poisoned([4, N + 1])
-    emulated.call("list_neighbors", [B, N, num_found], [*query, cells, list_ptr, lists, ptr])
-    sets = [[poisoned([n]), poisoned([n, 3], torch.int32)] for n in ptr[:, -1].tolist()]
-    swap = poisoned([int(ptr[1, -1])])
-    arrays = [*query, list_ptr, lists, ptr, *(x for pair in sets for x in pair), swap]
-    emulated.call("pack_neighbors", [B, N, num_found], arrays)
-    for j, (source, offset) in enumerate(sets):
-        for result, want in zip((source, offset, ptr[j]), expected[3 * j : 3 * j + 3], strict=True):
-            assert torch.equal(result, want), f"edge set {j}"
-    assert torch.equal(swap, expected[12])
+    for result, want in zip(emulated.find_neighbors(*query), expected, strict=True):
+        assert torch.equal(result, want)
+
+
+def test_model_equals_golden(emulated, monkeypatch, tiny):
+    """The forward as a GPU runs it: CUDA kernels of graph ops, plain torch between the products."""
+
+    class OnGpu:
+        def __getattr__(self, name):
+            plain = {op.__name__: op for op in unfused.OPS}
+            return plain.get(name) or getattr(emulated, name)
+
+    for module in (activation, atom_sum, edge_embedding, pair, quadruplet, radial, triplet):
+        monkeypatch.setattr(module, "_OPS", OnGpu())
+    emulated.threads(1)
+    golden = load_golden("ethanol")
+    out = ejmp.JMP.forward(tiny, golden.graph())
+    assert relative_error(out.energy, golden.values["energy"]) <= 1e-9
+    assert relative_error(out.forces, golden.values["forces"]) <= 1e-9

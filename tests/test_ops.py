@@ -12,7 +12,7 @@ from conftest import require_native
 from tolerances import relative_error
 
 import ejmp
-from ejmp_kernels import angles, reference
+from ejmp_kernels import angles, reference, unfused
 
 require_native()
 from ejmp_kernels.activation import activate, swap_add  # noqa: E402
@@ -28,15 +28,7 @@ OPS = torch.ops.ejmp
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-4}
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """Fill every new tensor with NaN: what an op forgets to write shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def make_graph(dtype, *, tiny=False):
@@ -289,6 +281,36 @@ def test_registration(make):
         torch.library.opcheck(func, args, test_utils=checks)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_plain_torch_on_a_gpu(dtype):
+    """What runs on a GPU for ops without a CUDA kernel equals the compiled op, its backward and second backward."""
+    main = make_graph(dtype).main
+    E, N, M, real = main.num_edges, len(main.ptr) - 1, 5, torch.float64 if dtype == torch.float64 else torch.float32
+    x, y, z, u, v = (randn(E, M, dtype=dtype, seed=i) for i in range(5))
+    wide, u_wide = (randn(E, 2 * M, dtype=dtype, seed=i) for i in (5, 6))
+    atoms = [randn(N, M, dtype=real, seed=i) for i in (7, 8)]
+    offset, temps = torch.linspace(0, 1, 9, dtype=real), torch.full((9,), 40.0, dtype=real)
+    basis = [main.distance.to(real), offset, temps]
+    cases = [("gather_add", a, *atoms, main.source, main.swap, main.ptr) for a in (x, None)]
+    cases += [("swap_add", wide, main.swap, a, 0.7) for a in (x, None)]
+    cases += [("swap_add_backward", x, wide, main.swap, 0.7), ("swap_add_double", u_wide, x, wide, main.swap, 0.7)]
+    for factor in (y, None):
+        cases += [("activate", x, factor, a, 0.7, 0.3) for a in (z, None)]
+        cases += [("activate_backward", z, x, factor, 0.7), ("activate_double", u, v, z, x, factor, 0.7)]
+    for order in range(3):
+        cases += [("radial", *basis, randn(9, M, dtype=real, seed=9), 6.0, 5, order)]
+        cases += [("radial_transposed", *basis, randn(E, M, dtype=real, seed=10), 6.0, 5, order)]
+    assert {name for name, *_ in cases} == {op.__name__ for op in unfused.OPS} - {"activate_"}
+    tolerance = {torch.bfloat16: 8e-3, torch.float32: 2e-6, torch.float64: 1e-13}[dtype]
+    for name, *arguments in cases:
+        results = getattr(unfused, name)(*arguments), getattr(OPS, name)(*arguments)
+        got, want = ([r] if isinstance(r, torch.Tensor) else r for r in results)
+        for a, b in zip(got, want, strict=True):
+            assert a.dtype == b.dtype
+            assert a.shape == b.shape
+            assert not b.numel() or relative_error(a, b) <= tolerance, name
+
+
 def test_third_derivative_is_refused():
     case = CASES["edge_to_edge"](torch.float64, True)
     inputs = [x.detach().clone().requires_grad_() for x in case.inputs]
@@ -352,7 +374,8 @@ def test_other_instruction_sets(isa):
     run = subprocess.run(command, env={**os.environ, "EJMP_ISA": isa}, capture_output=True, text=True, check=False)
     if isa == "nonsense":
         assert run.returncode != 0
-        assert "this processor and build have avx512" in run.stdout or "this processor and build have" in run.stdout
+        assert "EJMP_ISA" in run.stdout
+        assert "nonsense" in run.stdout
     elif "this processor and build have" in run.stdout:
         pytest.skip(f"this processor has no {isa}")
     else:

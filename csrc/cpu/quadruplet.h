@@ -29,13 +29,12 @@ class QuadrupletAtom {
     QuadrupletAtom(const Quadruplet<T>& p, int64_t atom, Arena<T>& arena, bool backward)
         : p_(p), atom_(atom), arena_(arena), S(p.spherical), C(p.channels), A(p.basis), v_(tile<D>(p.v)) {
         arena.reset();
-        int64_t widest = WIDTH<T>;
         for (int64_t q = p.middle.ptr[atom]; q < p.middle.ptr[atom + 1]; ++q) {
             middles_.push_back(prepare(q, backward));
-            widest = std::max(widest, middles_.back().ld);
+            longest_ = std::max(longest_, middles_.back().ld);
         }
-        pair_ = {take(widest),       take(S * widest),   take(S * widest),  take(S * C),
-                 arena.take(widest), take(S * WIDTH<T>), take(S * WIDTH<T>)};
+        pair_ = {take(longest_),       take(S * longest_), take(S * longest_), take(S * C),
+                 arena.take(longest_), take(S * WIDTH<T>), take(S * WIDTH<T>)};
     }
 
     void forward(Tile<T, D> out) {
@@ -55,7 +54,7 @@ class QuadrupletAtom {
                   Tile<T, D> to_weight, Tile<T, D> to_v, Tile<T, D> to_v_middle) {
         const int64_t ldw = padded<T>(S * S);
         const auto sums = take(S * S * C), sums_t = take(C * ldw), to_sums = take(S * S * C), weights = take(A * ldw);
-        const auto to_sum = take(S * C), to_z = take(S * longest());
+        const auto to_sum = take(S * C), to_z = take(S * longest_);
         for (const Middle<T, D>& middle : middles_) (to_v_middle + 3 * middle.q).zero(3);
         for (int64_t e = p_.main.ptr[atom_]; e < p_.main.ptr[atom_ + 1]; ++e) {
             const auto g = grad + e * A * C, w = tile<D>(p_.weight) + e * A * S * S;
@@ -81,11 +80,6 @@ class QuadrupletAtom {
 
   private:
     Tile<T, D> take(int64_t n) { return arena_.template tile<D>(n); }
-    int64_t longest() const {
-        int64_t n = WIDTH<T>;
-        for (const auto& middle : middles_) n = std::max(n, middle.ld);
-        return n;
-    }
     bool comes_from_b(int64_t e, const Middle<T, D>& m) const {
         return p_.main.source[e] == p_.middle.source[m.q] && p_.main.image[e] == p_.middle.image[m.q];
     }
@@ -231,6 +225,7 @@ class QuadrupletAtom {
     const int64_t S, C, A;
     const Tile<T, D> v_;
     std::vector<Middle<T, D>> middles_;
+    int64_t longest_ = WIDTH<T>;
     Dihedral<T, D> pair_;
 };
 

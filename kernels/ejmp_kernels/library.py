@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import register_autograd, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
-from ejmp_kernels import extension
+from ejmp_kernels import extension, unfused
 
 Shape = Callable[..., Tensor]
 
@@ -28,6 +28,7 @@ def load() -> Any:
     reason = extension.unavailable()
     if reason is not None:
         raise RuntimeError(f"native ops: {reason}")
+    unfused.register()
     return torch.ops.ejmp
 
 

@@ -6,8 +6,9 @@ kept: one rule for every device, so ties in crystals are resolved alike everywhe
 source < target (or, for an atom's own image, a lexicographically negative offset) are taken, and each one's
 counter-edge is added. Quad edges must touch an atom of `quad_atom` at one end at least.
 
-The native search (csrc/cpu/neighbors.cpp) costs O(N); its plain-torch twin tries all pairs in all cells, O(N^2) per
-structure. Both return the same bits: lengths are computed by the same float64 operations in the same order.
+The native search (csrc/cpu/neighbors.cpp, csrc/cuda/neighbors.cu) costs O(N); its plain-torch twin tries all pairs in
+all cells, O(N^2) per structure. All return the same bits: lengths are computed by the same float64 operations in the
+same order.
 """
 
 import math
@@ -67,12 +68,13 @@ class Neighbors:
 
 
 def find_neighbors(query: NeighborQuery) -> Neighbors:
-    """Search with the compiled cell list, on the CPU.
+    """Search with the compiled cell list, on the CPU or a GPU.
 
     Raises:
-        RuntimeError: if the extension cannot be loaded, or a tensor has the wrong shape, type or device.
+        RuntimeError: if the extension cannot be loaded or has no kernels for the device.
+        ValueError: if a tensor has the wrong shape, type or device, or pointers or limits are out of order.
     """
-    reason = extension.unavailable()
+    reason = extension.unavailable(query.positions.device.type)
     if reason is not None:
         raise RuntimeError(f"native neighbour search: {reason}")
     fields = (query.positions, query.cell, query.pbc, query.ptr, query.cutoff, query.limits, query.quad_atom)

@@ -11,8 +11,9 @@ once per pair. Where p or n is shorter than eps (three atoms on a line) it is di
 
 Reads x, filter, weight and the vectors and writes out once: 4 (E C + Q S C + E A S^2 + E A C) bytes in float32. Work: 2
 T S C + 2 P S^2 C + 2 E A S^2 C FLOP for P pairs (e, q) and T triples (e, q, d). The backward also keeps the gradients
-of the values, one row per pair (q, d), until they are summed by atom b. Specification: `angles.quadruplet`. Source
-of the sum: GemNet-OC (arXiv 2204.02782); the dihedral as a product of normals: vector identity.
+of the values, one row per pair (q, d), until they are summed by atom b; on a GPU the forward keeps the values too.
+Specification: `angles.quadruplet`. Source of the sum: GemNet-OC (arXiv 2204.02782); the dihedral as a product of
+normals: vector identity.
 """
 
 import itertools
@@ -53,11 +54,11 @@ def quadruplet(
     """
     eps = collinear_eps(x.dtype) if eps is None else eps
     ids = (main.ptr, main.source, main.image, middle.ptr, middle.source, middle.image)
-    return _OPS.quadruplet(x, filters, weight, main.vector, middle.vector, *ids, eps)
+    return _OPS.quadruplet(x, filters, weight, main.vector, middle.vector, *ids, eps, main.max_degree)
 
 
 def quadruplet_linear(x: Tensor, filters: Tensor, weight: Tensor, main: Edges, middle: Edges, mix: Tensor) -> Tensor:
-    """Return linear(quadruplet(...), mix); where no gradient is needed, without ever holding all [E, A * C] sums.
+    """Return linear(quadruplet(...), mix); on the CPU without gradients never hold all [E, A * C] sums.
 
     Args:
         x: as for `quadruplet`, like the next four.
@@ -74,7 +75,8 @@ def quadruplet_linear(x: Tensor, filters: Tensor, weight: Tensor, main: Edges, m
         ValueError: as `quadruplet`.
     """
     inputs = (x, filters, weight, main.vector, middle.vector)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, mix)):
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, mix))
+    if recorded or not x.is_cpu:
         return linear(quadruplet(x, filters, weight, main, middle), mix)
     arguments = (*inputs, main.ptr, main.source, main.image, middle.ptr, middle.source, middle.image)
     rows = max(1, PIECE_BYTES // (weight.shape[1] * x.shape[1] * x.element_size()))
@@ -82,7 +84,7 @@ def quadruplet_linear(x: Tensor, filters: Tensor, weight: Tensor, main: Edges, m
     stops = sorted({0, len(main.ptr) - 1, *(torch.searchsorted(main.ptr, ends, right=True) - 1).tolist()})
     out = x.new_empty(main.num_edges, mix.shape[0])
     for first, last in itertools.pairwise(stops):
-        summed = _OPS.quadruplet_part(*arguments, collinear_eps(x.dtype), first, last)
+        summed = _OPS.quadruplet_part(*arguments, collinear_eps(x.dtype), main.max_degree, first, last)
         start = int(main.ptr[first])
         out[start : start + len(summed)] = linear(summed, mix)
     return out
@@ -120,9 +122,8 @@ def _fake_part(x: Tensor, _filters: Tensor, weight: Tensor, *_: object) -> Tenso
 
 
 def _flops_part(*arguments: Any, out_val: Tensor) -> int:
-    x, filters, weight, *vectors, ptr, source, image, middle_ptr, middle_source, middle_image, _eps, first, last = (
-        arguments
-    )
+    *tensors, _eps, _max_degree, first, last = arguments
+    x, filters, weight, *vectors, ptr, source, image, middle_ptr, middle_source, middle_image = tensors
     inside = slice(first, last + 1)
     some = middle_ptr[inside]
     edges = (ptr[inside], source, image, some - some[0], middle_source[some[0] : some[-1]], middle_image)
