@@ -14,7 +14,8 @@ HEAVY = {"ase", "lmdb", "deepspeed", "fvcore", "h5py", "mpi4py", "matplotlib", "
 ORDER = (
     "graph", "config", "structure", "build", "backend", "layers", "geometry", "bases", "interactions", "fused", "model",
     "scaling", "prune", "checkpoint", "flops", "workloads", "machine", "bench", "report", "doctor",
-    "data.formats", "data.info", "data", "cli",
+    "data.formats", "data.info", "data.permutation", "data.balance", "data.mix", "data.batch", "data.loader",
+    "data", "cli",
 )  # fmt: skip
 
 
