@@ -14,7 +14,10 @@ HEAVY = {"ase", "lmdb", "deepspeed", "fvcore", "h5py", "mpi4py", "matplotlib", "
 ORDER = (
     "graph", "config", "structure", "build", "backend", "layers", "geometry", "bases", "interactions", "fused", "model",
     "scaling", "prune", "checkpoint", "flops", "workloads", "machine", "bench", "report", "doctor",
-    "data.formats", "data.info", "data", "cli",
+    "data.formats", "data.info", "data.embedded", "data",
+    "data.generate", "data.generate.thermal", "data.generate.labels", "data.generate.molecules", "data.generate.paths",
+    "data.generate.slabs", "data.generate.frameworks", "data.generate.recipes", "data.generate.write",
+    "data.generate.__main__", "cli",
 )  # fmt: skip
 
 

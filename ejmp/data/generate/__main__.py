@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def generate(folder: Path, name: str, scale: float, seed: int) -> str:
     structures = list(islice(labelled, round(scale * count)))
     one = name in ONE_MOLECULE
     splits = split_frames(len(structures), shares) if one else split_by_formula(structures, shares, rng)
-    source = f"python -m ejmp.data.generate --seed {seed}; labels: {METHODS.get(name, 'GFN2-xTB')}"
+    method = METHODS.get(name, "GFN2-xTB")
+    source = f"python -m ejmp.data.generate --seed {seed}; labels: {method}; {dropped.total()} structures dropped"
     info = DatasetInfo(name=name, format="demo", split="", count=0, source=source, licence="MIT")
     infos = write(folder / f"{name}.npz", structures, splits, info)
     counts = ", ".join(f"{split} {one.count}" for split, one in infos.items())
@@ -44,6 +46,9 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of structures")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    missing = [module for module in ("ase", "tblite") if find_spec(module) is None]
+    if missing:
+        parser.error(f"{' and '.join(missing)} not installed: pip install ejmp[demo]")
     unknown = set(options.names) - set(NAMES)
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from ejmp.data.generate.molecules import bonds, join, rotation, turn
+
 TETRAHEDRAL = ("C", "Si", "Ge", "Sn")
 TRIGONAL = ("B", "N")
 OCTAHEDRAL = ("Fe", "Co", "Mn", "Cr", "Ti", "Zr", "Al", "Ga", "Sc", "In")
@@ -32,9 +34,7 @@ DIAMOND = Net(
     nodes=np.array([[0, 0, 0], [0.25, 0.25, 0.25]]),
     edges=((0, 1, (0, 0, 0)), (0, 1, (-1, 0, 0)), (0, 1, (0, -1, 0)), (0, 1, (0, 0, -1))),
 )
-CUBIC = Net(
-    cell=np.eye(3), nodes=np.zeros((1, 3)), edges=((0, 0, (1, 0, 0)), (0, 0, (0, 1, 0)), (0, 0, (0, 0, 1)))
-)
+CUBIC = Net(cell=np.eye(3), nodes=np.zeros((1, 3)), edges=((0, 0, (1, 0, 0)), (0, 0, (0, 1, 0)), (0, 0, (0, 0, 1))))
 HONEYCOMB = Net(
     cell=np.array([[np.sqrt(3), 0, 0], [np.sqrt(3) / 2, 1.5, 0], [0, 0, 0]]),
     nodes=np.array([[0, 0, 0], [1 / 3, 1 / 3, 0]]),
@@ -43,7 +43,7 @@ HONEYCOMB = Net(
 
 
 def linker(kind: str, group: str = "") -> Any:
-    """Return a straight linker on the x axis, its first atom at the origin, its last bonded atom stored as `info["end"]`.
+    """Return a straight linker on the x axis, its first atom at the origin; `info["end"]` is its other end.
 
     Args:
         kind: "C2", "C4" (alkynes), "CN" (cyanide), "benzene" or "pyrazine" (joined at opposite atoms).
@@ -51,8 +51,6 @@ def linker(kind: str, group: str = "") -> Any:
     """
     from ase import Atoms  # noqa: PLC0415
     from ase.build import molecule  # noqa: PLC0415
-
-    from ejmp.data.generate.molecules import bonds, join  # noqa: PLC0415
 
     rods = {"C2": ("CC", (0, 1.21)), "C4": ("CCCC", (0, 1.22, 2.59, 3.81)), "CN": ("CN", (0, 1.16))}
     if kind in rods:
@@ -66,7 +64,7 @@ def linker(kind: str, group: str = "") -> Any:
     if group:
         meta = next(c for c in np.flatnonzero(bonds(ring)[first]).tolist() if ring.numbers[c] == 6)
         h = next(h for h in np.flatnonzero(bonds(ring)[meta]).tolist() if ring.numbers[h] == 1)
-        ring = _substitute(ring, h, group, join)
+        ring = _substitute(ring, h, group)
     ends = ring.positions[[first, last]]
     drop = [int(np.argmin(np.where(ring.numbers == 1, np.linalg.norm(ring.positions - x, axis=1), 9))) for x in ends]
     if kind == "pyrazine":
@@ -81,7 +79,7 @@ def linker(kind: str, group: str = "") -> Any:
     return piece
 
 
-def _substitute(ring: Any, h: int, group: str, join: Any) -> Any:
+def _substitute(ring: Any, h: int, group: str) -> Any:
     """Replace a hydrogen of a ring, which stays in its place in the order when the new piece is one atom."""
     from ase.build import molecule  # noqa: PLC0415
 
@@ -105,8 +103,6 @@ def framework(net: Net, nodes: Sequence[str], linkers: Sequence[Any], rng: np.ra
     """
     from ase import Atoms  # noqa: PLC0415
     from ase.data import covalent_radii  # noqa: PLC0415
-
-    from ejmp.data.generate.molecules import rotation, turn  # noqa: PLC0415
 
     solid = Atoms(nodes, np.zeros((len(nodes), 3)))
     i, j, _ = net.edges[0]
@@ -133,8 +129,6 @@ def hofmann(axial: str, square: str, group: str, rng: np.random.Generator) -> An
     from ase import Atoms  # noqa: PLC0415
     from ase.data import atomic_numbers, covalent_radii  # noqa: PLC0415
 
-    from ejmp.data.generate.molecules import rotation, turn  # noqa: PLC0415
-
     radius = {s: covalent_radii[atomic_numbers[s]] for s in (axial, square, "C", "N")}
     to_n, to_c = 0.75 + radius[axial] * 0.55 + 0.65, radius[square] + radius["C"] * 0.8
     half = to_n + 1.16 + to_c
@@ -152,7 +146,7 @@ def hofmann(axial: str, square: str, group: str, rng: np.random.Generator) -> An
 
 def random_framework(rng: np.random.Generator) -> Any:
     """Return a framework of one of four families with random metals or nodes, linkers and functional groups."""
-    family = rng.choice(["diamond", "cyanide", "layers", "hofmann"], p=[0.4, 0.15, 0.15, 0.3])
+    family = rng.choice(["diamond", "cyanide", "layers", "hofmann"], p=[0.55, 0.08, 0.15, 0.22])
     if family == "hofmann":
         return hofmann(str(rng.choice(AXIAL)), str(rng.choice(SQUARE)), str(rng.choice(ON_RING)), rng)
     if family == "cyanide":
@@ -160,7 +154,7 @@ def random_framework(rng: np.random.Generator) -> Any:
             return framework(CUBIC, [str(rng.choice(OCTAHEDRAL))], [linker("CN")] * 3, rng)
         return framework(DIAMOND, [str(rng.choice(DIVALENT))] * 2, [linker("CN")] * 4, rng)
     net, nodes = (DIAMOND, TETRAHEDRAL) if family == "diamond" else (HONEYCOMB, TRIGONAL)
-    kind = str(rng.choice(["C2", "C4", "benzene"], p=[0.2, 0.2, 0.6]))
+    kind = str(rng.choice(["C2", "C4", "benzene"], p=[0.15, 0.15, 0.7]))
     count = len(net.edges)
     if kind != "benzene":
         return framework(net, rng.choice(nodes, 2).tolist(), [linker(kind)] * count, rng)

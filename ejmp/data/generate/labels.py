@@ -110,7 +110,7 @@ def relax(atoms: Any, method: Method, steps: int, fmax: float = 0.05) -> list[An
     path: list[Any] = []
     try:
         for _ in BFGS(moving, logfile=None, maxstep=0.15).irun(fmax=fmax, steps=steps):
-            path.append(moving.copy())
+            path.append(moving.copy())  # noqa: PERF401 - a failure keeps the steps before it
     except (CalculatorError, RuntimeError):
         dropped["relaxation"] += 1
     return path or [atoms.copy()]

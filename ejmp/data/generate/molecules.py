@@ -114,6 +114,13 @@ def random_molecule(rng: np.random.Generator, max_heavy: int = 8) -> Any:
     return atoms
 
 
+def fingerprint(atoms: Any) -> bytes:
+    """Return what two molecules with the same bonds between the same elements have in common, and hardly two others."""
+    roots = np.sqrt(atoms.numbers)
+    graph = bonds(atoms) * np.outer(roots, roots) + np.diag(atoms.numbers)
+    return (np.linalg.eigvalsh(graph).round(4) + 0.0).tobytes()
+
+
 def clashes(atoms: Any) -> bool:
     """Return whether atoms are unphysically near each other: two hydrogens within 1.4 A, any two within 0.9 A."""
     distances = atoms.get_all_distances(mic=bool(atoms.pbc.any()))
@@ -167,7 +174,8 @@ def _left_hydrogen(chain: Any) -> int:
     held = hydrogens(chain, -1 - alpha)
     if len(held) == 3:
         return held[0]
-    nitrogen, side_chain = sorted(set(np.flatnonzero(near[alpha]).tolist()) - set(held), key=lambda i: -chain.numbers[i])
+    others = set(np.flatnonzero(near[alpha]).tolist()) - set(held)
+    nitrogen, side_chain = sorted(others, key=lambda i: -chain.numbers[i])
     arms = [chain.positions[i] - chain.positions[alpha] for i in (nitrogen, side_chain)]
     return max(held, key=lambda h: float(np.cross(*arms) @ (chain.positions[h] - chain.positions[alpha])))
 

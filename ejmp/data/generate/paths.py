@@ -29,13 +29,13 @@ def hydrogen_shift(atoms: Any, rng: np.random.Generator) -> list[Any]:
     if product is None:
         return []
     band = [atoms.copy() for _ in range(IMAGES + 1)] + [product]
-    neb = NEB(band, method="improvedtangent")
+    neb: Any = NEB(band, method="improvedtangent")
     neb.interpolate("idpp")
     start = [image.copy() for image in band[1:-1]]
     for image in band:
         attach(image, "GFN2-xTB")
     try:
-        FIRE(neb, logfile=None).run(fmax=0.1, steps=BAND_STEPS)
+        FIRE(neb, logfile=None).run(fmax=0.1, steps=BAND_STEPS)  # pyright: ignore[reportArgumentType]
     except (CalculatorError, RuntimeError):
         return start
     return start + [image.copy() for image in band[1:]]
@@ -64,7 +64,7 @@ def along_bonds(atoms: Any, rng: np.random.Generator) -> Iterator[Any]:
     """Yield images with one bond that is in no ring pulled apart, then images turned about another."""
     near = bonds(atoms)
     pairs = [(int(a), int(b)) for a, b in np.argwhere(np.triu(near)) if side(near, int(a), int(b)) is not None]
-    for pull, (a, b) in enumerate(rng.permutation(pairs)[:2].tolist()):
+    for pull, (a, b) in enumerate(rng.permutation(np.array(pairs))[:2].tolist()):
         moving = side(near, a, b)
         axis = atoms.positions[b] - atoms.positions[a]
         axis = axis / np.linalg.norm(axis)

@@ -7,7 +7,7 @@ import numpy as np
 
 from ejmp.data.generate.frameworks import random_framework
 from ejmp.data.generate.labels import dynamics, label, relax
-from ejmp.data.generate.molecules import aspirin, clashes, peptide, random_molecule
+from ejmp.data.generate.molecules import aspirin, clashes, fingerprint, peptide, random_molecule
 from ejmp.data.generate.paths import along_bonds, hydrogen_shift
 from ejmp.data.generate.slabs import metal_slab, oxide_slab
 from ejmp.data.generate.thermal import strained, thermal
@@ -29,9 +29,9 @@ def oc20(rng: np.random.Generator) -> Iterator[Structure | None]:
         path = relax(slab, "EMT", 30)
         for step in sorted(rng.choice(len(path), min(3, len(path)), replace=False).tolist()):
             yield label(path[step], "EMT", f"{number}/step{step}")
-        for temperature in rng.uniform(100, 1000, 2).round():
+        for copy, temperature in enumerate(rng.uniform(100, 1000, 2)):
             hot = thermal(strained(path[-1], MAX_STRAIN, rng, axes=2), temperature, rng, METAL_STIFFNESS)
-            yield label(hot, "EMT", f"{number}/{temperature:.0f}K")
+            yield label(hot, "EMT", f"{number}/hot{copy}")
 
 
 def oc22(rng: np.random.Generator) -> Iterator[Structure | None]:
@@ -40,9 +40,9 @@ def oc22(rng: np.random.Generator) -> Iterator[Structure | None]:
         path = relax(oxide_slab(rng), "GFN1-xTB", 8)
         for step in sorted({len(path) // 2, len(path) - 1}):
             yield label(path[step], "GFN1-xTB", f"{number}/step{step}")
-        for temperature in rng.uniform(100, 1000, 3).round():
+        for copy, temperature in enumerate(rng.uniform(100, 1000, 3)):
             hot = thermal(strained(path[-1], MAX_STRAIN, rng, axes=2), temperature, rng, OXIDE_STIFFNESS)
-            yield label(hot, "GFN1-xTB", f"{number}/{temperature:.0f}K")
+            yield label(hot, "GFN1-xTB", f"{number}/hot{copy}")
 
 
 def ani1x(rng: np.random.Generator) -> Iterator[Structure | None]:
@@ -64,7 +64,7 @@ def transition1x(rng: np.random.Generator) -> Iterator[Structure | None]:
 
 def qm9(rng: np.random.Generator) -> Iterator[Structure | None]:
     """Random molecules at their minimum: total energy and HOMO-LUMO gap (GFN2-xTB)."""
-    for number, molecule in enumerate(_relaxed_molecules(rng, steps=120)):
+    for number, molecule in enumerate(_relaxed_molecules(rng, max_heavy=9, steps=120)):
         yield label(molecule, "GFN2-xTB", f"{number}", forces=False, gap=True)
 
 
@@ -126,10 +126,13 @@ def _trajectory(molecule: Any, rng: np.random.Generator) -> Iterator[Structure |
 
 
 def _relaxed_molecules(rng: np.random.Generator, max_heavy: int = 8, steps: int = 60) -> Iterator[Any]:
-    """Yield relaxed random molecules of at least four atoms, without end."""
+    """Yield relaxed random molecules of at least four atoms, no bond graph twice, without end."""
+    seen: set[bytes] = set()
     while True:
         molecule = random_molecule(rng, max_heavy)
-        if len(molecule) >= 4 and not clashes(molecule):
+        known = fingerprint(molecule)
+        if len(molecule) >= 4 and known not in seen and not clashes(molecule):
+            seen.add(known)
             yield relax(molecule, "GFN2-xTB", steps)[-1]
 
 

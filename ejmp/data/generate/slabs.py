@@ -78,7 +78,7 @@ def _oxide(rng: np.random.Generator) -> tuple[Any, Sequence[int], int, Sequence[
 
 
 def _finish(slab: Any, adsorbate: str, rng: np.random.Generator) -> Any:
-    """Put an adsorbate at a random place 1.2 to 2.4 A above the slab, mark what is fixed, make all directions periodic."""
+    """Put an adsorbate at a random place 1.4 to 2.4 A above the slab, mark what is fixed, repeat it in all axes."""
     from ase import Atoms  # noqa: PLC0415
     from ase.build import molecule  # noqa: PLC0415
 
@@ -89,7 +89,7 @@ def _finish(slab: Any, adsorbate: str, rng: np.random.Generator) -> Any:
         added.rotate(rng.uniform(0, 360), "z", center=added.positions[anchor])
         added.rotate(rng.uniform(0, 360), rng.standard_normal(3), center=added.positions[anchor])
         where = rng.random(2) @ np.array(slab.cell)[:2]
-        where[2] = slab.positions[:, 2].max() + rng.uniform(1.2, 2.4)
+        where[2] = slab.positions[:, 2].max() + rng.uniform(1.4, 2.4)
         lowest = added.positions[:, 2].min() - added.positions[anchor, 2]
         added.translate(where - added.positions[anchor] - [0, 0, lowest])
         added.set_tags(np.full(len(added), 2))

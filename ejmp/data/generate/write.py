@@ -19,7 +19,7 @@ EDGE_CUTOFF, EDGE_NEIGHBORS = 12.0, 30
 
 def split_frames(count: int, shares: Mapping[str, float]) -> dict[str, list[int]]:
     """Return the indices of each split of one molecule's frames, shuffled by RandomState(42), as rMD17 and MD22 are."""
-    order = np.random.RandomState(42).permutation(count).tolist()  # noqa: NPY002
+    order = np.random.RandomState(42).permutation(count).tolist()
     splits, end = {}, count
     for split, share in shares.items():
         start = end - round(share * count)
@@ -57,15 +57,15 @@ def split_by_formula(
 def linear_reference(structures: Sequence[Structure]) -> dict[int, float]:
     """Return eV by atomic number: least squares of the energy on element counts, of minimum norm."""
     elements = np.unique(np.concatenate([item.numbers for item in structures]))
-    counts = np.array([(item.numbers[:, None] == elements).sum(axis=0) for item in structures], dtype=np.float64)
-    fit, *_ = np.linalg.lstsq(counts, np.array([item.energy for item in structures]), rcond=None)
+    fit, *_ = np.linalg.lstsq(_counts(structures, elements), _energies(structures), rcond=None)
     return dict(zip(elements.tolist(), fit.tolist(), strict=True))
 
 
 def statistics(structures: Sequence[Structure], reference: Mapping[int, float]) -> dict[str, Statistics]:
     """Return mean and deviation of referenced energies and targets, and of the free atoms' force components about 0."""
-    energy = [item.energy - sum(reference[number] for number in item.numbers.tolist()) for item in structures]
-    found = {"energy": Statistics(mean=float(np.mean(energy)), std=float(np.std(energy)), unit="eV")}
+    referenced = _counts(structures, np.array(list(reference))) @ np.array(list(reference.values()))
+    energy = _energies(structures) - referenced
+    found = {"energy": Statistics(mean=float(energy.mean()), std=float(energy.std()), unit="eV")}
     if structures[0].forces is not None:
         free = [item.forces if item.fixed is None else item.forces[~item.fixed] for item in structures]
         components = np.concatenate(free).astype(np.float64)
@@ -101,12 +101,20 @@ def write(
     return infos
 
 
+def _counts(structures: Sequence[Structure], elements: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return np.array([(item.numbers[:, None] == elements).sum(axis=0) for item in structures], dtype=np.float64)
+
+
+def _energies(structures: Sequence[Structure]) -> np.ndarray[Any, Any]:
+    return np.array([item.energy for item in structures], dtype=np.float64)
+
+
 def _arrays(ordered: Sequence[Structure]) -> dict[str, Any]:
     arrays = {
         "ptr": np.cumsum([0, *(len(item.numbers) for item in ordered)]),
         "numbers": np.concatenate([item.numbers for item in ordered]).astype(np.uint8),
         "positions": np.concatenate([item.positions for item in ordered]).astype(np.float32),
-        "energy": np.array([item.energy for item in ordered]),
+        "energy": _energies(ordered),
         "cell": np.stack([item.cell for item in ordered]),
         "pbc": np.stack([item.pbc for item in ordered]),
         "id": np.array([item.id for item in ordered]),
