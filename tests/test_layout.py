@@ -15,7 +15,9 @@ ORDER = (
     "graph", "config", "structure", "build", "backend", "layers", "geometry", "bases", "interactions", "fused", "model",
     "scaling", "prune", "checkpoint", "flops", "workloads", "machine", "bench", "report", "doctor",
     "data.formats", "data.info", "data.permutation", "data.balance", "data.mix", "data.batch", "data.loader",
-    "data", "cli",
+    "data.embedded", "data", "data.generate", "data.generate.thermal", "data.generate.labels",
+    "data.generate.molecules", "data.generate.paths", "data.generate.slabs", "data.generate.frameworks",
+    "data.generate.recipes", "data.generate.write", "data.generate.__main__", "cli",
 )  # fmt: skip
 
 
