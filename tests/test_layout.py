@@ -13,7 +13,7 @@ HEAVY = {"ase", "lmdb", "deepspeed", "fvcore", "h5py", "mpi4py", "matplotlib", "
 # Each module may import those before it, not those after it.
 ORDER = (
     "graph", "config", "structure", "build", "backend", "layers", "geometry", "bases", "interactions", "fused", "model",
-    "scaling", "prune", "checkpoint", "flops", "workloads", "machine", "bench", "report", "doctor",
+    "scaling", "pruning", "checkpoint", "flops", "workloads", "machine", "bench", "report", "doctor",
     "data.formats", "data.info", "data.permutation", "data.balance", "data.mix", "data.batch", "data.loader",
     "data.embedded", "data", "data.generate", "data.generate.thermal", "data.generate.labels",
     "data.generate.molecules", "data.generate.paths", "data.generate.slabs", "data.generate.frameworks",
