@@ -153,12 +153,12 @@ class MixSampler:
             first = position + self.rank * self.batch_size
             return self.samples(first, first + self.batch_size)
         pairs = self.samples(position, position + self.step_size)
-        return pairs[assign_ranks(self._costs_of(pairs), self.world_size) == self.rank]
+        return pairs[assign_ranks(self.costs_of(pairs), self.world_size) == self.rank]
 
-    def _costs_of(self, pairs: Pairs) -> NDArray[np.int64]:
-        assert self.costs is not None
-        found = np.empty(len(pairs), dtype=np.int64)
-        for d, costs in enumerate(self.costs):
+    def costs_of(self, pairs: Pairs) -> NDArray[np.int64]:
+        """Return the [n] costs of samples; all are 1 if there are no `costs`."""
+        found = np.ones(len(pairs), dtype=np.int64)
+        for d, costs in enumerate(self.costs or ()):
             own = pairs[:, 0] == d
             found[own] = costs[pairs[own, 1]]
             _release(costs)
