@@ -154,11 +154,26 @@ def test_a_checkpoint_of_another_mix_is_refused():
 def test_impossible_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+    if not options.keys() & {"temperature", "seed", "costs", "sizes"}:
+        with pytest.raises(ValueError, match=message):
+            InOrder(**{"sizes": SIZES, "batch_size": 8} | options)
 
 
 def test_positions_before_the_beginning_are_refused():
     with pytest.raises(ValueError, match="start"):
         make().batch(-64)
+
+
+def test_a_damaged_checkpoint_is_refused():
+    for position in (None, -1, 0.5, "7"):
+        with pytest.raises(ValueError, match="state: expected a position from 0 on"):
+            make().resume(make().state(0) | {"position": position})
+
+
+def test_the_order_never_changes():
+    """A checkpoint goes on in the order it began in, whatever the version: change these numbers and it does not."""
+    assert make().samples(0, 6).tolist() == [[0, 54456], [0, 49515], [0, 32379], [0, 25236], [0, 14420], [0, 45460]]
+    assert make().samples(10**9, 10**9 + 2).tolist() == [[0, 39793], [0, 26316]]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 64])

@@ -1,7 +1,22 @@
 """Datasets: readers, one record store, and how a mix of them is sampled."""
 
+from ejmp.data.batch import Batch, make_batch
 from ejmp.data.formats import Format, Part
 from ejmp.data.info import Dataset, DatasetInfo, Statistics
+from ejmp.data.loader import Loader
+from ejmp.data.mix import InOrder, MixSampler
 from ejmp.structure import Structure
 
-__all__ = ["Dataset", "DatasetInfo", "Format", "Part", "Statistics", "Structure"]
+__all__ = [
+    "Batch",
+    "Dataset",
+    "DatasetInfo",
+    "Format",
+    "InOrder",
+    "Loader",
+    "MixSampler",
+    "Part",
+    "Statistics",
+    "Structure",
+    "make_batch",
+]
