@@ -1,6 +1,7 @@
 """Batches: what they hold, that they travel between processes, and what happens when a worker fails."""
 
 import dataclasses
+import gc
 import multiprocessing
 import os
 import signal
@@ -98,6 +99,7 @@ def hang_is_an_error():
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(90)
     yield
+    gc.collect()  # what a failed loader left, or the next test's forked workers wait for its locks
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
 

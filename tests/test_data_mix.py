@@ -56,6 +56,7 @@ def test_counts_are_those_of_jmp():
     np.testing.assert_allclose(ratios, [0.57455, 0.16251, 0.08125, 0.18169], atol=5e-6)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 10**9), min_size=1, max_size=9), st.floats(1, 100))
 def test_no_dataset_is_sampled_below_its_size(sizes, temperature):
     counts = sample_counts(sizes, temperature)
@@ -118,6 +119,20 @@ def test_nothing_is_lost_or_repeated_when_ranks_change(worlds, balanced):
     whole = seen[: sampler.epoch_size - 640]
     for count, size, times in zip(sampler.counts, SIZES, counted(whole, SIZES), strict=True):
         assert times.max() <= -(-count // size)
+
+
+def test_a_slice_of_the_whole_mix(mix_sizes):
+    """120 million structures; benchmarks/bench_data.py counts a whole epoch of them."""
+    sampler = make(mix_sizes.SIZES)
+    assert sampler.epoch_size == 174_049_185
+    pairs = sampler.samples(sampler.epoch_size - 400_000, sampler.epoch_size)
+    shares = np.array(sampler.counts) / sampler.epoch_size
+    for d, (size, count) in enumerate(zip(sampler.sizes, sampler.counts, strict=True)):
+        own = pairs[pairs[:, 0] == d, 1]
+        assert abs(len(own) - shares[d] * len(pairs)) < 4 * math.sqrt(shares[d] * len(pairs))
+        assert np.unique(own, return_counts=True)[1].max() <= -(-count // size)
+        assert own.max() < size
+        assert abs(own.mean() / size - 0.5) < 4 / math.sqrt(12 * len(own))
 
 
 def test_a_step_larger_than_an_epoch_is_full():
