@@ -1,7 +1,6 @@
 """Batches: what they hold, that they travel between processes, and what happens when a worker fails."""
 
 import dataclasses
-import gc
 import multiprocessing
 import os
 import signal
@@ -99,7 +98,6 @@ def hang_is_an_error():
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(90)
     yield
-    gc.collect()  # what a failed loader left, or the next test's forked workers wait for its locks
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
 
@@ -258,6 +256,7 @@ def test_an_exception_keeps_its_message(workers):
     loader = Loader(datasets=[dataset], sampler=in_order([dataset], 2), num_workers=workers)
     with pytest.raises(OSError, match=r"shard data\.0007, key 5: damaged"):
         list(loader.batches())
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,6 +1,7 @@
 """Batches from datasets, made by worker processes: reading, graph building and packing, in the sampler's order."""
 
 import multiprocessing
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -92,8 +93,14 @@ class Loader:
             pin_memory=device.type == "cuda",
             **workers if self.num_workers else {},
         )
-        for packed in loaded:
-            yield packed.to(device).unpack()
+        try:
+            for packed in loaded:
+                yield packed.to(device).unpack()
+        except Exception as error:
+            # The traceback holds the workers' queues in a cycle. Garbage collection would close the queues before it
+            # tells the workers to stop, and then wait 5 s for each.
+            traceback.clear_frames(error.__traceback__)
+            raise
 
 
 class _Maker(TorchDataset[Packed]):
