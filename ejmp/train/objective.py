@@ -1,19 +1,13 @@
 """What a step minimises: modules that turn a batch into losses."""
 
-import re
-
 import torch
 from torch import Tensor, nn
 
 from ejmp.data.batch import Batch
-from ejmp.distill import DistillConfig, distill_loss
+from ejmp.distill import DistillConfig, combine, distill_loss
 from ejmp.model import JMP
-from ejmp.train.loss import Losses, multitask_loss, reach
+from ejmp.train.loss import Losses, multitask_loss
 from ejmp.train.task import Tasks
-
-NOT_ALWAYS_USED = re.compile(r"^output\.|seq_forces|_F\.")
-"""Heads of tasks that are not in a batch, and the branch of direct forces."""
-
 
 def predict(model: JMP, batch: Batch, tasks: Tasks, *, create_graph: bool = False) -> tuple[Tensor, Tensor | None]:
     """Return raw energies [B, T] and raw forces: direct [N, T, 3], gradient [N, 3], or None.
@@ -43,11 +37,6 @@ def predict(model: JMP, batch: Batch, tasks: Tasks, *, create_graph: bool = Fals
     return energy, -gradient.to(model.dtype)
 
 
-def occasional_parameters(model: JMP) -> list[nn.Parameter]:
-    """Return the parameters that a batch may leave without a gradient."""
-    return [p for name, p in model.named_parameters() if p.requires_grad and NOT_ALWAYS_USED.search(name)]
-
-
 class Supervised(nn.Module):
     """Learn labels: pre-training and fine-tuning."""
 
@@ -59,8 +48,7 @@ class Supervised(nn.Module):
     def forward(self, batch: Batch) -> Losses:
         """Compare predictions with labels."""
         energy, forces = predict(self.model, batch, self.tasks, create_graph=torch.is_grad_enabled())
-        losses = multitask_loss(energy, forces, batch, self.tasks)
-        return Losses(total=reach(losses.total, occasional_parameters(self.model)), parts=losses.parts)
+        return multitask_loss(energy, forces, batch, self.tasks)
 
 
 class Distillation(nn.Module):
@@ -83,5 +71,5 @@ class Distillation(nn.Module):
         features = self.model.features(graph)
         out = self.model.heads(features, graph)
         labels = multitask_loss(out.energy, out.forces, batch, self.tasks) if self.config.labels else None
-        losses = distill_loss((features, out), (of_teacher, target), graph, self.config, labels)
-        return Losses(total=reach(losses.total, occasional_parameters(self.model)), parts=losses.parts)
+        taught = distill_loss((features, out), (of_teacher, target), graph, self.config)
+        return combine(labels, taught, self.config)
