@@ -14,7 +14,9 @@ HEAVY = {"ase", "lmdb", "deepspeed", "fvcore", "h5py", "mpi4py", "matplotlib", "
 ORDER = (
     "graph", "config", "structure", "build", "backend", "layers", "geometry", "bases", "interactions", "fused", "model",
     "scaling", "prune", "checkpoint", "flops", "workloads", "machine", "bench", "report", "doctor",
-    "data.formats", "data.info", "data", "cli",
+    "data.formats", "data.info", "data.record", "data.durable", "data.shard", "data.manifest", "data.store",
+    "data.splits", "data.stats", "data.ranks", "data.convert", "data.describe", "data.fetch", "data",
+    "data.cli", "cli",
 )  # fmt: skip
 
 

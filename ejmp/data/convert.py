@@ -169,8 +169,10 @@ def _write_shards(
             if progress is not None:
                 structures = _reported(structures, done, total, progress)
             entry, index = write_shard(plan.folder / f"{_name(shard)}.lmdb", structures, plan.first(shard))
+            known = {"plan": np.array(plan.digest), **vars(index), **tally.to_arrays()}
+            known |= {name: np.array(value) for name, value in asdict(entry).items()}
             with written(plan.folder / f"{_name(shard)}.npz") as temporary, temporary.open("wb") as file:
-                np.savez_compressed(file, plan=plan.digest, **asdict(entry), **vars(index), **tally.to_arrays())
+                np.savez_compressed(file, **known)  # pyright: ignore[reportArgumentType]
         done += plan.first(shard + 1) - plan.first(shard)
         if progress is not None:
             progress(done, total)

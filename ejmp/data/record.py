@@ -34,7 +34,7 @@ _PBC = (256, 512, 1024)
 _ALL_FLAGS = 0b111_0111_1111
 
 
-class DamagedRecord(ValueError):
+class DamagedRecord(ValueError):  # noqa: N818
     """A record, or the shard it should be in, is missing, cut off, or not what was written."""
 
 
@@ -53,7 +53,9 @@ def encode(structure: Structure, number: int = 0) -> bytes:
     if n == 0 or numbers.dtype.kind not in "iu" or numbers.min() < 1 or numbers.max() > MAX_ATOMIC_NUMBER:
         raise ValueError(f"{structure.id}: numbers: expected integers [n] from 1 to {MAX_ATOMIC_NUMBER}, got {numbers}")
     flags, wide, narrow = _wide_and_narrow(structure, n)
-    flags |= sum(bit for bit, there in zip(_PBC, np.broadcast_to(np.asarray(structure.pbc, bool), 3), strict=True) if there)
+    flags |= sum(
+        bit for bit, there in zip(_PBC, np.broadcast_to(np.asarray(structure.pbc, bool), 3), strict=True) if there
+    )
     small = [numbers.astype(np.uint8)]
     for name, bit, most in (("tags", _TAGS, 255), ("fixed", _FIXED, 1)):
         if getattr(structure, name) is not None:
@@ -82,7 +84,9 @@ def decode(data: bytes, number: int | None = None) -> Structure:
         DamagedRecord: if the bytes are not exactly what `encode` wrote.
     """
     if len(data) < HEADER_BYTES or data[:4] != MAGIC:
-        raise DamagedRecord(f"not a record: expected {MAGIC!r} and at least {HEADER_BYTES} bytes, got {len(data)} bytes")
+        raise DamagedRecord(
+            f"not a record: expected {MAGIC!r} and at least {HEADER_BYTES} bytes, got {len(data)} bytes"
+        )
     _, version, flags, n, num_targets, text_bytes, carried = _HEAD.unpack_from(data)
     body = memoryview(data)[HEADER_BYTES:]
     if _hash(data[: _HEAD.size], body) != data[_HEAD.size : HEADER_BYTES]:

@@ -26,7 +26,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.num_energies = 0
-        self._triangle = np.zeros((0, _COLUMNS))
+        self._triangle: np.ndarray[Any, Any] = np.zeros((0, _COLUMNS))
         self._rows: list[np.ndarray] = []
         self._forces = np.zeros(2)  # components, sum of squares
         self._targets: dict[str, np.ndarray] = {}  # structures, mean, sum of squared deviations
@@ -118,7 +118,7 @@ class Tally:
 
     def _fold(self) -> None:
         if self._rows:
-            self._triangle = np.linalg.qr(np.vstack([self._triangle, *self._rows]), mode="r")
+            self._triangle = np.asarray(np.linalg.qr(np.vstack([self._triangle, *self._rows]), mode="r"))
             self._rows = []
 
 

@@ -42,10 +42,11 @@ class Store:
     """The structures of one split. It can be pickled, forked, and used by several threads."""
 
     def __init__(self, path: Path, on_error: Literal["raise", "skip"]) -> None:
-        self.path, self.on_error = path, on_error
-        self._manifest = read_manifest(path)
-        self.info = self._manifest.info
-        self._ends = np.cumsum([shard.count for shard in self._manifest.shards])
+        self.path = path
+        self.on_error: Literal["raise", "skip"] = on_error
+        self.manifest = read_manifest(path)
+        self.info = self.manifest.info
+        self._ends = np.cumsum([shard.count for shard in self.manifest.shards])
         if len(self._ends) == 0 or self._ends[-1] != self.info.count:
             raise ValueError(f"{path / FILE_NAME}: expected {self.info.count} structures in the shard table")
         self.num_atoms, self.num_edges, self._places = (self._map(name) for name in INDEX_FILES)
@@ -73,7 +74,7 @@ class Store:
         except (DamagedRecord, OSError) as error:
             if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.EIO):
                 raise  # too many open files or no permission is no damage, and not to be skipped
-            name = self.path / self._manifest.shards[which].name
+            name = self.path / self.manifest.shards[which].name
             raise DamagedRecord(f"{name}, key {key_of(number)}: {error}") from error
 
     def __iter__(self) -> Iterator[Structure]:
@@ -96,7 +97,7 @@ class Store:
     def _open(self, which: int) -> "_File":
         file = self._files.get(which)
         if file is None:
-            shard = self._manifest.shards[which]
+            shard = self.manifest.shards[which]
             file = self._files[which] = _File(self.path / shard.name, shard)
             if len(self._files) > OPEN_SHARDS:
                 self._files.pop(next(iter(self._files)), None)
@@ -146,10 +147,10 @@ def verify(path: str | Path) -> Iterator[tuple[str, list[str]]]:
     store = open_store(path)
     for name in INDEX_FILES:
         file = store.path / f"{name}.npy"
-        right = hash_file(file) == store._manifest.index.get(file.name)
+        right = hash_file(file) == store.manifest.index.get(file.name)
         yield file.name, [] if right else [f"{file}: its hash is not that in {FILE_NAME}"]
     first = 0
-    for shard in store._manifest.shards:
+    for shard in store.manifest.shards:
         yield shard.name, _verify_shard(store, shard, range(first, first + shard.count))
         first += shard.count
 
