@@ -163,13 +163,19 @@ def fetch(remote: Remote, folder: str | Path, progress: Callable[[int, int | Non
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{remote.name}.part"
 
-    def download(url: str, output_file: Any, pooch: Any) -> None:  # noqa: ARG001, pooch calls it so
+    def download(url: str, output_file: Any, _: Any) -> None:
         _download(url, partial, progress)
         partial.replace(output_file)
 
     pooch.get_logger().setLevel("WARNING")
     try:
-        pooch.retrieve(remote.url, remote.hash, fname=remote.name, path=folder, downloader=download)
+        pooch.retrieve(
+            remote.url,
+            remote.hash,
+            fname=remote.name,
+            path=folder,
+            downloader=download,  # pyright: ignore[reportArgumentType], pooch calls it as its documentation says
+        )
     except (OSError, HTTPException) as error:
         by_hand = f"run it again to go on, or fetch {remote.url} by hand and put it at {folder / remote.name}"
         raise OSError(f"{remote.name}: {getattr(error, 'reason', error)}; {by_hand}") from error

@@ -5,6 +5,7 @@ import operator
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, Literal
 
 import numpy as np
@@ -107,7 +108,7 @@ class Store:
         path, dtype = self.path / f"{name}.npy", INDEX_FILES[name]
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError, SyntaxError) as error:
+        except (ValueError, OSError, EOFError, SyntaxError, TokenError) as error:
             raise ValueError(f"{path}: missing or damaged: {error}") from error
         if array.dtype != dtype or array.shape != (self.info.count,):
             raise ValueError(f"{path}: expected {dtype} [{self.info.count}], got {array.dtype} {list(array.shape)}")
