@@ -121,7 +121,7 @@ def _print_statistics(statistics: Mapping[str, Statistics]) -> None:
 def _print_histogram(name: str, histogram: Histogram) -> None:
     print(f"\n{name}{', ' * bool(histogram.unit)}{histogram.unit}")
     most = max(int(histogram.counts.max()), 1)
-    for low, high, count in zip(histogram.edges, histogram.edges[1:], histogram.counts, strict=True):
+    for low, high, count in zip(histogram.edges[:-1], histogram.edges[1:], histogram.counts, strict=True):
         print(f"{low:10.4g} to {high:<10.4g} {count:10d} {'#' * round(_BAR * int(count) / most)}".rstrip())
 
 
