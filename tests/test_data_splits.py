@@ -8,9 +8,9 @@ from ejmp.data.splits import MD22_TRAIN, choose, choose_all
 from ejmp.data.stats import Tally
 
 
-def in_slices(total, size=1000):
+def in_slices(total, size=1000, name="file"):
     starts = range(0, total, size)
-    return [Part(name=f"slice {start}", count=min(size, total - start)) for start in starts]
+    return [Part(name=f"{name}:{start}-{start + size}", count=min(size, total - start)) for start in starts]
 
 
 def numbers(chosen, parts):
@@ -44,13 +44,26 @@ def shuffled(total):
     ],
 )
 def test_random_splits(kind, name, total, train, val):
-    parts = in_slices(total)
-    chosen = choose(kind, parts, name)
+    parts = in_slices(total, name=name)
+    chosen = choose(kind, parts, "a folder")
     order = shuffled(total)
     expected = {"train": order[:train], "val": order[train : train + val], "test": order[train + val :]}
     assert list(chosen) == ["train", "val", "test"]
     for split, want in expected.items():
         assert numbers(chosen[split], parts) == sorted(want.tolist())
+
+
+def test_a_folder_of_molecules_is_divided_file_by_file():
+    files = [in_slices(total, name=f"rmd17_{total}.npz") for total in (1500, 2500)]
+    chosen = choose("rmd17", files[0] + files[1], "a folder")
+    both = files[0] + files[1]
+    expected = [*shuffled(1500)[950:1000], *(shuffled(2500)[950:1000] + 1500)]
+    assert numbers(chosen["val"], both) == sorted(expected[:50]) + sorted(expected[50:])
+    assert {split: len(numbers(pieces, both)) for split, pieces in chosen.items()} == {
+        "train": 1900,
+        "val": 100,
+        "test": 2000,
+    }
 
 
 def test_the_division_into_parts_does_not_matter():
@@ -61,7 +74,7 @@ def test_the_division_into_parts_does_not_matter():
 def frames_by_formula(chosen):
     found = {}
     for piece in chosen:
-        formula = piece.part.name.split("/")[0]
+        formula = piece.part.name.split(":")[0]
         found[formula] = found.get(formula, 0) + len(piece.indices)
     return found
 
@@ -71,7 +84,7 @@ def test_ani1x_goes_by_formula():
     random = np.random.default_rng(0)
     counts = np.diff(np.sort(random.choice(np.arange(1, 4_956_005), 3_113, replace=False)), prepend=0, append=4_956_005)
     parts = [
-        Part(name=f"C{k}H{k}/{start}", count=min(1000, count - start))
+        Part(name=f"C{k}H{k}:{start}-{start + 1000}", count=min(1000, count - start))
         for k, count in enumerate(counts.tolist())
         for start in range(0, count, 1000)
     ]
@@ -115,7 +128,7 @@ def test_given_splits():
 @pytest.mark.parametrize(
     ("kind", "name", "total", "message"),
     [
-        ("oc20", "train", 10, "does not say what split slice 0 belongs to; name one"),
+        ("oc20", "file.npz", 10, "does not say what split file.npz:0-1000 belongs to; name one"),
         ("rmd17", "x.npz", 999, "needs 1000 structures, got 999"),
         ("qm9", "x", 20_000, "needs 20001 structures, got 20000"),
         ("md22", "md22_water.npz", 10_000, "expected md22_MOLECULE.npz, MOLECULE one of Ac-Ala3-NHMe"),
@@ -125,7 +138,7 @@ def test_given_splits():
 )
 def test_rules_that_cannot_be_followed(kind, name, total, message):
     with pytest.raises(ValueError, match=message):
-        choose(kind, in_slices(total), name)
+        choose(kind, in_slices(total, name=name), name)
 
 
 def test_md22_sizes_are_the_specification(shared):

@@ -8,7 +8,11 @@ something open, this is what was chosen:
 - of ANI-1x, JMP drew the formulas with an unknown seed. Here they are shuffled like everything else, in the order they
   have in the source; validation takes the first until it has 495,600 frames, then test, and training has the rest. Of a
   source with fewer than 4,956,000 frames both take a tenth;
+- rMD17 and MD22 are one molecule per file; of a folder, each file is divided by itself;
 - in a split, structures keep the order of the source.
+
+Readers name a part FILE:START-STOP, FILE@PLACE:START-STOP or GROUP:START-STOP; this is where files and formulas are
+read from.
 """
 
 import re
@@ -34,6 +38,10 @@ MD22_TRAIN = {
 }
 """Frames of training and validation together; validation is 5% of them."""
 
+Sizes = Callable[[int, str], tuple[int, int]]
+"""How many of so many structures, of a source or file of that name, are for training and validation."""
+_FILE, _GROUP = re.compile("[:@]"), re.compile(":")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
@@ -50,7 +58,7 @@ def choose(format: str, parts: Sequence[Part], source_name: str) -> dict[str, li
     Args:
         format: a name of `ejmp.data.read.FORMATS`.
         parts: all parts of the source, in order.
-        source_name: the file's name, which says what molecule of MD22 it is.
+        source_name: what to call the source in messages.
 
     Returns:
         by split what belongs to it, without splits that would be empty.
@@ -62,13 +70,13 @@ def choose(format: str, parts: Sequence[Part], source_name: str) -> dict[str, li
         raise ValueError(f"{source_name}: expected structures, got none")
     if format == "ani1x":
         chosen = _by_formula(parts)
-    elif format in _RANDOM:
-        total = sum(part.count for part in parts)
-        order = np.arange(total)
-        np.random.RandomState(SEED).shuffle(order)
-        train, val = _RANDOM[format](total, source_name)
-        cuts = {"train": order[:train], "val": order[train : train + val], "test": order[train + val :]}
-        chosen = {split: _locate(parts, numbers) for split, numbers in cuts.items()}
+    elif format in _BY_FILE:
+        chosen: dict[str, list[Chosen]] = {}
+        for file, members in _grouped(parts, _FILE).items():
+            for split, pieces in _at_random(members, file, _BY_FILE[format]).items():
+                chosen.setdefault(split, []).extend(pieces)
+    elif format in _BY_SOURCE:
+        chosen = _at_random(parts, source_name, _BY_SOURCE[format])
     else:
         chosen = _given(parts, source_name)
     return {split: pieces for split, pieces in chosen.items() if pieces}
@@ -89,11 +97,25 @@ def _given(parts: Sequence[Part], source_name: str) -> dict[str, list[Chosen]]:
     return chosen
 
 
-def _by_formula(parts: Sequence[Part]) -> dict[str, list[Chosen]]:
-    """Divide by formula: a part's name up to the first character that is neither a letter nor a digit."""
-    formulas: dict[str, list[Part]] = {}
+def _grouped(parts: Sequence[Part], name: re.Pattern[str]) -> dict[str, list[Part]]:
+    """Return the parts by the beginning of their names, in order of first appearance."""
+    groups: dict[str, list[Part]] = {}
     for part in parts:
-        formulas.setdefault(re.split(r"[^A-Za-z0-9]", part.name, maxsplit=1)[0], []).append(part)
+        groups.setdefault(name.split(part.name, maxsplit=1)[0], []).append(part)
+    return groups
+
+
+def _at_random(parts: Sequence[Part], name: str, sizes: Sizes) -> dict[str, list[Chosen]]:
+    total = sum(part.count for part in parts)
+    order = np.arange(total)
+    np.random.RandomState(SEED).shuffle(order)
+    train, val = sizes(total, name)
+    cuts = {"train": order[:train], "val": order[train : train + val], "test": order[train + val :]}
+    return {split: _locate(parts, numbers) for split, numbers in cuts.items()}
+
+
+def _by_formula(parts: Sequence[Part]) -> dict[str, list[Chosen]]:
+    formulas = _grouped(parts, _GROUP)
     names = np.array(list(formulas))
     np.random.RandomState(SEED).shuffle(names)
     wanted = min(ANI1X_FRAMES, sum(part.count for part in parts) // 10)
@@ -133,7 +155,7 @@ def _rmd17(total: int, source_name: str) -> tuple[int, int]:
 
 
 def _md22(total: int, source_name: str) -> tuple[int, int]:
-    molecule = source_name.removeprefix("md22_").rsplit(".", 1)[0]
+    molecule = source_name.removeprefix("md22_").removesuffix(".npz").removesuffix(".xyz")
     if molecule not in MD22_TRAIN:
         raise ValueError(f"{source_name}: expected md22_MOLECULE.npz, MOLECULE one of {', '.join(MD22_TRAIN)}")
     both = MD22_TRAIN[molecule]
@@ -152,11 +174,5 @@ def _need(least: int, total: int, source_name: str) -> None:
         raise ValueError(f"{source_name}: its split rule needs {least} structures, got {total}; name a split for all")
 
 
-_RANDOM: Mapping[str, Callable[[int, str], tuple[int, int]]] = {
-    "rmd17": _rmd17,
-    "md22": _md22,
-    "spice": _fractions,
-    "qm9": _qm9,
-    "qmof": _fractions,
-}
-"""How many of all structures are for training and validation, by format."""
+_BY_FILE: Mapping[str, Sizes] = {"rmd17": _rmd17, "md22": _md22}
+_BY_SOURCE: Mapping[str, Sizes] = {"spice": _fractions, "qm9": _qm9, "qmof": _fractions}
