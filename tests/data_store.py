@@ -1,5 +1,7 @@
 """A small dataset with a format of its own, for the tests of the store and of conversion."""
 
+import dataclasses
+
 import numpy as np
 
 from ejmp.data import Format, Part, Structure
@@ -49,3 +51,21 @@ def numbers_of(split, num_parts=6):
     """What the structures of a split are numbered in the source."""
     wanted = [k for k in range(num_parts) if (k % 3 == 2) == (split == "val")]
     return [PER_PART * k + i for k in wanted for i in range(PER_PART)]
+
+
+def same(one, other):
+    """Equal in every bit, and in type where the store keeps it."""
+    for field in dataclasses.fields(Structure):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        if a is None or b is None:
+            if a is not b:
+                return False
+        elif field.name == "pbc":
+            if np.broadcast_to(a, 3).tolist() != np.asarray(b).tolist():
+                return False
+        elif isinstance(b, np.ndarray):
+            if np.asarray(a).astype(b.dtype).tobytes() != b.tobytes() or np.shape(a) != b.shape:
+                return False
+        elif a != b:
+            return False
+    return True

@@ -14,8 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from data_store import make_format, make_structure, numbers_of
-from test_data_record import same
+from data_store import make_format, make_structure, numbers_of, same
 
 from ejmp import cli
 from ejmp.data import Format, Part, convert, open_store, verify

@@ -5,6 +5,7 @@ import struct
 
 import numpy as np
 import pytest
+from data_store import same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -25,24 +26,6 @@ FULL = Structure(
     id="frame 7 / Å",
 )
 BARE = Structure(numbers=np.array([6]), positions=np.zeros((1, 3)))
-
-
-def same(one, other):
-    """Equal in every bit, and in type where the store keeps it."""
-    for field in dataclasses.fields(Structure):
-        a, b = getattr(one, field.name), getattr(other, field.name)
-        if a is None or b is None:
-            if a is not b:
-                return False
-        elif field.name == "pbc":
-            if np.broadcast_to(a, 3).tolist() != np.asarray(b).tolist():
-                return False
-        elif isinstance(b, np.ndarray):
-            if np.asarray(a).astype(b.dtype).tobytes() != b.tobytes() or np.shape(a) != b.shape:
-                return False
-        elif a != b:
-            return False
-    return True
 
 
 @pytest.mark.parametrize("structure", [FULL, BARE])

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_store import make_format, make_structure, numbers_of
-from test_data_record import same
+from data_store import make_format, make_structure, numbers_of, same
 
-from ejmp.data import DamagedRecord, convert, open_store, verify
+import ejmp
+from ejmp.data import DamagedRecord, Structure, convert, open_store, verify
 from ejmp.data.record import decode
 from ejmp.data.shard import estimate_edges, write_shard
 
@@ -57,6 +57,33 @@ def test_index_is_memory_mapped_and_right(made):
     assert isinstance(store.num_atoms, np.memmap)
     assert store.num_atoms.tolist() == [len(s.numbers) for s in store]
     assert store.num_edges.tolist() == [estimate_edges(s) for s in store]
+
+
+def frames(path, step=1):
+    import ase.io
+
+    return [
+        Structure(numbers=a.numbers, positions=a.positions, cell=np.array(a.cell) if any(a.pbc) else None, pbc=a.pbc)
+        for a in ase.io.read(path, f"::{step}")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "low", "high"),
+    [
+        ("data/qm9/qm9_rows001_400_U0_eV.extxyz", 20, 1.0, 1.0),  # all within reach: exact
+        ("data/md22/md22_Ac-Ala3-NHMe_5frames.xyz", 2, 0.99, 1.01),
+        ("data/oc20/raw_traj", 6, 0.88, 1.02),
+        ("data/oxides_bo2/bo2_pbe_eos.extxyz", 20, 0.91, 1.0),
+    ],
+)
+def test_estimated_edges_are_near_those_of_the_graph(shared, name, step, low, high):
+    path = shared(name)
+    files = sorted(path.glob("*.traj")) if path.is_dir() else [path]
+    assert files
+    for structure in (structure for file in files for structure in frames(file, step)):
+        real = len(ejmp.build_graph([structure], 12.0, 30, backend="reference").main.source)
+        assert low <= estimate_edges(structure) / real <= high
 
 
 def test_shards_are_ordinary_lmdbs(made):

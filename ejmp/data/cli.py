@@ -21,7 +21,8 @@ _SECONDS_BETWEEN_LINES = 10
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands to the parser of `ejmp data`."""
     commands = parser.add_subparsers(dest="data_command", required=True)
-    parser = commands.add_parser("convert", help="from a dataset's original form to a record store")
+    text = "Run it again to go on after an interruption, and under mpirun -n N to use N processes."
+    parser = commands.add_parser("convert", help="from a dataset's original form to a record store", epilog=text)
     parser.set_defaults(run=_convert)
     parser.add_argument("source", type=Path)
     parser.add_argument(
