@@ -19,7 +19,7 @@ from data_store import make_format, make_structure, numbers_of, same
 from ejmp import cli
 from ejmp.data import Format, Part, convert, open_store, verify
 
-KILLS = {"slice": 15, "all": 200}
+KILLS = {"slice": 10, "all": 200}
 
 
 def contents(dest):

@@ -65,7 +65,7 @@ def structures(draw):
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(structures(), st.integers(0, 2**64 - 1))
 def test_any_structure_round_trips(structure, number):
     data = encode(structure, number)
@@ -100,7 +100,7 @@ def test_every_flipped_bit_and_every_length_is_noticed(structure):
         decode(data + b"\0")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200), st.booleans())
 def test_any_bytes_are_refused(data, with_magic):
     with pytest.raises(DamagedRecord):
