@@ -7,6 +7,7 @@ import pickle
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -268,6 +269,7 @@ def test_every_flipped_bit_of_dataset_json(copied):
         path.write_bytes(data)
 
 
+@pytest.mark.filterwarnings("ignore:Data type alias")
 @pytest.mark.parametrize("name", ["num_atoms", "num_edges", "places"])
 def test_every_flipped_bit_of_the_index(copied, name):
     """It is refused, or it is harmless to what is read; `verify` finds each."""
@@ -292,7 +294,7 @@ def test_every_flipped_bit_of_the_index(copied, name):
 
 
 def problems_of_index(path, name):
-    return [problem for file, found in verify(path) if file == f"{name}.npy" for problem in found]
+    return dict(islice(verify(path), 3))[f"{name}.npy"]
 
 
 def test_bad_calls(copied, tmp_path):
