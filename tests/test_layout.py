@@ -14,7 +14,9 @@ HEAVY = {"ase", "lmdb", "deepspeed", "fvcore", "h5py", "mpi4py", "matplotlib", "
 ORDER = (
     "graph", "config", "structure", "build", "backend", "layers", "geometry", "bases", "interactions", "fused", "model",
     "scaling", "prune", "checkpoint", "flops", "workloads", "machine", "bench", "report", "doctor",
-    "data.formats", "data.info", "data", "cli",
+    "data.formats", "data.info", "data.units", "data.source", "data.pickle_names", "data.unpickle", "data.lmdb_pages",
+    "data.oc", "data.xyz", "data.ase_files", "data.oc_text", "data.hdf5", "data.md", "data.qm9", "data.qmof",
+    "data.read", "data", "cli",
 )  # fmt: skip
 
 
