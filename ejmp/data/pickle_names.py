@@ -142,6 +142,13 @@ def _scalar(dtype: Any, raw: Any) -> Any:
     return _array(raw, dtype, ())[()]
 
 
+def _no_bytes(*args: Any) -> bytes:
+    """Return the empty bytes, which protocol 2 spells as a call."""
+    if args:
+        raise UnsafePickleError("refused: bytes of something")
+    return b""
+
+
 def _ordered_dict(*args: Any) -> dict[Any, Any]:
     if args:
         raise UnsafePickleError("refused: collections.OrderedDict with contents")
@@ -172,6 +179,7 @@ def _names() -> dict[tuple[str, str], PickleName]:
         ("torch.storage", "_load_from_bytes"): _storage,
         ("collections", "OrderedDict"): _ordered_dict,
         ("_codecs", "encode"): _encode,
+        ("__builtin__", "bytes"): _no_bytes,
         ("numpy", "dtype"): Dtype,
         ("numpy", "ndarray"): None,
     }
