@@ -86,7 +86,7 @@ def test_spice_file(shared):
             assert s.energy == pytest.approx(group["dft_total_energy"][k] * HARTREE, rel=1e-12)
             assert s.targets == {"formation_energy": pytest.approx(group["formation_energy"][k] * HARTREE)}
     # The two closest conformations: the forces, along the way, say what the energy does.
-    assert_forces_explain([found["C#C.[Na+]:0"], found["C#C.[Na+]:1"], found["C#C.[Na+]:2"]], pairs=1, slope=0.05)
+    assert_forces_explain([found["C#C.[Na+]:0"], found["C#C.[Na+]:1"], found["C#C.[Na+]:2"]], pairs=1, slope=0.2)
 
 
 def test_rmd17_files(shared):

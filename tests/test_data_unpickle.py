@@ -1,7 +1,6 @@
 """Pickles of PyG data: what they hold comes out, and nothing that they ask for runs."""
 
 import io
-import operator
 import pickle
 import struct
 import sys
@@ -129,7 +128,7 @@ def hostile(marker):
         "builtins.compile": asks(compile, code, "x", "exec"),
         "importlib.import_module": asks(__import__("importlib").import_module, "os"),
         "_pickle.loads": asks(pickle.loads, asks(eval, code)),
-        "_operator.attrgetter": asks(operator.attrgetter, "x"),
+        "_operator.attrgetter": named("_operator", "attrgetter"),
         "numpy.load": named("numpy", "load", text(marker) + b"\x85"),
         "numpy.core.multiarray.fromfile": named("numpy.core.multiarray", "fromfile", text(marker) + b"\x85"),
         "torch.load": named("torch", "load", text(marker) + b"\x85"),
