@@ -7,9 +7,12 @@ import pickle
 import sys
 import tarfile
 import types
+from pathlib import Path
 
 import numpy as np
 import torch
+
+from ejmp.data import FORMATS, Structure, read
 
 N = 5
 NUMBERS = np.array([6, 1, 1, 8, 1])
@@ -227,3 +230,27 @@ def ase_frames():
         atoms.calc = SinglePointCalculator(atoms, energy=energy[k], forces=forces[k])
         frames.append(atoms)
     return frames
+
+
+def everything(path, name):
+    """All structures of a source, once what holds for every source was checked."""
+    chosen = FORMATS[name]
+    parts = chosen.parts(Path(path))
+    assert parts == chosen.parts(Path(path))
+    assert len({part.name for part in parts}) == len(parts)
+    found = []
+    for part in parts:
+        of_part = list(chosen.read(Path(path), part))
+        assert len(of_part) == part.count
+        found += of_part
+    assert len({structure.id for structure in found}) == len(found) > 0
+    for s in found:
+        assert isinstance(s, Structure)
+        assert (s.numbers.dtype, s.positions.dtype) == (np.int64, np.float64)
+        assert s.positions.shape == (len(s.numbers), 3)
+        assert s.forces is None or (s.forces.shape == s.positions.shape and s.forces.dtype.kind == "f")
+        assert s.energy is None or type(s.energy) is float
+        assert s.tags is None or s.tags.dtype == np.int64
+        assert s.fixed is None or s.fixed.dtype == bool
+    assert [s.id for s in read(path, format=name)] == [s.id for s in found]
+    return found

@@ -29,9 +29,8 @@ def text(value):
 
 
 def storage_bytes(count=6, dtype=torch.float32):
-    buffer = io.BytesIO()
-    torch.save(torch.arange(count).to(dtype).storage(), buffer, _use_new_zipfile_serialization=False)
-    return buffer.getvalue()
+    _, arguments = torch.arange(count).to(dtype).__reduce_ex__(2)
+    return arguments[0].__reduce__()[1][0]
 
 
 def storage(raw=None):
