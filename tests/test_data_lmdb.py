@@ -58,7 +58,7 @@ def test_truncated_files_are_refused(written, tmp_path):
     rng = random.Random(1)  # noqa: S311
     for size in (0, 15, 4096, 8191, 8192, len(whole) - 1, *rng.sample(range(len(whole)), 50)):
         cut.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="truncated LMDB file|not an LMDB file"):
+        with pytest.raises(ValueError, match=r"truncated LMDB file|not an LMDB file"):
             LmdbFile(cut)
 
 
@@ -69,9 +69,9 @@ def test_changed_bytes_give_values_or_errors(written, tmp_path):
     rng = random.Random(2)  # noqa: S311
     keys = rng.sample(sorted(values), 20)
     refused = 0
-    for k in range(100):
+    for k in range(40):
         content = bytearray(whole)
-        pages = [rng.randrange(len(whole) // 4096) for _ in range(1 + 3 * k)]
+        pages = [rng.randrange(len(whole) // 4096) for _ in range(1 + 8 * k)]
         for page in pages:
             content[4096 * page + rng.randrange(40)] = rng.randrange(256)
         damaged.write_bytes(content)
@@ -83,7 +83,7 @@ def test_changed_bytes_give_values_or_errors(written, tmp_path):
             refused += 1
             if "LMDB" not in str(error):
                 raise
-    assert refused > 20
+    assert refused > 10
 
 
 def test_other_files_are_refused(tmp_path):

@@ -220,7 +220,7 @@ def test_other_ase_files(shared, tmp_path):
     assert botnet["3bpa_train_300K.xyz:0"].energy == -17660.461737861464
     assert len(botnet) == 207
     with zipfile.ZipFile(shared("data/mofs/odac23_pristine_mofs.zip")) as archive:
-        names = archive.namelist()[::15]
+        names = archive.namelist()[::45]
         archive.extractall(tmp_path, names)
         lengths = {name: re.findall(r"_cell_length_\w +(\S+)", archive.read(name).decode()) for name in names}
         formulas = {name: re.search(r"formula_sum +'(.+)'", archive.read(name).decode())[1] for name in names}

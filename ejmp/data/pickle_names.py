@@ -105,7 +105,7 @@ def _storage(raw: Any) -> np.ndarray:
     if (
         not isinstance(storage, torch.storage.TypedStorage)
         or storage.dtype not in DTYPES
-        or storage.device.type != "cpu"
+        or storage.untyped().device.type != "cpu"
     ):
         raise UnsafePickleError(f"refused: tensor contents that are a {type(storage).__name__}")
     untyped = storage.untyped()

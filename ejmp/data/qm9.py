@@ -118,8 +118,12 @@ def _from_raw(contents: bytes, name: str) -> Structure:
     n = int(lines[0])
     values = lines[1].split()
     rows = [line.split() for line in lines[2 : n + 2]]
-    if n < 1 or len(lines) < n + 4 or len(values) != 17 or values[0] != "gdb" or any(len(row) != 5 for row in rows):
-        raise ValueError("expected a count, gdb with its number and 15 values, and lines of symbol, x, y, z, charge")
+    if len(values) != 17 or values[0] != "gdb":
+        raise ValueError("expected gdb, its number and 15 values in line 2")
+    if not 1 <= n <= len(lines) - 5 or any(len(row) != 5 or row[0] not in FREE_ATOMS for row in rows):
+        raise ValueError(f"expected {n} lines of symbol, x, y, z, charge from line 3, and three more lines")
+    if len(lines[n + 2].split()) not in (3 * n - 6, 3 * n - 5):
+        raise ValueError(f"expected the frequencies of {n} atoms in line {n + 3}")
     given = {name: _float(text) for name, text in zip(RAW_TARGETS, values[2:], strict=True)}
     for kind in ("U0", "U", "H", "G"):
         given[f"{kind}_atom"] = given[kind] - sum(FREE_ATOMS[row[0]][kind] for row in rows)

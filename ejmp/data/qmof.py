@@ -31,6 +31,7 @@ GAP_COLUMNS = {
 STRUCTURE_ENDINGS = ("", ".cif", ".CONTCAR")
 
 
+@once
 def _records(file: Path) -> dict[str, Mapping[str, Any]]:
     """Return the records of one of the JSON files by their id."""
     with reading(file):
@@ -45,7 +46,6 @@ def _gap(record: Mapping[str, Any]) -> float | None:
     return None if value is None else float(value)
 
 
-@once
 def _pairs(folder: Path) -> list[tuple[str, Mapping[str, Any], float]]:
     with reading(folder / LABELS):
         labels = {name: _gap(record) for name, record in _records(folder / LABELS).items()}

@@ -73,9 +73,9 @@ def optional(name: str) -> Any:
 
 
 def once(load: Callable[[Path], T]) -> Callable[[Path], T]:
-    """Keep the last source that was loaded whole, so that reading it part by part loads it once."""
+    """Keep the last two files that were loaded whole, so that reading them part by part loads them once."""
 
-    @lru_cache(maxsize=1)
+    @lru_cache(maxsize=2)
     def version(path: Path, _size: int, _modified: int) -> T:
         return load(path)
 
