@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ejmp.data import unpickle
 from ejmp.data.formats import Format, Part
 from ejmp.data.lmdb_pages import LmdbFile
 from ejmp.data.source import SourceError, check, file_in, list_files, parse_slice, reading, slices
+from ejmp.data.unpickle import fields, loads
 from ejmp.structure import Structure
 
 
@@ -25,7 +25,7 @@ def _parts(path: Path) -> list[Part]:
     for file in list_files(path, ("*.lmdb",)):
         with reading(file), LmdbFile(file) as records:
             stored = records.get(b"length")
-            length = records.entries if stored is None else _integer(unpickle.loads(stored), "length")
+            length = records.entries if stored is None else _integer(loads(stored), "length")
             if not 0 <= length <= records.entries:
                 raise SourceError(file, "length", f"{length} records announced, {records.entries} entries")
             parts += slices(file.name, length)
@@ -41,7 +41,7 @@ def _read(path: Path, part: Part, energies: tuple[str, ...]) -> Iterator[Structu
                 raw = records.get(str(key).encode())
                 if raw is None:
                     raise SourceError(file, f"record {key}", "not there")
-                values = {name: _plain(value) for name, value in unpickle.fields(unpickle.loads(raw)).items()}
+                values = {name: _plain(value) for name, value in fields(loads(raw)).items()}
                 structure = _structure(values, f"{file.name}/{key}", energies)
             yield check(structure, file, f"record {key}")
 

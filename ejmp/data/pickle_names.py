@@ -102,16 +102,12 @@ def _storage(raw: Any) -> np.ndarray:
     if type(raw) is not bytes:
         raise UnsafePickleError(f"refused: tensor contents of type {type(raw).__name__}")
     storage = weights_only(io.BytesIO(raw))
-    if (
-        not isinstance(storage, torch.storage.TypedStorage)
-        or storage.dtype not in DTYPES
-        or storage.untyped().device.type != "cpu"
-    ):
+    if not isinstance(storage, torch.storage.TypedStorage) or storage.dtype not in DTYPES:
         raise UnsafePickleError(f"refused: tensor contents that are a {type(storage).__name__}")
-    untyped = storage.untyped()
-    if untyped.nbytes() > len(raw):
-        raise ValueError(f"{untyped.nbytes()} bytes of numbers from {len(raw)}")
-    return torch.empty(0, dtype=storage.dtype).set_(untyped).numpy()
+    flat = torch.empty(0, dtype=storage.dtype).set_(storage)  # pyright: ignore[reportArgumentType]
+    if flat.nbytes > len(raw):
+        raise ValueError(f"{flat.nbytes} bytes of numbers from {len(raw)}")
+    return flat.numpy()
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> np.ndarray:

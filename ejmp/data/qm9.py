@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from ejmp.data import unpickle
 from ejmp.data.formats import Format, Part
 from ejmp.data.source import SourceError, check, list_files, once, optional, parse_slice, reading, slices
 from ejmp.data.units import HARTREE
+from ejmp.data.unpickle import fields, load_pt
 from ejmp.structure import Structure
 
 TARGETS: tuple[str, ...] = (
@@ -143,13 +143,13 @@ def _from_raw(contents: bytes, name: str) -> Structure:
 def _molecules(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
     """Return PyG's molecules by place: from a list of Data or dicts, or from Data joined end to end, with slices."""
     with reading(path):
-        loaded = unpickle.load_pt(path)
+        loaded = load_pt(path)
         joined = isinstance(loaded, tuple) and len(loaded) in (2, 3) and isinstance(loaded[1], dict)
-        listed = _split(unpickle.fields(loaded[0]), loaded[1]) if joined else loaded
+        listed = _split(fields(loaded[0]), loaded[1]) if joined else loaded
         if not isinstance(listed, list):
             raise SourceError(path, "", f"expected a list of PyG data, got {type(listed).__name__}")
         left_out = _uncharacterized(path)
-        molecules = [(k, unpickle.fields(item)) for k, item in enumerate(listed)]
+        molecules = [(k, fields(item)) for k, item in enumerate(listed)]
         return [(k, values) for k, values in molecules if _number(values) not in left_out]
 
 
