@@ -92,7 +92,7 @@ def weights_only(file: Any) -> Any:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         if asked:
             raise UnsafePickleError(f"refused: it asks for {asked[1]}") from error
-        raise ValueError(f"damaged tensors: {str(error).splitlines()[-1][:200]}") from error
+        raise ValueError(f"damaged tensors: {str(error)[-200:]}") from error
     except Exception as error:  # torch documents no errors for damaged input
         raise ValueError(f"damaged tensors: {type(error).__name__}: {str(error)[:200]}") from error
 
