@@ -288,8 +288,11 @@ def test_qm9_of_pyg(tmp_path, form, layout):
 def test_wrong_qm9_of_pyg_is_named(tmp_path):
     for saved, message in (
         ({"a": 1}, "expected a list of PyG data, got dict"),
-        ([{"z": torch.ones(2)}], "molecule 0: no pos, y"),
-        ([{"z": torch.ones(2), "pos": torch.zeros(2, 3), "y": torch.zeros(1, 15)}], "y: expected 19 values, got 15"),
+        ([{"z": torch.ones(2)}], "molecule 0: no tensors pos, y"),
+        (
+            [{"z": torch.ones(2), "pos": torch.zeros(2, 3), "y": torch.zeros(1, 15)}],
+            r"y: expected 19 values, got \[1, 15\]",
+        ),
         ([3], "expected PyG data, got int"),
         (({"z": torch.ones(2)}, {"z": torch.tensor([0, 2])}), "expected bounds of z, pos and y"),
     ):

@@ -34,6 +34,8 @@ from ejmp.data.units import BOHR, HARTREE
 from ejmp.structure import Structure
 
 MIN_ATOMS = 4
+MAX_FRAMES = 10_000_000
+"""Most conformations of one molecule; HDF5 files can claim any number that is not stored."""
 SLICE_ATOMS = 1_000_000
 """Most atoms of all structures in one part."""
 SPLITS = ("train", "val", "test")
@@ -96,6 +98,8 @@ def _arrays(group: Any, layout: Layout) -> dict[str, Any]:
     if not 1 <= len(count) <= MAX_ATOMS:
         raise ValueError(f"{layout.numbers}: expected 1 to {MAX_ATOMS} atoms, got {len(count)}")
     positions = _array(group, layout.positions, (None, len(count), 3))
+    if len(positions) > MAX_FRAMES:
+        raise ValueError(f"{layout.positions}: expected at most {MAX_FRAMES} frames, got {len(positions)}")
     arrays = {name: _array(group, name, (len(positions),)) for name in (layout.energy, *layout.targets)}
     forces = _array(group, layout.forces, positions.shape)
     return {layout.numbers: count[:], layout.positions: positions, layout.forces: forces, **arrays}

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ejmp.data.formats import Format, Part
 from ejmp.data.lmdb_pages import LmdbFile
 from ejmp.data.source import SourceError, check, file_in, list_files, parse_slice, reading, slices
 from ejmp.data.unpickle import fields, loads
 from ejmp.structure import Structure
+
+FIELDS = ("pos", "atomic_numbers", "cell", "natoms", "tags", "fixed", "y", "y_relaxed", "force", "sid", "fid")
 
 
 def _parts(path: Path) -> list[Part]:
@@ -41,19 +42,18 @@ def _read(path: Path, part: Part, energies: tuple[str, ...]) -> Iterator[Structu
                 raw = records.get(str(key).encode())
                 if raw is None:
                     raise SourceError(file, f"record {key}", "not there")
-                values = {name: _plain(value) for name, value in fields(loads(raw)).items()}
-                structure = _structure(values, f"{file.name}/{key}", energies)
+                structure = _structure(_flat(fields(loads(raw))), f"{file.name}/{key}", energies)
             yield check(structure, file, f"record {key}")
 
 
 def _structure(values: Mapping[str, Any], place: str, energies: tuple[str, ...]) -> Structure:
     missing = {"pos", "atomic_numbers", "cell"} - values.keys()
     if missing:
-        raise ValueError(f"no {', '.join(sorted(missing))}; it has {', '.join(sorted(values))[:200]}")
+        raise ValueError(f"no {', '.join(sorted(missing))}; it has {', '.join(values)}")
     natoms, numbers = values.get("natoms"), values["atomic_numbers"]
     if natoms is not None and _integer(natoms, "natoms") != np.size(numbers):
         raise ValueError(f"natoms is {_integer(natoms, 'natoms')}, but there are {np.size(numbers)} atomic numbers")
-    labels = [values[name] for name in energies if values.get(name) is not None]
+    labels = [values[name] for name in energies if name in values]
     return Structure(
         numbers=numbers,
         positions=values["pos"],
@@ -67,12 +67,17 @@ def _structure(values: Mapping[str, Any], place: str, energies: tuple[str, ...])
     )
 
 
-def _plain(value: Any) -> Any:
-    return value.numpy() if isinstance(value, torch.Tensor) else value
+def _flat(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what is read here, once it is flat: a few bytes of nested lists can stand for any number of values."""
+    kept = {name: values[name] for name in FIELDS if values.get(name) is not None}
+    for name, value in kept.items():
+        if not isinstance(value, np.ndarray | np.generic | float | int | str):
+            raise ValueError(f"{name}: expected an array or a number, got {type(value).__name__}")
+    return kept
 
 
 def _integer(value: Any, name: str) -> int:
-    if type(value) is not int and np.size(value) != 1:
+    if not isinstance(value, int | np.ndarray | np.generic) or np.size(value) != 1:
         raise ValueError(f"{name}: expected an integer, got {type(value).__name__}")
     return int(np.reshape(value, ()))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ejmp.data.formats import Format, Part
 from ejmp.data.source import SourceError, check, list_files, once, optional, parse_slice, reading, slices
@@ -36,6 +37,7 @@ FREE_ATOMS = {
     "F": {"U0": -99.718730, "U": -99.717314, "H": -99.716370, "G": -99.733544},
 }
 """Hartree; the atomref.txt published with QM9."""
+MAX_MOLECULES = 1_000_000
 RAW_NAME = re.compile(r"dsgdb9nsd_(\d+)\.xyz$")
 MAX_RAW = 1 << 20
 """bytes; the raw file of one molecule has about one thousandth of it."""
@@ -155,9 +157,9 @@ def _molecules(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
 
 def _split(whole: Mapping[str, Any], bounds: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the molecules of PyG's joined form: `bounds[name]` says where each one's rows of `whole[name]` start."""
-    rows = {name: np.asarray(bounds[name]) for name in ("z", "pos", "y", "name", "idx") if name in bounds}
+    rows = {name: bounds[name] for name in ("z", "pos", "y", "name", "idx") if name in bounds}
     counts = {len(bound) for bound in rows.values()}
-    if not {"z", "pos", "y"} <= rows.keys() or len(counts) != 1:
+    if not {"z", "pos", "y"} <= rows.keys() or len(counts) != 1 or max(counts) > MAX_MOLECULES:
         raise ValueError(f"expected bounds of z, pos and y, all of one length, got {sorted(bounds)[:20]}")
     items: list[dict[str, Any]] = [{} for _ in range(counts.pop() - 1)]
     for name, bound in rows.items():
@@ -172,17 +174,17 @@ def _number(values: Mapping[str, Any]) -> int | None:
     name = name[0] if isinstance(name, list) and len(name) == 1 else name
     if isinstance(name, str) and (found := re.fullmatch(r"gdb_(\d{1,9})", name)):
         return int(found[1])
-    return int(np.reshape(values["idx"], ())) + 1 if "idx" in values else None
+    place = values.get("idx")
+    return int(place) + 1 if isinstance(place, int | torch.Tensor) else None
 
 
 def _from_pyg(values: Mapping[str, Any], place: int) -> Structure:
-    missing = {"z", "pos", "y"} - values.keys()
+    missing = [name for name in ("z", "pos", "y") if not isinstance(values.get(name), torch.Tensor)]
     if missing:
-        raise ValueError(f"no {', '.join(sorted(missing))}; it has {', '.join(sorted(values))[:200]}")
-    labels = np.asarray(values["y"], dtype=np.float64).reshape(-1)
-    if len(labels) != len(TARGETS):
-        raise ValueError(f"y: expected {len(TARGETS)} values, got {len(labels)}")
-    targets = dict(zip(TARGETS, labels.tolist(), strict=True))
+        raise ValueError(f"no tensors {', '.join(missing)}; it has {', '.join(sorted(values))[:200]}")
+    if values["y"].numel() != len(TARGETS):
+        raise ValueError(f"y: expected {len(TARGETS)} values, got {list(values['y'].shape)}")
+    targets = dict(zip(TARGETS, values["y"].double().flatten().tolist(), strict=True))
     number = _number(values)
     return Structure(
         numbers=np.asarray(values["z"]),

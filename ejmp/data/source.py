@@ -175,8 +175,8 @@ def _floats(field: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
 def _integers(field: str, value: Any) -> np.ndarray:
     """Return int64; whole numbers kept as floats, which OC20 has, are integers too."""
     array = np.asarray(value)
-    if array.dtype.kind not in "biuf":
-        raise ValueError(f"{field}: expected integers, got {array.dtype}")
+    if array.dtype.kind not in "biuf" or array.size > MAX_ATOMS:
+        raise ValueError(f"{field}: expected integers, at most {MAX_ATOMS}, got {array.dtype} {list(array.shape)}")
     if array.dtype.kind == "f" and not (np.abs(array) < 2**31).all():
         raise ValueError(f"{field}: expected integers, got others")
     whole = array.astype(np.int64)
