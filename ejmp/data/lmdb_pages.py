@@ -80,12 +80,12 @@ class LmdbFile:
         flags, self.entries, self._root, last_page = last[13], last[18], last[19], last[20]
         if flags:
             raise ValueError(f"an LMDB file with flags {flags:#x} is not read here")
-        if self.entries * NODE.size > self._size:
-            raise ValueError(f"damaged LMDB file: {self.entries} entries in {self._size} bytes")
         if (last_page + 1) * self._page_size > self._size:
             raise ValueError(
                 f"truncated LMDB file: {self._size} bytes of {(last_page + 1) * self._page_size} are there"
             )
+        if self.entries * NODE.size > self._size:
+            raise ValueError(f"damaged LMDB file: {self.entries} entries in {self._size} bytes")
 
     def _meta(self, number: int, at: int) -> tuple[int, ...] | None:
         raw = os.pread(self._fd, HEADER.size + META_BODY.size, at)

@@ -70,9 +70,9 @@ def _structure(values: Mapping[str, Any], place: str, energies: tuple[str, ...])
 def _flat(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return what is read here, once it is flat: a few bytes of nested lists can stand for any number of values."""
     kept = {name: values[name] for name in FIELDS if values.get(name) is not None}
-    for name, value in kept.items():
-        if not isinstance(value, np.ndarray | np.generic | float | int | str):
-            raise ValueError(f"{name}: expected an array or a number, got {type(value).__name__}")
+    wrong = [name for name, value in kept.items() if not isinstance(value, np.ndarray | np.generic | float | int | str)]
+    if wrong:
+        raise ValueError(f"{wrong[0]}: expected an array or a number, got {type(kept[wrong[0]]).__name__}")
     return kept
 
 
