@@ -282,7 +282,7 @@ def test_qm9_of_pyg(tmp_path, form, layout):
         np.testing.assert_array_equal(s.numbers, NUMBERS)
         assert list(s.targets.values()) == [(19 * k + j) / 8 for j in range(19)]
         assert s.energy == s.targets["U0"] == (19 * k + 7) / 8
-    (tmp_path / "uncharacterized.txt").write_text("2 C C\n")
+    (tmp_path / "uncharacterized.txt").write_text("2\n")
     assert [s.id for s in everything(made.write_qm9_pt(tmp_path / "b.pt", layout, form), "qm9")] == ["gdb_1", "gdb_3"]
 
 

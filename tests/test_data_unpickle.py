@@ -316,6 +316,7 @@ def test_pt_files_know_pyg_and_nothing_else(tmp_path):
 RECORD = oc_record()
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.integers(0, len(RECORD) - 1), st.integers(0, 255)), min_size=1, max_size=8))
 def test_changed_bytes_give_values_or_the_documented_errors(changes):

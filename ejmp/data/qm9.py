@@ -44,16 +44,16 @@ MAX_RAW = 1 << 20
 
 
 def _uncharacterized(path: Path) -> set[int]:
-    """Return the numbers of the molecules to leave out: the first of a line of number and two or more words."""
+    """Return the numbers of the molecules to leave out: the lines that start with one."""
     folder = path if path.is_dir() else path.parent
     file = folder / "uncharacterized.txt"
     if not file.exists():
         return set()
     with reading(file):
         rows = [line.split() for line in file.read_text().splitlines()]
-        found = {int(row[0]) for row in rows if len(row) > 2 and row[0].isdecimal() and len(row[0]) < 10}
+        found = {int(row[0]) for row in rows if row and row[0].isdecimal() and len(row[0]) < 10}
     if not found:
-        raise SourceError(file, "", "expected lines of number, name, ...; got none")
+        raise SourceError(file, "", "expected lines that start with a molecule's number, got none")
     return found
 
 
