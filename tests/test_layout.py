@@ -17,7 +17,8 @@ ORDER = (
     "data.formats", "data.info", "data.permutation", "data.balance", "data.mix", "data.batch", "data.loader",
     "data.embedded", "data", "data.generate", "data.generate.thermal", "data.generate.labels",
     "data.generate.molecules", "data.generate.paths", "data.generate.slabs", "data.generate.frameworks",
-    "data.generate.recipes", "data.generate.write", "data.generate.__main__", "train.config", "train", "cli",
+    "data.generate.recipes", "data.generate.write", "data.generate.__main__", "train.config", "train.task",
+    "train.loss", "train.metrics", "train.schedule", "train.ema", "train.groups", "train", "distill", "cli",
 )  # fmt: skip
 
 
