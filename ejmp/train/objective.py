@@ -9,6 +9,7 @@ from ejmp.model import JMP
 from ejmp.train.loss import Losses, multitask_loss
 from ejmp.train.task import Tasks
 
+
 def predict(model: JMP, batch: Batch, tasks: Tasks, *, create_graph: bool = False) -> tuple[Tensor, Tensor | None]:
     """Return raw energies [B, T] and raw forces: direct [N, T, 3], gradient [N, 3], or None.
 

@@ -1,4 +1,4 @@
-"""Which data a run uses: record stores named on the command line, or the embedded demo mix; and what belongs to them."""
+"""Which data a run uses: record stores named on the command line or the embedded demo mix, with their tasks."""
 
 import dataclasses
 import json
@@ -118,13 +118,13 @@ def tasks_of(sources: Sequence[Source]) -> Tasks:
     return Tasks([source.task for source in sources])
 
 
-def save_tasks(directory: Path, sources: Sequence[Source]) -> None:
-    """Write beside a model what its heads predict and of which graphs."""
+def tasks_text(sources: Sequence[Source]) -> str:
+    """Return what `load_tasks` reads: what a model's heads predict, and of which graphs."""
     rows = [
         {**dataclasses.asdict(source.task), "cutoff": source.cutoff, "max_neighbors": source.max_neighbors}
         for source in sources
     ]
-    (directory / TASKS_FILE).write_text(json.dumps(rows, indent=1) + "\n")
+    return json.dumps(rows, indent=1) + "\n"
 
 
 def load_tasks(directory: Path) -> list[tuple[Task, float, int]] | None:
