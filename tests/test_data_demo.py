@@ -153,7 +153,7 @@ def test_reference_and_statistics_are_those_of_the_training_split(name):
     train = demo(name)
     counts = np.array([np.bincount(item.numbers, minlength=120) for item in train], dtype=float)
     energy = np.array([item.energy for item in train])
-    reference = np.linalg.pinv(counts) @ energy
+    reference = np.linalg.pinv(counts, rcond=1e-10) @ energy
     found = train.info.linear_reference
     assert set(found) == set(np.flatnonzero(counts.sum(axis=0)).tolist())
     np.testing.assert_allclose([found[z] for z in sorted(found)], reference[sorted(found)], rtol=1e-6, atol=1e-6)
@@ -184,24 +184,24 @@ def test_metal_labels_are_those_of_emt():
         np.testing.assert_allclose(item.forces, atoms.get_forces(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["ani1x", "transition1x", "rmd17", "md22"])
+@pytest.mark.parametrize("name", ["oc20", "ani1x", "transition1x", "rmd17", "md22"])
 def test_energy_differences_follow_the_forces(name):
     """Between neighbours in time, temperature or along a path: dE = -mean force . dr, exact where E is quadratic."""
     groups = defaultdict(list)
     for item in everything(name):
         groups[item.id.split("/")[0] if "/" in item.id else "run"].append(item)
-    differences, work = [], []
+    found = []
     for frames in groups.values():
         frames.sort(key=lambda item: float(item.id.removesuffix("fs")) if item.id.endswith("fs") else 0)
         for one, two in pairwise(frames):
-            step = two.positions - one.positions
-            if np.linalg.norm(step, axis=1).max() < 0.35:
-                differences.append(two.energy - one.energy)
-                work.append(-0.5 * float(((one.forces + two.forces) * step).sum()))
-    assert len(differences) > 100
-    assert np.corrcoef(differences, work)[0, 1] > 0.97
-    error = np.sqrt(np.mean(np.subtract(differences, work) ** 2)) / np.std(differences)
-    assert error < 0.25
+            if one.cell is None or np.array_equal(one.cell, two.cell):
+                step = two.positions - one.positions
+                work = -0.5 * float(((one.forces + two.forces) * step).sum())
+                found.append((np.linalg.norm(step, axis=1).max(), two.energy - one.energy, work))
+    _, differences, work = np.array(sorted(found)[:100]).T
+    assert len(work) == 100
+    assert np.corrcoef(differences, work)[0, 1] > 0.95
+    assert np.polyfit(work, differences, 1)[0] == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"oc20", "qm9"}))
