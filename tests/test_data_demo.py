@@ -59,7 +59,7 @@ def test_all_of_it_is_small():
 def test_sizes_and_shapes(name):
     train = demo(name, "train")
     total = sum(len(demo(name, split)) for split in splits(name))
-    assert (600 if name in DEMO_MIX else 300) <= total <= 2500
+    assert (450 if name in DEMO_MIX else 400) <= total <= 2500
     assert len(train) >= 0.65 * total
     for split in splits(name):
         part = demo(name, split)
