@@ -153,7 +153,9 @@ def test_what_cannot_be_trained_is_refused(monkeypatch):
     def engine(chosen, groups=groups):
         return Engine(chosen, groups, TrainConfig(), ranks)
 
-    with pytest.raises(ValueError, match=r"groups: expected each of the 9 .* missing: model.heads.0.weight"):
+    with pytest.raises(
+        ValueError, match=r"groups: expected each of the 9 .* missing: model.empty, model.heads.0.weight"
+    ):
         engine(objective, groups[:1])
     with pytest.raises(ValueError, match="groups: expected each"):
         engine(objective, [*groups, groups[0]])

@@ -79,7 +79,9 @@ def batches(step, world_size, poison=None):
     generator = torch.Generator().manual_seed(100 + step)
     x, y = torch.randn(8, 5, generator=generator), torch.randn(8, 1, generator=generator)
     halves = [
-        types.SimpleNamespace(x=x[4 * h : 4 * h + 4], y=y[4 * h : 4 * h + 4], head=h, poison=None, ids=(f"s{step}h{h}",))
+        types.SimpleNamespace(
+            x=x[4 * h : 4 * h + 4], y=y[4 * h : 4 * h + 4], head=h, poison=None, ids=(f"s{step}h{h}",)
+        )
         for h in range(2)
     ]
     if poison:

@@ -7,6 +7,7 @@ differently by stage and precision (finite checks, clipping, loss scaling) is do
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +101,7 @@ class Engine:
         groups = _check(objective, groups)
         self.base_lrs = [group["lr"] for group in groups]
         self.parameters: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
-        self._forward = _Forward(objective, self.parameters)
+        self._forward = _Forward(objective)
         self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
             model=self._forward, model_parameters=groups, config=deepspeed_json(config, ranks.world_size)
         )
@@ -123,7 +124,7 @@ class Engine:
         """
         total = self.deepspeed(batch)
         losses = self._forward.losses
-        self.deepspeed.backward(total * self.loss_scale)
+        self._backward(total * self.loss_scale)
         gradients = self._gradients()
         loss, norm = self._reduce(total.detach(), gradients)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
@@ -140,6 +141,20 @@ class Engine:
             suspects=self._count(skipped, loss, total, batch),
             lr=self.optimizer.param_groups[0]["lr"],
         )
+
+    def _backward(self, loss: Tensor) -> None:
+        """Give every parameter its mean gradient over ranks, zero for one that no rank uses.
+
+        ZeRO would reduce gradients in buckets while it goes, in the order in which they come, which must be the same
+        on all ranks: with heads that only some ranks use it is not, and ZeRO-2 would quietly mix up parameters. So
+        they are reduced after the backward pass, all of them, in the order of the groups.
+        """
+        fixed_order = nullcontext() if self.zero is None else self.deepspeed.coalesce_grad_reduction()
+        with fixed_order:
+            self.deepspeed.backward(loss)
+            for parameter in self.parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
 
     def _gradients(self) -> list[Tensor]:
         """Return the mean gradients over ranks: all of them at stage 0, this rank's share at stages 1 and 2."""
@@ -208,37 +223,17 @@ class Engine:
 
 
 class _Forward(nn.Module):
-    """The objective as DeepSpeed wants it: a module that returns one tensor, whose gradient reaches every parameter."""
+    """The objective as DeepSpeed wants it: a module that returns one tensor."""
 
     losses: "Losses"
 
-    def __init__(self, objective: nn.Module, parameters: list[nn.Parameter]) -> None:
+    def __init__(self, objective: nn.Module) -> None:
         super().__init__()
         self.objective = objective
-        self._trained = parameters
 
     def forward(self, batch: Batch) -> Tensor:
         self.losses = self.objective(batch)
-        total = _Touch.apply(self.losses.total, *self._trained)
-        assert isinstance(total, Tensor)
-        return total
-
-
-class _Touch(torch.autograd.Function):
-    """Returns its first argument; the others get a gradient of zero.
-
-    ZeRO reduces gradients in buckets that must look the same on all ranks, and with a head that some ranks do not
-    use they would not. (Adding 0 times the output of each head would make NaN of an infinite one.)
-    """
-
-    @staticmethod
-    def forward(ctx: Any, total: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*parameters)
-        return total.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return gradient, *(p.new_zeros(()).expand(p.shape) for p in ctx.saved_tensors)
+        return self.losses.total
 
 
 def _check(objective: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
