@@ -1,6 +1,8 @@
 # Everything starts from a bare python3 >= 3.11; nothing needs to be installed before.
 #   make test    set up .venv, then the whole test suite
+#   make slow    the tests too long for every day: all truncations and bit flips of a shard, 200 killed conversions
 #   make bench   set up .venv, then the block-count benchmark (table, results/blocks.json, results/blocks.png)
+#   make fuzz    100,000 damaged sources for every reader (hours; nightly)
 #   make lint    ruff, pyright, clang-format
 # The torch to install can be named: make test TORCH="torch==2.13.0 --index-url URL" (see README, Install);
 # `make clean` first, to change it later.
@@ -11,12 +13,18 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 CSRC := $(foreach kind,h cpp cu cuh,$(wildcard csrc/*.$(kind) csrc/*/*.$(kind)))
 
-.PHONY: test bench lint format clean
+.PHONY: test slow fuzz bench lint format clean
 test: .venv/built
 	$(BIN)/python -m pytest
 
+slow: .venv/built
+	$(BIN)/python -m pytest -m slow
+
 bench: .venv/built
 	$(BIN)/ejmp bench --precision fp32 --seconds 90 --output results/blocks.json
+
+fuzz: .venv/built
+	$(BIN)/python tests/fuzz_readers.py 100000
 
 lint: .venv/linters
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

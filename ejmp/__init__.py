@@ -1,13 +1,22 @@
-"""ejmp: JMP molecular foundation models, pruned, distilled, measured and fast."""
+"""ejmp: JMP molecular foundation models, pruned, distilled, measured and fast.
 
-from ejmp.build import build_graph, graph_from_edges
-from ejmp.checkpoint import load, save
-from ejmp.config import JMPConfig, jmp_l, jmp_s
-from ejmp.graph import AtomGraph, EdgeSet
-from ejmp.model import JMP, Features, Output, gradient_forces
-from ejmp.prune import prune
-from ejmp.scaling import fit_scale_factors
-from ejmp.structure import Structure
+The public names are imported when they are first used, so that `ejmp --help` need not wait for torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ejmp import data as data
+    from ejmp import train as train
+    from ejmp.build import build_graph, graph_from_edges
+    from ejmp.checkpoint import load, save
+    from ejmp.config import JMPConfig, jmp_l, jmp_s
+    from ejmp.graph import AtomGraph, EdgeSet
+    from ejmp.model import JMP, Features, Output, gradient_forces
+    from ejmp.pruning import prune
+    from ejmp.scaling import fit_scale_factors
+    from ejmp.structure import Structure
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,3 +37,28 @@ __all__ = [
     "prune",
     "save",
 ]
+_MODULES = {
+    "build": ("build_graph", "graph_from_edges"),
+    "checkpoint": ("load", "save"),
+    "config": ("JMPConfig", "jmp_l", "jmp_s"),
+    "graph": ("AtomGraph", "EdgeSet"),
+    "model": ("JMP", "Features", "Output", "gradient_forces"),
+    "pruning": ("prune",),
+    "scaling": ("fit_scale_factors",),
+    "structure": ("Structure",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("data", "train"):
+        return importlib.import_module(f"ejmp.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'ejmp' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"ejmp.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__", "data", "train"]

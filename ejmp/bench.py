@@ -14,11 +14,12 @@ from torch import Tensor
 
 import ejmp
 from ejmp.backend import Backend
+from ejmp.config import Precision
 from ejmp.flops import GraphSizes, count_macs, graph_sizes
 from ejmp.graph import EDGE_SETS, AtomGraph
 from ejmp.machine import StoragePeak, gemm_rates, provenance, summarise, synchronize, time_call
-from ejmp.model import JMP, Precision
-from ejmp.prune import prune
+from ejmp.model import JMP
+from ejmp.pruning import prune
 from ejmp.workloads import Workload
 from ejmp_kernels import extension
 

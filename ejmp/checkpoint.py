@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ejmp.config import JMPConfig
-from ejmp.model import JMP, Precision
+from ejmp.config import JMPConfig, Precision
+from ejmp.model import JMP
 
 FORMAT = "ejmp-1"
 State = dict[str, Tensor]

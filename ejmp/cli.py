@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ejmp import __version__
+from ejmp.data import cli as data
 
 if TYPE_CHECKING:
     from ejmp.workloads import Workload
+
+_EXTRAS = {"mpi4py": "mpi", "tblite": "demo"}
+"""What brings a module that the command's own extra does not."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,11 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_bench(commands.add_parser("bench", help="throughput, FLOPs and memory by number of blocks"))
     doctor = commands.add_parser("doctor", help="which implementation serves which op, device and type, and why")
     doctor.set_defaults(run=_doctor)
+    data.add_commands(commands.add_parser("data", help="convert, check and describe datasets"))
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
     except ModuleNotFoundError as error:
-        print(f"ejmp {options.command}: {error}; pip install ejmp[bench] brings it", file=sys.stderr)
+        extra = _EXTRAS.get(error.name or "", "data" if options.command == "data" else "bench")
+        print(f"ejmp {options.command}: {error}; pip install ejmp[{extra}] brings it", file=sys.stderr)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"ejmp {options.command}: {error}", file=sys.stderr)
     return 2

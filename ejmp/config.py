@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+"""Type of the linear maps; see `ejmp.JMP`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class JMPConfig:

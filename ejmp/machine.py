@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ejmp
-from ejmp.model import LOW_PRECISION, Precision, check_precision, tf32_products
+from ejmp.config import Precision
+from ejmp.model import LOW_PRECISION, check_precision, tf32_products
 from ejmp_kernels import gemm
 
 

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from ejmp.backend import Backend, missing, resolve
 from ejmp.backend import check as check_backend
 from ejmp.bases import Bases
-from ejmp.config import JMPConfig
+from ejmp.config import JMPConfig, Precision
 from ejmp.geometry import compute_geometry
 from ejmp.graph import AtomGraph
 from ejmp.interactions import BlockInputs, InteractionBlock, OutputBlock
 from ejmp.layers import Dense, Residual, ScaledSiLU
 from ejmp_kernels import reference
 
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

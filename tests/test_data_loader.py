@@ -184,6 +184,16 @@ def test_packing_keeps_everything():
         assert same(batch, batch.to("cpu"))
 
 
+def test_a_label_may_change_between_forward_and_backward():
+    """Normalising in place must not invalidate what autograd saved of another tensor in the same buffer."""
+    batch = pack(make_batch([full(0)], [0])).unpack()
+    weight = torch.ones(1, requires_grad=True)
+    loss = (weight * batch.graph.main.distance).sum()
+    batch.energy.sub_(1.0)
+    loss.backward()
+    assert weight.grad.item() == pytest.approx(batch.graph.main.distance.sum().item())
+
+
 def test_every_dataset_has_its_own_graph_settings(datasets):
     loader = Loader(datasets=datasets, sampler=in_order(datasets, 27), cutoff=[2.0, 5.0], max_neighbors=[4, 9])
     (batch,) = loader.batches()
@@ -246,6 +256,7 @@ def test_an_exception_keeps_its_message(workers):
     loader = Loader(datasets=[dataset], sampler=in_order([dataset], 2), num_workers=workers)
     with pytest.raises(OSError, match=r"shard data\.0007, key 5: damaged"):
         list(loader.batches())
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -268,7 +279,7 @@ def test_workers_wait_for_the_consumer():
 
 
 def test_workers_compute_on_one_thread_after_the_parent_used_many():
-    """GNU's OpenMP can hang in a forked process whose parent ran more threads; one thread cannot."""
+    """With two threads in the workers this hangs: GNU's OpenMP waits for threads that fork did not copy."""
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
@@ -292,6 +303,10 @@ def test_impossible_settings_are_refused(datasets):
         Loader(datasets=datasets, sampler=sampler, max_neighbors=[1])
     with pytest.raises(ValueError, match="start_method: expected one of"):
         Loader(datasets=datasets, sampler=sampler, start_method="thread")
+    with pytest.raises(ValueError, match="num_workers: expected at least 0, got -1"):
+        Loader(datasets=datasets, sampler=sampler, num_workers=-1)
+    with pytest.raises(ValueError, match="prefetch: expected at least 1, got 0"):
+        Loader(datasets=datasets, sampler=sampler, prefetch=0)
     with pytest.raises(ValueError, match="start: expected a position from 0 on, got -1"):
         next(Loader(datasets=datasets, sampler=sampler).batches(-1))
 

@@ -56,6 +56,7 @@ def test_counts_are_those_of_jmp():
     np.testing.assert_allclose(ratios, [0.57455, 0.16251, 0.08125, 0.18169], atol=5e-6)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 10**9), min_size=1, max_size=9), st.floats(1, 100))
 def test_no_dataset_is_sampled_below_its_size(sizes, temperature):
     counts = sample_counts(sizes, temperature)
@@ -120,6 +121,20 @@ def test_nothing_is_lost_or_repeated_when_ranks_change(worlds, balanced):
         assert times.max() <= -(-count // size)
 
 
+def test_a_slice_of_the_whole_mix(mix_sizes):
+    """120 million structures; benchmarks/bench_data.py counts a whole epoch of them."""
+    sampler = make(mix_sizes.SIZES)
+    assert sampler.epoch_size == 174_049_185
+    pairs = sampler.samples(sampler.epoch_size - 400_000, sampler.epoch_size)
+    shares = np.array(sampler.counts) / sampler.epoch_size
+    for d, (size, count) in enumerate(zip(sampler.sizes, sampler.counts, strict=True)):
+        own = pairs[pairs[:, 0] == d, 1]
+        assert abs(len(own) - shares[d] * len(pairs)) < 4 * math.sqrt(shares[d] * len(pairs))
+        assert np.unique(own, return_counts=True)[1].max() <= -(-count // size)
+        assert own.max() < size
+        assert abs(own.mean() / size - 0.5) < 4 / math.sqrt(12 * len(own))
+
+
 def test_a_step_larger_than_an_epoch_is_full():
     sampler = make((2, 1), batch_size=5, world_size=3)
     pairs, position = run_steps(sampler, 0, 4)
@@ -154,11 +169,26 @@ def test_a_checkpoint_of_another_mix_is_refused():
 def test_impossible_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+    if not options.keys() & {"temperature", "seed", "costs", "sizes"}:
+        with pytest.raises(ValueError, match=message):
+            InOrder(**{"sizes": SIZES, "batch_size": 8} | options)
 
 
 def test_positions_before_the_beginning_are_refused():
     with pytest.raises(ValueError, match="start"):
         make().batch(-64)
+
+
+def test_a_damaged_checkpoint_is_refused():
+    for position in (None, -1, 0.5, "7"):
+        with pytest.raises(ValueError, match="state: expected a position from 0 on"):
+            make().resume(make().state(0) | {"position": position})
+
+
+def test_the_order_never_changes():
+    """A checkpoint goes on in the order it began in, whatever the version: change these numbers and it does not."""
+    assert make().samples(0, 6).tolist() == [[0, 54456], [0, 49515], [0, 32379], [0, 25236], [0, 14420], [0, 45460]]
+    assert make().samples(10**9, 10**9 + 2).tolist() == [[0, 39793], [0, 26316]]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 64])

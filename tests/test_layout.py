@@ -12,12 +12,17 @@ ROOT = Path(__file__).parents[1]
 HEAVY = {"ase", "lmdb", "deepspeed", "fvcore", "h5py", "mpi4py", "matplotlib", "pooch", "rich", "safetensors", "scipy"}
 # Each module may import those before it, not those after it.
 ORDER = (
-    "graph", "config", "structure", "build", "backend", "layers", "geometry", "bases", "interactions", "fused", "model",
-    "scaling", "prune", "checkpoint", "flops", "workloads", "machine", "bench", "report", "doctor",
-    "data.formats", "data.info", "data.permutation", "data.balance", "data.mix", "data.batch", "data.loader",
-    "data.embedded", "data", "data.generate", "data.generate.thermal", "data.generate.labels",
-    "data.generate.molecules", "data.generate.paths", "data.generate.slabs", "data.generate.frameworks",
-    "data.generate.recipes", "data.generate.write", "data.generate.__main__", "train.config", "train", "cli",
+    "graph", "config", "structure", "build", "backend", "layers", "geometry", "bases", "interactions", "fused",
+    "model", "scaling", "pruning", "checkpoint", "flops", "workloads", "machine", "bench", "report", "doctor",
+    "data.formats", "data.info", "data.units", "data.source", "data.pickle_names", "data.unpickle",
+    "data.lmdb_pages", "data.oc", "data.xyz", "data.ase_files", "data.oc_text", "data.hdf5", "data.md", "data.qm9",
+    "data.qmof", "data.read", "data.record", "data.durable", "data.shard", "data.manifest", "data.store",
+    "data.splits", "data.stats", "data.ranks", "data.convert", "data.describe", "data.fetch", "data.permutation",
+    "data.balance", "data.mix", "data.batch", "data.loader", "data.embedded", "data", "data.cli", "data.generate",
+    "data.generate.thermal", "data.generate.labels", "data.generate.molecules", "data.generate.paths",
+    "data.generate.slabs", "data.generate.frameworks", "data.generate.recipes", "data.generate.write",
+    "data.generate.__main__", "train.config", "train.task", "train.loss", "train.metrics", "train.schedule",
+    "train.ema", "train.groups", "distill", "train.sources", "train.objective", "train.logs", "train", "cli",
 )  # fmt: skip
 
 

@@ -136,14 +136,17 @@ class Packed:
 
     def to(self, device: torch.device | str) -> Self:
         """Return it on another device; from pinned memory the copy runs in the background."""
-        return dataclasses.replace(self, buffer=self.buffer.to(device, non_blocking=True))
+        return dataclasses.replace(self, buffer=self.buffer.to(device, non_blocking=self.buffer.is_pinned()))
 
     def unpack(self) -> Any:
-        """Return the batch; its tensors are views of the buffer."""
+        """Return the batch; its tensors lie in the buffer.
+
+        They are no views for autograd: one may be changed in place while another is saved for a backward pass.
+        """
 
         def view(slot: Slot) -> Tensor:
             stop = slot.start + slot.shape.numel() * slot.dtype.itemsize
-            return self.buffer[slot.start : stop].view(slot.dtype).view(slot.shape)
+            return self.buffer[slot.start : stop].view(slot.dtype).view(slot.shape).data
 
         return _replace(self.layout, Slot, view)
 

@@ -1,6 +1,7 @@
 """Batches from datasets, made by worker processes: reading, graph building and packing, in the sampler's order."""
 
 import multiprocessing
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -42,7 +43,9 @@ class Loader:
     prefetch: int = 2
     """Batches each worker makes ahead. They wait in shared memory, some 0.3 MB per 10 atoms of a slab."""
     start_method: Literal["fork", "forkserver", "spawn"] = "fork"
-    """How workers start. All but "fork" pickle the datasets and need a main module that can be imported."""
+    """How workers start. "fork" takes milliseconds. Where this process has used OpenMP (GNU's), a forked one hangs as
+    soon as it uses more than one thread: a dataset must not call `torch.set_num_threads`. The others take seconds,
+    pickle the datasets and need a main module that can be imported; prefer them where an MPI library forbids forks."""
 
     def __post_init__(self) -> None:
         """Check that datasets, sampler and graph settings belong together.
@@ -60,6 +63,9 @@ class Loader:
         if self.start_method not in multiprocessing.get_all_start_methods():
             methods = multiprocessing.get_all_start_methods()
             raise ValueError(f"start_method: expected one of {methods}, got {self.start_method!r}")
+        for name, least in (("num_workers", 0), ("prefetch", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """Yield this rank's batches, one per step.
@@ -87,8 +93,14 @@ class Loader:
             pin_memory=device.type == "cuda",
             **workers if self.num_workers else {},
         )
-        for packed in loaded:
-            yield packed.to(device).unpack()
+        try:
+            for packed in loaded:
+                yield packed.to(device).unpack()
+        except Exception as error:
+            # The traceback holds the workers' queues in a cycle. Garbage collection would close the queues before it
+            # tells the workers to stop, and then wait 5 s for each.
+            traceback.clear_frames(error.__traceback__)
+            raise
 
 
 class _Maker(TorchDataset[Packed]):

@@ -80,7 +80,7 @@ class MixSampler:
     """1: in proportion to the sizes. Infinity: all datasets alike."""
     world_size: int = 1
     rank: int = 0
-    costs: Sequence[NDArray[Any]] | None = field(default=None, repr=False)
+    costs: Sequence[NDArray[Any]] | None = field(default=None, repr=False, compare=False)
     """For each dataset [size] integers in proportion to the time a structure takes: `Dataset.num_edges`. Steps are
     balanced over the ranks by them. None: all structures cost the same."""
 
@@ -91,11 +91,7 @@ class MixSampler:
             ValueError: naming the setting that is out of range, or the dataset whose costs are too few or many.
         """
         sample_counts(self.sizes, self.temperature)
-        for name in ("batch_size", "world_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank: expected 0..{self.world_size - 1}, got {self.rank}")
+        _check_ranks(self)
         if self.seed < 0:
             raise ValueError(f"seed: expected an integer from 0 on, got {self.seed}")
         if self.costs is not None and [len(costs) for costs in self.costs] != list(self.sizes):
@@ -153,12 +149,12 @@ class MixSampler:
             first = position + self.rank * self.batch_size
             return self.samples(first, first + self.batch_size)
         pairs = self.samples(position, position + self.step_size)
-        return pairs[assign_ranks(self._costs_of(pairs), self.world_size) == self.rank]
+        return pairs[assign_ranks(self.costs_of(pairs), self.world_size) == self.rank]
 
-    def _costs_of(self, pairs: Pairs) -> NDArray[np.int64]:
-        assert self.costs is not None
-        found = np.empty(len(pairs), dtype=np.int64)
-        for d, costs in enumerate(self.costs):
+    def costs_of(self, pairs: Pairs) -> NDArray[np.int64]:
+        """Return the [n] costs of samples; all are 1 if there are no `costs`."""
+        found = np.ones(len(pairs), dtype=np.int64)
+        for d, costs in enumerate(self.costs or ()):
             own = pairs[:, 0] == d
             found[own] = costs[pairs[own, 1]]
             _release(costs)
@@ -167,7 +163,7 @@ class MixSampler:
     def state(self, position: int) -> dict[str, Any]:
         """Return what a checkpoint needs to go on from a position: a few numbers, ready for JSON."""
         return {
-            "position": position,
+            "position": int(position),
             "seed": self.seed,
             "temperature": float(self.temperature),
             "sizes": [int(size) for size in self.sizes],
@@ -177,13 +173,17 @@ class MixSampler:
         """Return the position to go on from; the numbers of ranks and of structures per step may have changed.
 
         Raises:
-            ValueError: if the state is of another seed, temperature or other datasets, whose order differs.
+            ValueError: if the state has no position, or is of another seed, temperature or other datasets, whose
+                order differs.
         """
-        own = self.state(state["position"])
+        position = state.get("position")
+        if not isinstance(position, int) or position < 0:
+            raise ValueError(f"state: expected a position from 0 on, got {position!r}")
+        own = self.state(position)
         wrong = [name for name in own if state.get(name) != own[name]]
         if wrong:
             raise ValueError(f"state: expected {wrong[0]} = {own[wrong[0]]}, got {state.get(wrong[0])}")
-        return own["position"]
+        return position
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +195,14 @@ class InOrder:
     """Structures per rank and step."""
     world_size: int = 1
     rank: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the settings.
+
+        Raises:
+            ValueError: naming the setting that is out of range.
+        """
+        _check_ranks(self)
 
     @property
     def epoch_size(self) -> int:
@@ -213,6 +221,14 @@ class InOrder:
         ends = np.cumsum(sizes)
         dataset = np.searchsorted(ends, places, side="right")
         return np.stack([dataset, places - (ends - sizes)[dataset]], axis=1)
+
+
+def _check_ranks(sampler: MixSampler | InOrder) -> None:
+    for name in ("batch_size", "world_size"):
+        if getattr(sampler, name) < 1:
+            raise ValueError(f"{name}: expected at least 1, got {getattr(sampler, name)}")
+    if not 0 <= sampler.rank < sampler.world_size:
+        raise ValueError(f"rank: expected 0..{sampler.world_size - 1}, got {sampler.rank}")
 
 
 def _release(array: NDArray[Any]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from ejmp.model import Precision
+from ejmp.config import Precision
 
 MAX_STEPS = 10**9
 

@@ -1,0 +1,170 @@
+"""`ejmp data`: convert, stats, verify, info, fetch."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from ejmp.data.convert import SHARD_SIZE, convert
+from ejmp.data.describe import Histogram, describe
+from ejmp.data.fetch import SOURCES, fetch
+from ejmp.data.info import DatasetInfo, Statistics
+from ejmp.data.ranks import Ranks
+from ejmp.data.store import open_store, verify
+
+_BAR = 40
+_SECONDS_BETWEEN_LINES = 10
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommands to the parser of `ejmp data`."""
+    commands = parser.add_subparsers(dest="data_command", required=True)
+    text = "Run it again to go on after an interruption, and under mpirun -n N to use N processes."
+    parser = commands.add_parser("convert", help="from a dataset's original form to a record store", epilog=text)
+    parser.set_defaults(run=_convert)
+    parser.add_argument("source", type=Path)
+    parser.add_argument(
+        "dest", type=Path, help="a folder; its name becomes the dataset's, its splits are folders in it"
+    )
+    parser.add_argument("--format", required=True, help="oc20, ani1x, ..., ase")
+    parser.add_argument("--split", help="the split all of the source goes to (default: as the dataset's rule says)")
+    parser.add_argument("--licence", default="not stated", help="to be written into dataset.json")
+    parser.add_argument("--shard-size", type=int, default=SHARD_SIZE, help="structures per shard")
+    for name, run, text in (
+        ("stats", _stats, "linear reference, means, deviations and histograms of one split"),
+        ("verify", _verify, "check every byte of one split"),
+        ("info", _info, "what dataset.json says of one split"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.set_defaults(run=run)
+        command.add_argument("path", type=Path, help="the folder of a split")
+    get = commands.add_parser("fetch", help="download a dataset in its original form")
+    get.set_defaults(run=_fetch)
+    get.add_argument("name", choices=SOURCES)
+    get.add_argument("dest", type=Path)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    with _progress("converting", "structures") as progress:
+        folders = convert(
+            options.source,
+            options.dest,
+            format=options.format,
+            split=options.split,
+            licence=options.licence,
+            shard_size=options.shard_size,
+            progress=progress,
+        )
+    if Ranks().rank == 0:
+        for folder in folders:
+            print(f"{folder}: {len(open_store(folder))} structures")
+    return 0
+
+
+def _stats(options: argparse.Namespace) -> int:
+    store = open_store(options.path)
+    with _progress("reading", "structures") as progress:
+        found = describe(store, progress)
+    reference = found.tally.linear_reference()
+    print("element     atoms   least squares of this split's energies, eV")
+    for z, atoms in found.elements.items():
+        print(f"{z:7d} {atoms:9d}   {reference.get(z, float('nan')):.6f}")
+    _print_statistics(found.tally.statistics())
+    for name, histogram in found.histograms.items():
+        _print_histogram(name, histogram)
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    problems, files = [], 0
+    with _progress("verifying", "files") as progress:
+        total = len(list(options.path.glob("shard-*.lmdb"))) + 3
+        for files, (_, found) in enumerate(verify(options.path), 1):
+            problems += found
+            progress(files, max(files, total))
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    print(f"{options.path}: {files} files, {len(problems)} problems")
+    return 1 if problems else 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    store = open_store(options.path)
+    info: DatasetInfo = store.info
+    print(f"{info.name}, {info.split} split: {info.count} structures, {store.num_atoms.sum(dtype=int)} atoms")
+    print(f"source   {info.source} ({info.format})\nlicence  {info.licence}")
+    print("units    " + ", ".join(f"{name} {unit}" for name, unit in info.units.items()))
+    print("linear reference of the training split, eV by atomic number:")
+    print("  " + ", ".join(f"{z}: {energy:.6f}" for z, energy in info.linear_reference.items()))
+    _print_statistics(info.statistics)
+    return 0
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    source = SOURCES[options.name]
+    print(f"{options.name}: licence {source.licence}; {source.page}", flush=True)
+    for remote in source.files:
+        checked = "checked against " + remote.hash.split(":")[0] if remote.hash else "no published hash to check"
+        print(f"{remote.url} ({remote.size}; {checked})", flush=True)
+        with _progress(remote.name, "bytes") as progress:
+            print(fetch(remote, options.dest, progress))
+    print(f"unpack it if it is an archive, then: ejmp data convert SOURCE DEST --format {source.format}")
+    return 0
+
+
+def _print_statistics(statistics: Mapping[str, Statistics]) -> None:
+    for name, values in statistics.items():
+        print(f"{name}: mean {values.mean:.6g}, standard deviation {values.std:.6g} {values.unit}".rstrip())
+
+
+def _print_histogram(name: str, histogram: Histogram) -> None:
+    print(f"\n{name}{', ' * bool(histogram.unit)}{histogram.unit}")
+    most = max(int(histogram.counts.max()), 1)
+    for low, high, count in zip(histogram.edges[:-1], histogram.edges[1:], histogram.counts, strict=True):
+        print(f"{low:10.4g} to {high:<10.4g} {count:10d} {'#' * round(_BAR * int(count) / most)}".rstrip())
+
+
+@contextmanager
+def _progress(title: str, unit: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Yield what to call with the number done and all: a bar with rate and time left, or lines if no terminal sees it.
+
+    On a rank other than 0 it is never called and shows nothing.
+    """
+    if not sys.stderr.isatty():
+        yield _lines(title, unit)
+        return
+    from rich import progress as rich  # noqa: PLC0415
+    from rich.console import Console  # noqa: PLC0415
+
+    columns = [
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TextColumn(unit),
+    ]
+    rate = rich.TextColumn("{task.fields[rate]}")
+    with rich.Progress(*columns, rate, rich.TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+        task, start = bars.add_task(title, total=None, rate="", visible=False), time.monotonic()
+
+        def show(done: int, total: int | None) -> None:
+            rate = f"{done / max(time.monotonic() - start, 1e-9):.0f}/s"
+            bars.update(task, completed=done, total=total, rate=rate, visible=True)
+
+        yield show
+
+
+def _lines(title: str, unit: str) -> Callable[[int, int | None], None]:
+    start = last = time.monotonic()
+
+    def show(done: int, total: int | None) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < _SECONDS_BETWEEN_LINES and done != total:
+            return
+        last, rate = now, done / max(now - start, 1e-9)
+        left = "" if total is None or not rate else f", {(total - done) / rate:.0f} s left"
+        sys.stderr.write(f"{title}: {done} of {total or '?'} {unit}, {rate:.0f}/s{left}\n")
+
+    return show

@@ -1,0 +1,77 @@
+"""What a run tells: JSON lines for programs, a progress bar for people, tensorboard and wandb if asked for."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+Tracker = Literal["tensorboard", "wandb"]
+
+
+class Log:
+    """Lines of JSON in a file, and their numbers elsewhere; only rank 0 writes.
+
+    Args:
+        path: of the file, which is appended to; None: nothing is written or shown.
+        steps: of the run, for the progress bar.
+        trackers: where numbers go too.
+
+    Raises:
+        ModuleNotFoundError: if a tracker is not installed.
+    """
+
+    def __init__(self, path: Path | None, steps: int, trackers: tuple[Tracker, ...] = ()) -> None:
+        self._file = None if path is None else path.open("a", buffering=1)
+        self._trackers: list[Any] = []
+        self._bar: Any = None
+        self._task: Any = None
+        self._steps = steps
+        if path is None:
+            return
+        if "tensorboard" in trackers:
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
+
+            writer = SummaryWriter(str(path.parent / "tensorboard"))
+            self._trackers.append(lambda numbers, step: [writer.add_scalar(k, v, step) for k, v in numbers.items()])
+        if "wandb" in trackers:
+            import wandb  # noqa: PLC0415
+
+            run = wandb.init(dir=str(path.parent), name=path.parent.name)
+            self._trackers.append(lambda numbers, step: run.log(numbers, step=step))
+
+    def __enter__(self) -> Self:
+        if self._file is not None and sys.stderr.isatty():
+            from rich.console import Console  # noqa: PLC0415
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._task = self._bar.add_task("", total=self._steps)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, event: str, step: int, values: Mapping[str, Any]) -> None:
+        """Add a line: what happened, at which step, with which values."""
+        if self._file is None:
+            return
+        line = {"event": event, "step": step, "time": round(time.time(), 3), **values}
+        self._file.write(json.dumps(line) + "\n")
+        numbers = {f"{event}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+        for track in self._trackers:
+            track(numbers, step)
+
+    def show(self, step: int, text: str) -> None:
+        """Move the progress bar; without a terminal, write a line to stderr."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif self._file is not None:
+            sys.stderr.write(f"{step}/{self._steps} {text}\n")
+            sys.stderr.flush()

@@ -1,0 +1,100 @@
+"""The multi-task loss of JMP's pre-training and fine-tuning, and what keeps every parameter in every step."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ejmp.data.batch import Batch
+from ejmp.train.task import Tasks
+
+FORCE_OFFSET = 1e-6
+"""Upstream adds it to each component of the difference of forces, in units of force_std."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """What a training step differentiates, and what it logs."""
+
+    total: Tensor
+    """Scalar."""
+    parts: dict[str, Tensor]
+    """Detached scalars by name."""
+
+
+def multitask_loss(energy: Tensor, forces: Tensor | None, batch: Batch, tasks: Tasks) -> Losses:
+    """Compare a model's raw outputs with a batch's labels (JMP, arXiv 2310.16802).
+
+    Each structure is compared by its own task's head, in normalised units: the energy by its absolute error, the forces
+    by the L2 norm of each atom's error, averaged over the structure's atoms, both times the task's weights. Each is
+    then averaged over the structures of the batch that have the label. Fixed atoms count like all others; only metrics
+    leave them out, as upstream.
+
+    Args:
+        energy: [B, T], raw.
+        forces: [N, T, 3], raw, direct or gradient; or [N, 3], those of each atom's own task; None if no task trains
+            forces.
+        batch: labels; NaN where missing, which adds nothing to the loss and zeros to the gradients.
+        tasks: by dataset number.
+
+    Returns:
+        "energy" and "forces" (where they are predicted) as parts. The total is 0 without any label.
+
+    Raises:
+        ValueError: if a head a task needs is missing, or forces are.
+    """
+    if forces is None and any(task.force_weight for task in tasks):
+        wanted = next(task.name for task in tasks if task.force_weight)
+        raise ValueError(f"forces: task {wanted} trains forces, got None")
+    predicted = tasks.own_energy(energy, batch)
+    weight = tasks.of(batch, "energy_weight")
+    label = tasks.raw_energy(batch)
+    known = ~label.isnan() & (weight > 0)
+    difference = torch.where(known, predicted - label, 0.0)
+    total = _mean(difference.abs() * weight, known)
+    parts = {"energy": total.detach()}
+    if forces is not None:
+        force_loss = _force_loss(tasks.own_forces(forces, batch), batch, tasks)
+        parts["forces"] = force_loss.detach()
+        total = total + force_loss
+    return Losses(total=total.to(torch.promote_types(energy.dtype, torch.float32)), parts=parts)
+
+
+def _force_loss(predicted: Tensor, batch: Batch, tasks: Tasks) -> Tensor:
+    atoms = batch.graph.batch
+    weight = tasks.of(batch, "force_weight")
+    known = batch.has_forces & (weight > 0)[atoms]
+    error = tasks.forces(predicted, batch) - batch.forces
+    scaled = error / tasks.of(batch, "force_std")[atoms, None] + FORCE_OFFSET
+    norm = torch.where(known[:, None], scaled, 1.0).norm(dim=1) * known
+    zeros = norm.new_zeros(batch.graph.num_structures)
+    count = zeros.index_add(0, atoms, known.to(zeros.dtype))
+    per_structure = zeros.index_add(0, atoms, norm) / count.clamp_min(1)
+    return _mean(per_structure * weight, count > 0)
+
+
+def _mean(values: Tensor, known: Tensor) -> Tensor:
+    return values.sum() / known.sum().clamp_min(1)
+
+
+def reach(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """Return the loss, with a gradient of at least exact zeros for each of some parameters.
+
+    DeepSpeed's ZeRO needs a gradient of the same parameters on every rank, while heads of tasks that are not in a
+    rank's batch have none. Unlike 0 * sum(parameters), a NaN in a parameter does not reach loss or gradient.
+    """
+    return _Reach.apply(loss, *parameters)
+
+
+class _Reach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        zeros = [torch.zeros((), dtype=d, device=at).expand(shape) for shape, d, at in ctx.like]
+        return (grad_outputs[0], *zeros)

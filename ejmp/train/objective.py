@@ -1,0 +1,75 @@
+"""What a step minimises: modules that turn a batch into losses."""
+
+import torch
+from torch import Tensor, nn
+
+from ejmp.data.batch import Batch
+from ejmp.distill import DistillConfig, combine, distill_loss
+from ejmp.model import JMP
+from ejmp.train.loss import Losses, multitask_loss
+from ejmp.train.task import Tasks
+
+def predict(model: JMP, batch: Batch, tasks: Tasks, *, create_graph: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Return raw energies [B, T] and raw forces: direct [N, T, 3], gradient [N, 3], or None.
+
+    Args:
+        model: with the tasks' heads.
+        batch: structures of the tasks' datasets.
+        tasks: by dataset number; forces of all must be predicted in one way.
+        create_graph: keep the autograd graph of gradient forces, to train on them.
+
+    Raises:
+        ValueError: if some tasks have direct and others gradient forces, or the model has no force branch.
+    """
+    kinds = {task.forces for task in tasks} - {None}
+    if len(kinds) > 1:
+        raise ValueError("tasks: expected direct or gradient forces, got both")
+    if kinds == {"direct"} and not model.config.direct_forces:
+        raise ValueError("tasks: direct forces need a model with a force branch")
+    if kinds != {"gradient"}:
+        out = model(batch.graph, direct_forces=bool(kinds))
+        return out.energy, out.forces
+    with torch.enable_grad():
+        positions = batch.graph.positions.detach().requires_grad_()
+        energy = model(batch.graph.with_positions(positions), direct_forces=False).energy
+        own = tasks.own_energy(energy, batch).sum()
+        (gradient,) = torch.autograd.grad(own, positions, create_graph=create_graph)
+    return energy, -gradient.to(model.dtype)
+
+
+class Supervised(nn.Module):
+    """Learn labels: pre-training and fine-tuning."""
+
+    def __init__(self, model: JMP, tasks: Tasks) -> None:
+        super().__init__()
+        self.model = model
+        self.tasks = tasks
+
+    def forward(self, batch: Batch) -> Losses:
+        """Compare predictions with labels."""
+        energy, forces = predict(self.model, batch, self.tasks, create_graph=torch.is_grad_enabled())
+        return multitask_loss(energy, forces, batch, self.tasks)
+
+
+class Distillation(nn.Module):
+    """Learn what a teacher makes of the same graph, on its outputs and at every layer of the final MLP."""
+
+    def __init__(self, model: JMP, teacher: JMP, tasks: Tasks, config: DistillConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.tasks = tasks
+        self.config = config
+        self._teacher = (teacher.eval().requires_grad_(requires_grad=False),)  # in a tuple: not part of what is trained
+
+    def forward(self, batch: Batch) -> Losses:
+        """Compare the student with the teacher, and with the labels where the config weighs them."""
+        (teacher,), graph = self._teacher, batch.graph
+        force_branch = self.model.config.direct_forces
+        with torch.no_grad():
+            of_teacher = teacher.features(graph, direct_forces=force_branch)
+            target = teacher.heads(of_teacher, graph)
+        features = self.model.features(graph)
+        out = self.model.heads(features, graph)
+        labels = multitask_loss(out.energy, out.forces, batch, self.tasks) if self.config.labels else None
+        taught = distill_loss((features, out), (of_teacher, target), graph, self.config)
+        return combine(labels, taught, self.config)

@@ -1,0 +1,148 @@
+"""Which data a run uses: record stores named on the command line, or the embedded demo mix; and what belongs to them."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ejmp.data import DEMO_DOWNSTREAM, DEMO_MIX, Dataset, demo, open_store
+from ejmp.train.task import PRETRAIN_STATISTICS, Task, Tasks
+
+GRAPHS = {
+    "oc20": (12.0, 30),
+    "oc22": (12.0, 30),
+    "ani1x": (8.0, 30),
+    "transition1x": (8.0, 30),
+    "qm9": (8.0, 30),
+    "rmd17": (7.0, 100),
+    "md22": (12.0, 30),
+    "spice": (12.0, 30),
+    "qmof": (19.0, 30),
+}
+"""Cutoff (A) and neighbours JMP uses (arXiv 2310.16802)."""
+DEMO_GRAPH = (6.0, 12)
+"""The same for the demo mix, small as everything there."""
+FORCE_WEIGHTS = {name: weight for name, (_, _, weight) in PRETRAIN_STATISTICS.items()}
+DEMO_FORCE_WEIGHT = 10.0
+Split = Literal["train", "val", "test"]
+TASKS_FILE = "tasks.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A dataset's splits, the graphs made of them, and its task."""
+
+    splits: Mapping[str, Dataset]
+    """By name; at least the one that is asked for."""
+    task: Task
+    cutoff: float
+    """A."""
+    max_neighbors: int
+
+    @property
+    def name(self) -> str:
+        """The dataset's."""
+        return self.task.name
+
+    def split(self, name: Split) -> Dataset:
+        """Return one split.
+
+        Raises:
+            ValueError: if there is none of that name.
+        """
+        if name not in self.splits:
+            raise ValueError(f"{self.name}: there is no split {name!r}, only {', '.join(self.splits)}")
+        return self.splits[name]
+
+
+def demo_mix() -> list[Source]:
+    """Return the four demo datasets to pre-train and distil on, one head each."""
+    return [_demo(name, head=head, forces="direct") for head, name in enumerate(DEMO_MIX)]
+
+
+def demo_downstream(name: str) -> Source:
+    """Return a demo dataset to fine-tune on, on head 0: forces as gradients where it has them, a scalar elsewhere.
+
+    Raises:
+        ValueError: if there is no such dataset.
+    """
+    if name not in DEMO_DOWNSTREAM:
+        raise ValueError(f"dataset: expected one of {', '.join(DEMO_DOWNSTREAM)}, got {name!r}")
+    return _demo(name, head=0, forces="gradient")
+
+
+def _demo(name: str, *, head: int, forces: Literal["direct", "gradient"]) -> Source:
+    splits: dict[str, Dataset] = {"train": demo(name, "train"), "val": demo(name, "val")}
+    if name in DEMO_DOWNSTREAM:
+        splits["test"] = demo(name, "test")
+    info = splits["train"].info
+    target = "gap" if name in ("qm9", "qmof") else "energy"
+    weight = DEMO_FORCE_WEIGHT if forces == "direct" else 100.0
+    task = Task.from_info(info, head=head, target=target, forces=forces, force_weight=weight)
+    return Source(splits=splits, task=task, cutoff=DEMO_GRAPH[0], max_neighbors=DEMO_GRAPH[1])
+
+
+def from_stores(spec: str, *, target: str = "energy", forces: Literal["direct", "gradient"] = "direct") -> list[Source]:
+    """Open record stores (`ejmp data convert`) named like "oc20=PATH,oc22=PATH"; heads are numbered in that order.
+
+    Args:
+        spec: names and folders with a folder per split; a name in `GRAPHS` brings its cutoff and neighbours.
+        target: what the heads learn.
+        forces: how they are predicted.
+
+    Raises:
+        ValueError: for a spec of another form, or a folder without splits.
+    """
+    sources = []
+    for head, item in enumerate(spec.split(",")):
+        name, found, folder = item.partition("=")
+        if not found or not name or not folder:
+            raise ValueError(f"data: expected NAME=FOLDER,..., got {spec!r}")
+        paths = [path for path in sorted(Path(folder).glob("*")) if (path / "dataset.json").exists()]
+        if not paths:
+            raise ValueError(f"data: {folder}: no split with a dataset.json; `ejmp data convert` writes them")
+        splits = {path.name: open_store(path) for path in paths}
+        info = (splits.get("train") or next(iter(splits.values()))).info
+        weight = FORCE_WEIGHTS.get(name, 100.0) if forces == "direct" else 100.0
+        task = Task.from_info(info, head=head, target=target, forces=forces, force_weight=weight)
+        cutoff, max_neighbors = GRAPHS.get(name, (12.0, 30))
+        task = dataclasses.replace(task, name=name)
+        sources.append(Source(splits=splits, task=task, cutoff=cutoff, max_neighbors=max_neighbors))
+    return sources
+
+
+def tasks_of(sources: Sequence[Source]) -> Tasks:
+    """Return the sources' tasks, by dataset number."""
+    return Tasks([source.task for source in sources])
+
+
+def save_tasks(directory: Path, sources: Sequence[Source]) -> None:
+    """Write beside a model what its heads predict and of which graphs."""
+    rows = [
+        {**dataclasses.asdict(source.task), "cutoff": source.cutoff, "max_neighbors": source.max_neighbors}
+        for source in sources
+    ]
+    (directory / TASKS_FILE).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def load_tasks(directory: Path) -> list[tuple[Task, float, int]] | None:
+    """Return a saved model's tasks with cutoff (A) and neighbours; None if it came without.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    path = directory / TASKS_FILE
+    if not path.is_file():
+        return None
+    try:
+        rows: list[dict[str, Any]] = json.loads(path.read_text())
+        found = []
+        for row in rows:
+            cutoff, max_neighbors = float(row.pop("cutoff")), int(row.pop("max_neighbors"))
+            row["linear_reference"] = {int(number): value for number, value in row["linear_reference"].items()}
+            found.append((Task(**row), cutoff, max_neighbors))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: not a list of tasks: {error}") from error
+    return found
