@@ -1,0 +1,189 @@
+"""If one rank fails, all end, and what went wrong is shown once.
+
+Every rank keeps a TCP connection to rank 0, read by a thread. A rank that raises sends its traceback through it; of a
+rank that is killed, the system closes it. Rank 0 prints what it hears of first, tells the others, and ends. A thread
+can end the process while the main thread waits in a collective for a rank that will never come.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Literal, NoReturn, Self
+
+from torch import distributed as dist
+
+from ejmp.train.distributed import Ranks, broadcast, host, start
+
+GRACE = 1.0
+"""Seconds a failing rank waits for news of an earlier fault elsewhere, whose consequence its own may be."""
+PATIENCE = 10.0
+"""Seconds a failing rank waits for rank 0 to show its message."""
+CONNECT = 60.0
+"""Seconds the ranks have to connect."""
+
+
+@contextlib.contextmanager
+def session(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[Ranks]:
+    """Join the process group and leave it at the end; an exception in the body ends all ranks with exit status 1.
+
+    Args:
+        device: as for `start`.
+
+    Raises:
+        ValueError: as `start`.
+    """
+    ranks = start(device)
+    if ranks.world_size == 1:
+        yield ranks
+    else:
+        with Watch(ranks):
+            yield ranks
+    dist.destroy_process_group()
+
+
+class Watch:
+    """Watches the other ranks while the body of a `with` statement runs; all ranks leave it together."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.rank = ranks.rank
+        self.lock = threading.Lock()
+        self.all_done = threading.Event()
+        if self.rank == 0:
+            self.waiting = set(range(1, ranks.world_size))
+            self.peers = self._accept()
+            listeners = [threading.Thread(target=self._hear, args=item, daemon=True) for item in self.peers.items()]
+        else:
+            self.peers = {0: self._connect()}
+            listeners = [threading.Thread(target=self._obey, daemon=True)]
+        for listener in listeners:
+            listener.start()
+
+    def _accept(self) -> dict[int, socket.socket]:
+        """Let every other rank connect; a stranger, who does not know the token, is sent away."""
+        token, peers = secrets.token_hex(), {}
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        with socket.create_server(("", 0), family=family, dualstack_ipv6=dual, backlog=4096) as server:
+            server.settimeout(CONNECT)
+            broadcast((server.getsockname()[1], token))
+            while len(peers) < len(self.waiting):
+                peer, _ = server.accept()
+                peer.settimeout(CONNECT)
+                hello = json.loads(_read_line(peer) or "{}")
+                if hello.get("token") != token:
+                    peer.close()
+                    continue
+                peers[hello["rank"]] = _keep_alive(peer)
+        return peers
+
+    def _connect(self) -> socket.socket:
+        port, token = broadcast(None)
+        peer = socket.create_connection((host(), port), timeout=CONNECT)
+        _send(peer, token=token, rank=self.rank)
+        return _keep_alive(peer)
+
+    def _hear(self, rank: int, peer: socket.socket) -> None:
+        """Listen to a rank, on rank 0."""
+        with contextlib.suppress(OSError):
+            for line in peer.makefile():
+                message = json.loads(line)
+                if message["what"] == "failed":
+                    self._end_all(rank, message["text"])
+                with self.lock:
+                    self.waiting.discard(rank)
+                    if not self.waiting:
+                        self.all_done.set()
+        if rank in self.waiting:
+            self._end_all(rank, "ended without a message: killed, or its node is gone\n")
+
+    def _obey(self) -> None:
+        """Listen to rank 0, on any other rank."""
+        with contextlib.suppress(OSError):
+            for line in self.peers[0].makefile():
+                if json.loads(line)["what"] == "failed":
+                    _exit()
+                self.all_done.set()
+                return
+        if self.rank == 1:
+            _show(0, "ended without a message: killed, or its node is gone\n")
+        _exit()
+
+    def _end_all(self, rank: int, text: str) -> NoReturn:
+        """Show a fault and end all ranks, on rank 0. Later faults wait here for the end."""
+        self.lock.acquire()
+        _show(rank, text)
+        for peer in self.peers.values():
+            with contextlib.suppress(OSError):
+                _send(peer, what="failed")
+        _exit()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Wait for the other ranks; or hand on the exception, and end."""
+        if error is None or (isinstance(error, SystemExit) and not error.code):
+            self._finish()
+            return
+        text = "".join(traceback.format_exception(error))
+        time.sleep(GRACE)
+        if self.rank == 0:
+            self._end_all(0, text)
+        with contextlib.suppress(OSError):
+            _send(self.peers[0], what="failed", text=text)
+            time.sleep(PATIENCE)
+        _show(self.rank, text)
+        _exit()
+
+    def _finish(self) -> None:
+        if self.rank != 0:
+            _send(self.peers[0], what="done")
+        self.all_done.wait()
+        if self.rank == 0:
+            for peer in self.peers.values():
+                with contextlib.suppress(OSError):
+                    _send(peer, what="end")
+
+
+def _keep_alive(peer: socket.socket) -> socket.socket:
+    """Let the system notice within 20 s that the other node is gone."""
+    peer.settimeout(None)
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, option):
+            peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return peer
+
+
+def _read_line(peer: socket.socket) -> str:
+    """Read a line and not a byte more, with a limit."""
+    line = b""
+    while not line.endswith(b"\n") and len(line) < 1000:
+        byte = peer.recv(1)
+        if not byte:
+            return ""
+        line += byte
+    return line.decode()
+
+
+def _send(peer: socket.socket, **message: object) -> None:
+    peer.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _show(rank: int, text: str) -> None:
+    sys.stderr.write(f"rank {rank}: {text}")
+
+
+def _exit() -> NoReturn:
+    """End this process at once, whatever its other threads are waiting for."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(1)
