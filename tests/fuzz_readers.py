@@ -1,8 +1,8 @@
 """Feed every reader damaged sources: `python tests/fuzz_readers.py EXAMPLES [FORMAT ...]`, or `make fuzz`.
 
 Small valid sources are cut, overwritten, and added to. A reader may yield structures, or raise ValueError or OSError;
-anything else is a failure, and so is an input that takes SECONDS or MEMORY. A failure is printed with its input by hypothesis;
-one that ends the process leaves it in the folder that is printed first.
+anything else is a failure, and so is an input that takes SECONDS or MEMORY. A failure is printed with its input by
+hypothesis; one that ends the process leaves it in the folder that is printed first.
 """
 
 import argparse
