@@ -6,6 +6,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import distributed as dist
+
 from ejmp.checkpoint import load
 from ejmp.config import jmp_l, jmp_s
 from ejmp.distill import DistillConfig
@@ -15,7 +17,7 @@ from ejmp.train import config
 from ejmp.train.adapt import for_finetuning
 from ejmp.train.config import TrainConfig
 from ejmp.train.demo import demo_config, demo_teacher, new_model
-from ejmp.train.distributed import Ranks, barrier
+from ejmp.train.distributed import Ranks
 from ejmp.train.evaluate import Errors, table
 from ejmp.train.evaluate import evaluate as errors_of
 from ejmp.train.flags import settings
@@ -120,7 +122,7 @@ def _common(options: Namespace, ranks: Ranks, sources: Sequence[Source], chosen:
 def _train(options: Namespace, run: Run) -> Result:
     if run.ranks.rank == 0:
         run.directory.mkdir(parents=True, exist_ok=True)
-    barrier()
+    dist.barrier()
     return train(run, resume=options.resume)
 
 

@@ -12,13 +12,14 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import distributed as dist
 
 from ejmp.config import JMPConfig
 from ejmp.data import Loader, MixSampler
 from ejmp.model import JMP
 from ejmp.scaling import fit_scale_factors
 from ejmp.train import config
-from ejmp.train.distributed import Ranks, barrier
+from ejmp.train.distributed import Ranks
 from ejmp.train.loop import FINAL, Run, train
 from ejmp.train.objective import Supervised
 from ejmp.train.sources import Source, demo_mix, tasks_of
@@ -88,7 +89,7 @@ def demo_teacher(ranks: Ranks) -> Path:
     """
     folder = cache_folder()
     whole = folder.exists()
-    barrier()
+    dist.barrier()
     if whole:
         check(folder)
         return folder
@@ -103,7 +104,7 @@ def demo_teacher(ranks: Ranks) -> Path:
         (scratch / FINAL / "checksum").write_text(checksum(scratch / FINAL))
         (scratch / FINAL).rename(folder)
         shutil.rmtree(scratch)
-    barrier()
+    dist.barrier()
     return folder
 
 
