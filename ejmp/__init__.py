@@ -6,6 +6,7 @@ from ejmp.config import JMPConfig, jmp_l, jmp_s
 from ejmp.graph import AtomGraph, EdgeSet
 from ejmp.model import JMP, Features, Output, gradient_forces
 from ejmp.prune import prune
+from ejmp.relevance import block_relevance
 from ejmp.scaling import fit_scale_factors
 from ejmp.structure import Structure
 
@@ -18,6 +19,7 @@ __all__ = [
     "JMPConfig",
     "Output",
     "Structure",
+    "block_relevance",
     "build_graph",
     "fit_scale_factors",
     "gradient_forces",

@@ -13,12 +13,13 @@ HEAVY = {"ase", "lmdb", "deepspeed", "fvcore", "h5py", "mpi4py", "matplotlib", "
 # Each module may import those before it, not those after it.
 ORDER = (
     "graph", "config", "structure", "build", "backend", "layers", "geometry", "bases", "interactions", "fused", "model",
-    "scaling", "prune", "checkpoint", "flops", "workloads", "machine", "bench", "report", "doctor",
+    "scaling", "prune", "checkpoint", "relevance", "flops", "workloads", "machine", "bench", "report", "doctor",
     "data.formats", "data.info", "data.permutation", "data.balance", "data.mix", "data.batch", "data.loader",
     "data.embedded", "data", "data.generate", "data.generate.thermal", "data.generate.labels",
     "data.generate.molecules", "data.generate.paths", "data.generate.slabs", "data.generate.frameworks",
     "data.generate.recipes", "data.generate.write", "data.generate.__main__", "train.config", "train.task",
-    "train.loss", "train.metrics", "train.schedule", "train.ema", "train.groups", "train", "distill", "cli",
+    "train.loss", "train.metrics", "train.schedule", "train.ema", "train.groups", "train.survey", "train",
+    "distill", "cli",
 )  # fmt: skip
 
 

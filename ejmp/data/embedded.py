@@ -17,6 +17,8 @@ DEMO_MIX = ("oc20", "oc22", "ani1x", "transition1x")
 """To pre-train on."""
 DEMO_DOWNSTREAM = ("rmd17", "qm9", "spice", "md22", "qmof")
 """To fine-tune on; these have a test split."""
+DEMO_GRAPHS = {"ani1x": (8.0, 30), "transition1x": (8.0, 30), "qm9": (8.0, 30), "rmd17": (7.0, 100), "qmof": (19.0, 30)}
+"""Cutoff (A) and neighbours JMP gives each kind of data; 12 A and 30 for what is not here."""
 DEMO_FOLDER = Path(__file__).parent / "demo_mix"
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
