@@ -18,8 +18,8 @@ ORDER = (
     "data.embedded", "data", "data.generate", "data.generate.thermal", "data.generate.labels",
     "data.generate.molecules", "data.generate.paths", "data.generate.slabs", "data.generate.frameworks",
     "data.generate.recipes", "data.generate.write", "data.generate.__main__", "train.config", "train.task",
-    "train.loss", "train.metrics", "train.schedule", "train.ema", "train.groups", "train.survey", "train",
-    "distill", "cli",
+    "train.loss", "train.metrics", "train.schedule", "train.ema", "train.groups", "train.dropout", "train.survey",
+    "train", "distill", "cli",
 )  # fmt: skip
 
 

@@ -1,11 +1,7 @@
-"""Parameter groups and the division of shared gradients: by names and shapes, by hand, and under DeepSpeed."""
+"""Parameter groups and the division of shared gradients: by names and shapes, and by hand."""
 
 import copy
-import os
 import re
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -97,66 +93,3 @@ def test_shared_gradients(tiny, blocks, backend):
     assert torch.equal(
         divided.backbone.bases.mlp_rbf_h.linear.weight.grad, plain.backbone.bases.mlp_rbf_h.linear.weight.grad
     )
-
-
-DEEPSPEED = """
-import sys
-from pathlib import Path
-import deepspeed, torch
-from safetensors.torch import save_file
-import ejmp
-from ejmp.train.groups import scale_shared_gradients
-config, weights, graph = torch.load(sys.argv[1], weights_only=False)
-class Objective(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.model = ejmp.JMP(config)
-        self.model.load_state_dict(weights)
-    def forward(self, graph):
-        return (ejmp.gradient_forces(self.model, graph, create_graph=True) ** 2).sum() + self.model(graph).forces.sum()
-deepspeed.init_distributed("gloo")
-for stage in (0, 1):
-    objective = Objective()
-    scale_shared_gradients(objective.model)
-    settings = {"train_batch_size": 1, "zero_optimization": {"stage": stage}, "gradient_clipping": 0.0}
-    settings["zero_allow_untested_optimizer"] = True
-    optimizer = torch.optim.SGD(objective.parameters(), lr=1.0)
-    engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
-    engine.backward(engine(graph))
-    engine.step()
-    moved = {name: p.detach().clone() for name, p in engine.module.model.named_parameters()}
-    save_file(moved, Path(sys.argv[1]).with_name(str(stage)))
-"""
-
-
-def test_shared_gradients_under_deepspeed(tiny_config, tiny_weights, tmp_path):
-    """A step of SGD, with ZeRO 0 and 1, moves the projections by the divided gradient."""
-    from safetensors.torch import load_file
-
-    pytest.importorskip("deepspeed")
-    graph = load_golden("ethanol").graph(torch.float32)
-    torch.save((tiny_config, tiny_weights, graph), tmp_path / "in")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    run = subprocess.run(
-        [sys.executable, "-c", DEEPSPEED, tmp_path / "in"],
-        env={**os.environ, **ranks, "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,  # DeepSpeed compiles its CPU communication on the first run
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    model = ejmp.JMP(tiny_config)
-    model.load_state_dict(tiny_weights)
-    scale_shared_gradients(model)
-    (model(graph).forces.sum() + (ejmp.gradient_forces(model, graph, create_graph=True) ** 2).sum()).backward()
-    for stage in ("0", "1"):
-        moved = load_file(tmp_path / stage)
-        for name, p in model.named_parameters():
-            if SHARED.match(name):
-                step = (p - moved[name]).detach()
-                assert torch.allclose(step, p.grad, rtol=1e-2, atol=1e-6 * p.abs().max().item()), (stage, name)
-                assert p.grad.abs().max() > 1e-5
