@@ -14,7 +14,7 @@ HEAVY = {"ase", "lmdb", "deepspeed", "fvcore", "h5py", "mpi4py", "matplotlib", "
 ORDER = (
     "graph", "config", "structure", "build", "backend", "layers", "geometry", "bases", "interactions", "fused",
     "model", "scaling", "pruning", "checkpoint", "flops", "workloads", "machine", "bench", "report", "doctor",
-    "data.formats", "data.info", "data.units", "data.source", "data.pickle_names", "data.unpickle",
+    "relevance", "data.formats", "data.info", "data.units", "data.source", "data.pickle_names", "data.unpickle",
     "data.lmdb_pages", "data.oc", "data.xyz", "data.ase_files", "data.oc_text", "data.hdf5", "data.md", "data.qm9",
     "data.qmof", "data.read", "data.record", "data.durable", "data.shard", "data.manifest", "data.store",
     "data.splits", "data.stats", "data.ranks", "data.convert", "data.describe", "data.fetch", "data.permutation",
@@ -23,8 +23,8 @@ ORDER = (
     "data.generate.slabs", "data.generate.frameworks", "data.generate.recipes", "data.generate.write",
     "data.generate.__main__", "train.config", "train.flags", "train.task", "train.loss", "train.metrics",
     "train.schedule", "train.ema", "train.groups", "distill", "train.distributed", "train.faults", "train.engine",
-    "train.moments", "train.sources", "train.objective", "train.adapt", "train.logs", "train.loop",
-    "train.evaluate", "train.demo", "train.main", "train.commands", "train", "cli",
+    "train.moments", "train.dropout", "train.sources", "train.survey", "train.objective", "train.adapt",
+    "train.logs", "train.loop", "train.evaluate", "train.demo", "train.main", "train.commands", "train", "cli",
 )  # fmt: skip
 
 

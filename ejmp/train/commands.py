@@ -24,8 +24,7 @@ from ejmp.train.flags import settings
 from ejmp.train.groups import LayerFactors
 from ejmp.train.loop import FINAL, Result, Run, train
 from ejmp.train.objective import Distillation, Supervised
-from ejmp.train.sources import Source, demo_downstream, demo_mix, from_stores, load_tasks, tasks_of
-from ejmp.train.task import pretrain_tasks
+from ejmp.train.sources import Source, demo_downstream, demo_mix, from_stores, tasks_of, with_tasks_of
 
 SIZES = {"demo": demo_config, "jmp-s": jmp_s, "jmp-l": jmp_l}
 
@@ -46,7 +45,7 @@ def distill(options: Namespace, ranks: Ranks) -> str:
     """Teach a pruned student what its teacher makes of the mix."""
     path = Path(options.teacher) if options.teacher else demo_teacher(ranks)
     teacher = load(path)
-    sources = _with_tasks_of(path, from_stores(options.data) if options.data else demo_mix(), teacher)
+    sources = with_tasks_of(path, from_stores(options.data) if options.data else demo_mix(), teacher)
     chosen = settings(options, config.distill() if options.data else config.demo("distill"))
     student = _student(options, teacher)
     teacher = _ready(teacher, chosen, ranks)
@@ -95,7 +94,7 @@ def evaluate(options: Namespace, ranks: Ranks) -> str:
             sources = from_stores(options.data)
         else:
             sources = [demo_downstream(options.demo)] if options.demo else demo_mix()
-        sources = _with_tasks_of(path, sources, model)
+        sources = with_tasks_of(path, sources, model)
         rows[str(path)] = errors_of(model, sources, ranks, split=options.split, batch_size=options.batch_size)
     if options.output is not None and ranks.rank == 0:
         options.output.write_text(json.dumps(rows, indent=1) + "\n")
@@ -160,29 +159,6 @@ def _terms(text: str) -> DistillConfig:
         if not found or name not in names:
             raise ValueError(f"terms: expected some of {', '.join(names)}, got {item!r}")
     return DistillConfig(**weights)
-
-
-def _with_tasks_of(path: Path, sources: list[Source], model: JMP) -> list[Source]:
-    """Give sources the heads, normalisation and graphs of a saved model, by name.
-
-    JMP's checkpoint has them by its paper: its four datasets, whose linear references come with the data.
-
-    Raises:
-        ValueError: if the model was not trained on one of the sources.
-    """
-    saved = {task.name: (task, cutoff, most) for task, cutoff, most in load_tasks(path) or []}
-    published = {task.name: task for task in pretrain_tasks()} if not saved else {}
-    found = []
-    for source in sources:
-        if source.name in saved:
-            task, cutoff, most = saved[source.name]
-            found.append(dataclasses.replace(source, task=task, cutoff=cutoff, max_neighbors=most))
-        elif source.name in published and model.config.num_tasks == len(published):
-            task = dataclasses.replace(published[source.name], linear_reference=source.task.linear_reference)
-            found.append(dataclasses.replace(source, task=task))
-        else:
-            raise ValueError(f"{path}: the model has no head for {source.name}, only for {', '.join(saved) or 'none'}")
-    return found
 
 
 def _finetune_defaults(options: Namespace, source: Source, ranks: Ranks) -> TrainConfig:
