@@ -69,8 +69,6 @@ def save(model: JMP, path: str | os.PathLike[str], *, overwrite: bool = False) -
     Raises:
         FileExistsError: if the path exists and overwrite is False, or it is not a model of ejmp.
     """
-    from safetensors.torch import save_file  # noqa: PLC0415 - building a model does not need it
-
     path = Path(path)
     aside = path.with_name(f"{path.name}.old")
     if path.exists():
@@ -79,14 +77,10 @@ def save(model: JMP, path: str | os.PathLike[str], *, overwrite: bool = False) -
         _check_replaceable(path)
         if aside.exists():
             raise FileExistsError(f"{aside} is in the way: an earlier save was cut off; look at it and remove it")
-    state = model.state_dict()
-    kept = {names[0]: state[names[0]].contiguous() for names in _aliases(model)}
-    config = {"format": FORMAT, **dataclasses.asdict(model.config)}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         new = Path(scratch, "new")
         new.mkdir()
-        save_file(kept, new / "model.safetensors")
-        (new / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        write_files(model, new)
         if not path.exists():
             new.rename(path)
             return
@@ -97,6 +91,17 @@ def save(model: JMP, path: str | os.PathLike[str], *, overwrite: bool = False) -
             aside.rename(path)
             raise
         shutil.rmtree(aside)
+
+
+def write_files(model: JMP, directory: Path) -> None:
+    """Write what `load` reads into a directory that is there."""
+    from safetensors.torch import save_file  # noqa: PLC0415 - building a model does not need it
+
+    state = model.state_dict()
+    kept = {names[0]: state[names[0]].contiguous() for names in _aliases(model)}
+    config = {"format": FORMAT, **dataclasses.asdict(model.config)}
+    save_file(kept, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def _check_replaceable(path: Path) -> None:

@@ -22,7 +22,8 @@ ORDER = (
     "data.generate.thermal", "data.generate.labels", "data.generate.molecules", "data.generate.paths",
     "data.generate.slabs", "data.generate.frameworks", "data.generate.recipes", "data.generate.write",
     "data.generate.__main__", "train.config", "train.task", "train.loss", "train.metrics", "train.schedule",
-    "train.ema", "train.groups", "distill", "train.sources", "train.objective", "train.logs", "train", "cli",
+    "train.ema", "train.groups", "distill", "train.sources", "train.objective", "train.logs", "train.distributed",
+    "train.faults", "train.engine", "train.moments", "train.randomness", "train.checkpoint", "train", "cli",
 )  # fmt: skip
 
 
