@@ -77,8 +77,6 @@ def save(
     Raises:
         FileExistsError: if the path exists and overwrite is False, or it is not a model of ejmp.
     """
-    from safetensors.torch import save_file  # noqa: PLC0415 - building a model does not need it
-
     path = Path(path)
     aside = path.with_name(f"{path.name}.old")
     if path.exists():
@@ -87,14 +85,11 @@ def save(
         _check_replaceable(path)
         if aside.exists():
             raise FileExistsError(f"{aside} is in the way: an earlier save was cut off; look at it and remove it")
-    state = model.state_dict()
-    kept = {names[0]: state[names[0]].contiguous() for names in _aliases(model)}
-    config = {"format": FORMAT, **dataclasses.asdict(model.config)}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         new = Path(scratch, "new")
         new.mkdir()
-        save_file(kept, new / "model.safetensors")
-        for name, text in {**(more or {}), "config.json": json.dumps(config, indent=1) + "\n"}.items():
+        write_files(model, new)
+        for name, text in (more or {}).items():
             (new / name).write_text(text)
         if not path.exists():
             new.rename(path)
@@ -106,6 +101,17 @@ def save(
             aside.rename(path)
             raise
         shutil.rmtree(aside)
+
+
+def write_files(model: JMP, directory: Path) -> None:
+    """Write what `load` reads into a directory that is there."""
+    from safetensors.torch import save_file  # noqa: PLC0415 - building a model does not need it
+
+    state = model.state_dict()
+    kept = {names[0]: state[names[0]].contiguous() for names in _aliases(model)}
+    config = {"format": FORMAT, **dataclasses.asdict(model.config)}
+    save_file(kept, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def _check_replaceable(path: Path) -> None:

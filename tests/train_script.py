@@ -4,25 +4,30 @@ Each rank writes what it saw to OUT/rank<r>.json.
 """
 
 import copy
+import dataclasses
 import hashlib
 import json
+import os
+import random
+import signal
 import sys
+import time
 import types
-from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
+import ejmp
+from ejmp.train import checkpoint
 from ejmp.train.config import TrainConfig
+from ejmp.train.distributed import Preemption, host, sum_over_ranks
 from ejmp.train.engine import Engine
 from ejmp.train.faults import session
-
-
-@dataclass
-class Losses:
-    total: torch.Tensor
-    parts: dict
+from ejmp.train.loss import Losses
+from ejmp.train.moments import optimizer_state
+from ejmp.train.randomness import seed_all
 
 
 class Toy(nn.Module):
@@ -54,7 +59,7 @@ class Objective(nn.Module):
             total = total * float("nan")
         if batch.poison == "gradient":
             total = total + _bad_gradient(self.model.body.bias)
-        return Losses(total, {"energy": total.detach()})
+        return Losses(total=total, parts={"energy": total.detach()})
 
 
 def _bad_gradient(parameter):
@@ -124,8 +129,6 @@ def one(ranks, step, poison=None):
 
 
 def engine_scenarios(ranks):
-    from ejmp.train.moments import optimizer_state
-
     seen = {}
     for stage in (0, 1, 2):
         for kind, clip in (("norm", 0.5), ("value", 0.05)):
@@ -144,9 +147,8 @@ def engine_scenarios(ranks):
         runs = []
         for poisons in ({}, {2: "gradient", 3: "loss"}):
             engine = build(ranks, settings(stage))
-            taken = []
-            for step in (0, 1, 2, 3, 4) if poisons else (0, 1, 4):
-                taken.append(engine.step(one(ranks, step, poisons.get(step))))
+            steps = (0, 1, 2, 3, 4) if poisons else (0, 1, 4)
+            taken = [engine.step(one(ranks, step, poisons.get(step))) for step in steps]
             state = trained(engine) | optimizer_state(engine)
             runs.append((digest(state), [r.skipped for r in taken], [r.suspects for r in taken], engine.state_dict()))
         seen[f"poison{stage}"] = runs
@@ -160,6 +162,145 @@ def engine_scenarios(ranks):
         taken = [engine.step(one(ranks, 0)) for _ in range(12)]
         seen[f"half{stage}"] = ([r.skipped for r in taken], [r.grad_norm for r in taken], engine.state_dict())
     return seen
+
+
+class Quadratic(nn.Module):
+    """Pulls the weights of a JMP towards a sample's number, with noise from three generators."""
+
+    def __init__(self, model, noise):
+        super().__init__()
+        self.model, self.noise = model, noise
+
+    def forward(self, numbers):
+        noise = 0.0
+        if self.noise:
+            noise = torch.rand(()) + random.random() + np.random.random()
+        total = sum((p - 0.01 * n + 0.001 * noise).square().mean() for p in self.model.parameters() for n in numbers)
+        total = total / len(numbers)
+        return Losses(total=total, parts={})
+
+
+def small_jmp():
+    sizes = {name: 4 for name in vars(ejmp.jmp_s()) if name.startswith("emb_size")}
+    torch.manual_seed(0)
+    return ejmp.JMP(dataclasses.replace(ejmp.jmp_s(blocks=1), **sizes), backend="reference")
+
+
+def quadratic(ranks, stage, *, noise, keep=2):
+    model = small_jmp()
+    chosen = [{"params": list(model.parameters()), "lr": 1e-3}]
+    seed_all(0, ranks.rank)
+    config = settings(stage, keep_checkpoints=keep)
+    return Engine(Quadratic(model, noise), chosen, config, ranks)
+
+
+def advance(engine, start, stop):
+    """Steps over four samples each, dealt out to the ranks; returns the losses."""
+    ranks, losses = engine.ranks, []
+    for step in range(start, stop):
+        numbers = range(4 * step, 4 * step + 4)[ranks.rank :: ranks.world_size]
+        engine.set_lr(1 / (1 + step))
+        losses.append(engine.step([n % 7 for n in numbers]).loss)
+    return losses
+
+
+def bits(engine):
+    """A hash of this rank's weights, the moments (on rank 0), and what the generators give next."""
+    draws = {"draws": torch.tensor([random.random(), np.random.random(), torch.rand(()).item()])}
+    return [digest(trained(engine)), digest(optimizer_state(engine)), digest(draws)]
+
+
+def checkpoint_saves(ranks):
+    """Train without a break; save half-way."""
+    seen, runs = {}, Path(sys.argv[3])
+    for stage in (0, 1, 2):
+        for noise in (False, True):
+            engine = quadratic(ranks, stage, noise=noise)
+            advance(engine, 0, 3)
+            run = runs / f"{stage}{noise}{ranks.world_size}"
+            averages = {name: p.detach() + ranks.rank for name, p in engine.objective.model.named_parameters()}
+            checkpoint.save(engine, run, 3, {"position": 12}, ema=averages)
+            losses = advance(engine, 3, 9)
+            seen[f"{stage}{noise}"] = [bits(engine), losses, as_lists(trained(engine))]
+    return seen
+
+
+def checkpoint_resumes(ranks):
+    """Go on with as many ranks, at the same stage."""
+    seen, runs = {}, Path(sys.argv[3])
+    for stage in (0, 1, 2):
+        for noise in (False, True):
+            engine = quadratic(ranks, stage, noise=noise)
+            advance(engine, 0, 1)  # what is loaded replaces what is there
+            restored = checkpoint.resume(engine, runs / f"{stage}{noise}{ranks.world_size}")
+            losses = advance(engine, restored.step, 9)
+            seen[f"{stage}{noise}"] = [bits(engine), losses, as_lists(restored.ema), restored.state]
+    return seen
+
+
+def checkpoint_changes(ranks):
+    """Go on from where a run of another number of ranks and another stage stopped, for three steps."""
+    seen, runs = {}, Path(sys.argv[3])
+    for stage in (0, 1, 2):
+        run = runs / f"{stage}False1"
+        engine = quadratic(ranks, (stage + ranks.world_size) % 3, noise=False)
+        restored = checkpoint.resume(engine, run)
+        losses = advance(engine, restored.step, restored.step + 3)
+        checkpoint.save(engine, run, restored.step + 3, restored.state)
+        seen[stage] = [losses, as_lists(trained(engine)), engine.skipped]
+    return seen
+
+
+class Regression(nn.Module):
+    """Fits numbers to the features of samples; a batch is a list of samples."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, samples):
+        parts = [batches(n, 2)[0] for n in samples]
+        total = sum((self.model(b.x, 0) - b.y).square().mean() for b in parts) / len(parts)
+        return Losses(total=total, parts={})
+
+
+def curve(ranks):
+    """The losses of 20 steps over two samples each, and where this rank was."""
+    model = toy()
+    engine = Engine(Regression(model), groups(model), settings(1), ranks)
+    share = slice(ranks.rank, None, ranks.world_size)
+    losses = [engine.step(list(range(2 * step, 2 * step + 2))[share]).loss for step in range(20)]
+    return {"losses": losses, "place": [ranks.rank, ranks.local_rank, ranks.world_size], "host": host()}
+
+
+def hello(ranks):
+    """Where this rank is, and what all say together."""
+    total = sum_over_ranks(torch.tensor([1 + ranks.rank])).item()
+    return {"place": [ranks.rank, ranks.local_rank, ranks.world_size], "sum": total}
+
+
+def fault(ranks):
+    """One rank (or both) fails in some way while the other waits for it in a collective."""
+    kind, who = sys.argv[3], int(sys.argv[4])
+    sum_over_ranks(torch.zeros(1))
+    if ranks.rank == who or kind == "both":
+        time.sleep(1)
+        if kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ValueError("oc20[17] is damaged")
+    if kind == "exit":
+        time.sleep(600)
+    sum_over_ranks(torch.zeros(1))
+
+
+def preempted(ranks):
+    """Steps until somebody is told to stop."""
+    preemption, steps = Preemption(), 0
+    (Path(sys.argv[2]) / f"pid{ranks.rank}").write_text(str(os.getpid()))
+    while not preemption.requested():
+        steps += 1
+        time.sleep(0.01)
+    return steps
 
 
 def main():

@@ -16,9 +16,9 @@ def written(path: Path) -> Iterator[Path]:
     temporary = path.with_name(path.name + TEMPORARY)
     temporary.unlink(missing_ok=True)
     yield temporary
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def hash_file(path: Path) -> str:
@@ -32,7 +32,8 @@ def hash_text(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=_HASH_BYTES).hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return when a file's contents, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

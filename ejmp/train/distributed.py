@@ -53,7 +53,7 @@ def start(device: Literal["auto", "cpu", "cuda"] = "auto") -> Ranks:
     backend = "gloo" if target.type == "cpu" else "cpu:gloo,cuda:nccl"
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     if world_size == 1:
-        store = dist.HashStore()
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
     else:
         address, port = _meeting_point(world_size)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from ejmp.data.batch import Batch
 from ejmp.train.config import TrainConfig
 from ejmp.train.distributed import Ranks, sum_over_ranks
-
-if TYPE_CHECKING:
-    from ejmp.train.loss import Losses
+from ejmp.train.loss import Losses
 
 LOG = logging.getLogger(__name__)
 MAX_SKIPPED = 20
@@ -35,7 +33,7 @@ GOOD_STEPS = 2000
 class StepResult:
     """What a step was like."""
 
-    losses: "Losses"
+    losses: Losses
     """Of this rank."""
     loss: float
     """Mean over the ranks of what was differentiated."""
@@ -166,7 +164,8 @@ class Engine:
         """Return the mean loss over ranks and the norm of the whole gradient, without the loss scale."""
         squares = torch.zeros((), dtype=torch.float64, device=total.device)
         if gradients:
-            squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square().sum()  # noqa: SLF001
+            norms = torch._foreach_norm(gradients, 2, torch.float64)  # noqa: SLF001  # pyright: ignore[reportPrivateImportUsage]
+            squares = torch.stack(norms).square().sum()
         shares = self.ranks.world_size if self.zero is None else 1
         loss, squares = sum_over_ranks(torch.stack([total.double(), squares / shares])).tolist()
         return loss / self.ranks.world_size, math.sqrt(squares) / self.loss_scale
@@ -177,10 +176,10 @@ class Engine:
         if self.config.clip_kind == "norm":
             factor *= min(1.0, clip / (norm + 1e-6))
         if factor != 1:
-            torch._foreach_mul_(gradients, factor)
+            torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
         if self.config.clip_kind == "value":
-            torch._foreach_clamp_min_(gradients, -clip)
-            torch._foreach_clamp_max_(gradients, clip)
+            torch._foreach_clamp_min_(gradients, -clip)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_clamp_max_(gradients, clip)  # pyright: ignore[reportPrivateImportUsage]
 
     def _drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -225,7 +224,7 @@ class Engine:
 class _Forward(nn.Module):
     """The objective as DeepSpeed wants it: a module that returns one tensor."""
 
-    losses: "Losses"
+    losses: Losses
 
     def __init__(self, objective: nn.Module) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,23 +190,27 @@ class _Trainer:
 
     def _save(self, checkpoints: Path) -> None:
         state = {
-            "step": self.step,
             "sampler": self.sampler.state(self.position),
             "schedule": self.schedule.state_dict(),
             "stopper": self.stopper.state_dict(),
             "before": self.before,
             "best": self.best,
-            "config": self.config.to_dict(),
         }
-        checkpoint.save(self.engine, self.ema, state, checkpoints, keep=self.config.keep_checkpoints)
+        ema = None if self.ema is None else self.ema.state_dict()
+        checkpoint.save(self.engine, checkpoints, self.step, state, ema=ema)
 
     def restore(self, checkpoints: Path) -> None:
-        state: Mapping[str, Any] = checkpoint.load(self.engine, self.ema, checkpoints)
-        self.step = state["step"]
+        restored = checkpoint.resume(self.engine, checkpoints)
+        state = restored.state
+        self.step = restored.step
         self.position = self.sampler.resume(state["sampler"])
         self.schedule.load_state_dict(state["schedule"])
         self.stopper.load_state_dict(state["stopper"])
         self.before, self.best = state["before"], state["best"]
+        if self.ema is not None:
+            if restored.ema is None:
+                raise ValueError(f"{restored.path}: there are no averaged weights; resume with --ema none")
+            self.ema.load_state_dict(restored.ema)
 
 
 def _describe(run: Run) -> None:
