@@ -23,9 +23,9 @@ ORDER = (
     "data.generate.slabs", "data.generate.frameworks", "data.generate.recipes", "data.generate.write",
     "data.generate.__main__", "train.config", "train.flags", "train.task", "train.loss", "train.metrics",
     "train.schedule", "train.ema", "train.groups", "distill", "train.distributed", "train.faults", "train.engine",
-    "train.moments", "train.checkpoint", "train.dropout", "train.sources", "train.survey", "train.objective",
-    "train.adapt", "train.logs", "train.loop", "train.evaluate", "train.demo", "train.main", "train.commands",
-    "train", "cli",
+    "train.randomness", "train.moments", "train.checkpoint", "train.dropout", "train.sources", "train.survey",
+    "train.objective", "train.adapt", "train.logs", "train.loop", "train.evaluate", "train.demo", "train.main",
+    "train.commands", "train", "cli",
 )  # fmt: skip
 
 
