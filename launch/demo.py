@@ -89,9 +89,7 @@ def main() -> None:
             rows[f"{blocks} blocks, BR"], rows[f"{blocks} blocks, BR+KD"] = distilled(
                 teacher, path, blocks, options.steps, folder, ranks
             )
-        say(
-            f"4. Four blocks, fine-tuned on gradient forces of aspirin for {FINETUNE_STEPS} steps; from scratch the same."
-        )
+        say(f"4. Four blocks fine-tuned on gradient forces of aspirin for {FINETUNE_STEPS} steps, and from scratch.")
         student = load(options.run / "blocks4" / FINAL)
         fine = {
             "distilled": finetuned(student, options.run / "finetune", ranks, scratch=False),

@@ -36,7 +36,8 @@ def pretrain(options: Namespace, ranks: Ranks) -> str:
     sizes = SIZES[options.model](**({"blocks": options.blocks} if options.blocks else {}))
     sizes = dataclasses.replace(sizes, num_tasks=len(sources))
     model = _ready(new_model(sizes, sources, seed=chosen.seed), chosen, ranks)
-    objective = Supervised(model, tasks_of(sources))
+    limits = [source.max_neighbors for source in sources]
+    objective = Supervised(model, tasks_of(sources), edge_dropout=chosen.edge_dropout, max_neighbors=limits)
     result = _train(options, Run(**_common(options, ranks, sources, chosen), objective=objective))
     return _report(options, result, {"untrained": result.before, "trained": result.after})
 
