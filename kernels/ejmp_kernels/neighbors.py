@@ -156,9 +156,7 @@ def _chunks(num_rows: int, row_size: int, budget: int = 4_000_000) -> Iterator[s
         yield slice(start, min(start + step, num_rows))
 
 
-def symmetrise(
-    source: Tensor, target: Tensor, offset: Tensor, rank: Tensor, num_atoms: int
-) -> tuple[EdgeList, Tensor]:
+def symmetrise(source: Tensor, target: Tensor, offset: Tensor, rank: Tensor, num_atoms: int) -> tuple[EdgeList, Tensor]:
     """Keep one edge of each undirected pair, add its counter-edge, sort, and return the set and its swap."""
     x, y, z = offset.unbind(1)
     negative = (x < 0) | ((x == 0) & ((y < 0) | ((y == 0) & (z < 0))))
