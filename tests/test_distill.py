@@ -64,6 +64,7 @@ def test_all_terms(pair, graph):
     total = sum(getattr(ALL, name.removeprefix("kd_")) * value for name, value in expected.items())
     assert losses.total.item() == pytest.approx(total, rel=1e-12)
     assert losses.total.dtype == torch.float64
+    losses.total.backward()  # with a teacher of torch.inference_mode
 
 
 def test_defaults_are_the_papers(pair, graph):
