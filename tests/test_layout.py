@@ -21,11 +21,11 @@ ORDER = (
     "data.balance", "data.mix", "data.batch", "data.loader", "data.embedded", "data", "data.cli", "data.generate",
     "data.generate.thermal", "data.generate.labels", "data.generate.molecules", "data.generate.paths",
     "data.generate.slabs", "data.generate.frameworks", "data.generate.recipes", "data.generate.write",
-    "data.generate.__main__", "train.config", "train.flags", "train.task", "train.loss", "train.metrics",
+    "data.generate.__main__", "train", "train.config", "train.flags", "train.task", "train.loss", "train.metrics",
     "train.schedule", "train.ema", "train.groups", "distill", "train.distributed", "train.faults", "train.engine",
     "train.randomness", "train.moments", "train.checkpoint", "train.dropout", "train.sources", "train.survey",
-    "train.objective", "train.adapt", "train.logs", "train.loop", "train.evaluate", "train.demo", "train.main",
-    "train.commands", "train", "cli",
+    "train.objective", "train.adapt", "train.logs", "train.loop", "train.evaluate", "train.demo", "train.commands",
+    "train.main", "cli",
 )  # fmt: skip
 
 
