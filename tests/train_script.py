@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 import types
 from pathlib import Path
 
@@ -303,8 +304,55 @@ def preempted(ranks):
     return steps
 
 
+def kills():
+    """Kill a run that saves after every step, at random moments; see what each start resumes and announces."""
+    run, count, chance, seen = Path(sys.argv[3]), int(sys.argv[4]), random.Random(int(sys.argv[5])), []
+    import deepspeed  # noqa: F401 - once, and not in every process
+
+    for _ in range(count):
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                save_for_ever(run, writer)
+            finally:
+                traceback.print_exc()
+                os._exit(1)
+        os.close(writer)
+        with os.fdopen(reader) as lines:
+            resumed, saved = int(lines.readline()), [int(lines.readline())]
+            time.sleep(chance.uniform(0, 0.2))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            saved += [int(line) for line in lines]
+        seen.append({"resumed": resumed, "saved": saved[-1], "left": sorted(path.name for path in run.iterdir())})
+    last = checkpoint.latest(run)
+    with session() as ranks:
+        engine = quadratic(ranks, 1, noise=True)
+        advance(engine, 0, checkpoint.step_of(last))
+        whole = bits(engine)
+        checkpoint.load(engine, last)
+        return {"kills": seen, "whole": whole, "resumed": bits(engine), "step": checkpoint.step_of(last)}
+
+
+def save_for_ever(run, writer):
+    with session() as ranks:
+        engine = quadratic(ranks, 1, noise=True)
+        step = checkpoint.resume(engine, run).step if checkpoint.steps(run) else 0
+        os.write(writer, f"{step}\n".encode())
+        while True:
+            advance(engine, step, step + 1)
+            step += 1
+            checkpoint.save(engine, run, step, {"position": 4 * step})
+            os.write(writer, f"{step}\n".encode())
+
+
 def main():
+    sys.argv = [word for word in sys.argv if not word.startswith("--local_rank")]  # the deepspeed launcher adds it
     scenario, out = sys.argv[1], Path(sys.argv[2])
+    if scenario == "kills":
+        (out / "rank0.json").write_text(json.dumps(kills()))
+        return
     with session() as ranks:
         seen = globals()[scenario](ranks)
         (out / f"rank{ranks.rank}.json").write_text(json.dumps(seen))
