@@ -3,6 +3,7 @@
 #   make slow    the tests too long for every day: all truncations and bit flips of a shard, 200 killed conversions
 #   make bench   set up .venv, then the block-count benchmark (table, results/blocks.json, results/blocks.png)
 #   make fuzz    100,000 damaged sources for every reader (hours; nightly)
+#   make demo    set up .venv, then teacher, relevance, pruning, distillation, fine-tuning on small data (runs/demo)
 #   make lint    ruff, pyright, clang-format
 # The torch to install can be named: make test TORCH="torch==2.13.0 --index-url URL" (see README, Install);
 # `make clean` first, to change it later.
@@ -13,7 +14,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 CSRC := $(foreach kind,h cpp cu cuh,$(wildcard csrc/*.$(kind) csrc/*/*.$(kind)))
 
-.PHONY: test slow fuzz bench lint format clean
+.PHONY: test slow fuzz bench demo lint format clean
 test: .venv/built
 	$(BIN)/python -m pytest
 
@@ -25,6 +26,9 @@ bench: .venv/built
 
 fuzz: .venv/built
 	$(BIN)/python tests/fuzz_readers.py 100000
+
+demo: .venv/built
+	$(BIN)/python launch/demo.py
 
 lint: .venv/linters
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
@@ -52,4 +56,4 @@ format: .venv/linters
 	test ! -e kernels/ejmp_kernels/_C.so || touch $@
 
 clean:
-	rm -rf .venv build results *.egg-info kernels/ejmp_kernels/_C*.so
+	rm -rf .venv build results runs *.egg-info kernels/ejmp_kernels/_C*.so

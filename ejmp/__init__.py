@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ejmp.graph import AtomGraph, EdgeSet
     from ejmp.model import JMP, Features, Output, gradient_forces
     from ejmp.pruning import prune
+    from ejmp.relevance import block_relevance
     from ejmp.scaling import fit_scale_factors
     from ejmp.structure import Structure
 
@@ -27,6 +28,7 @@ __all__ = [
     "JMPConfig",
     "Output",
     "Structure",
+    "block_relevance",
     "build_graph",
     "fit_scale_factors",
     "gradient_forces",
@@ -44,6 +46,7 @@ _MODULES = {
     "graph": ("AtomGraph", "EdgeSet"),
     "model": ("JMP", "Features", "Output", "gradient_forces"),
     "pruning": ("prune",),
+    "relevance": ("block_relevance",),
     "scaling": ("fit_scale_factors",),
     "structure": ("Structure",),
 }

@@ -75,7 +75,7 @@ def build_graph(
         pbc=parts["pbc"],
         ptr=parts["ptr"],
         cutoff=torch.tensor(cutoffs, dtype=torch.float64, device=search_device),
-        limits=torch.tensor([_limits(k) for k in limits], device=search_device),
+        limits=torch.tensor([neighbor_limits(k) for k in limits], device=search_device),
         quad_atom=torch.isin(parts["tags"], torch.tensor(QUAD_TAGS, device=search_device)),
     )
     found = (find_neighbors if native else find_neighbors_reference)(query)
@@ -154,7 +154,7 @@ def _per_structure(value: Any, num: int, name: str, most: float) -> list[Any]:
     return [kind(v) for v in values]
 
 
-def _limits(k: int) -> list[int]:
+def neighbor_limits(k: int) -> list[int]:
     """Return the most pairs, main, atom and quad edges per atom for a base of k neighbours."""
     return [k * 1000 // 30, k, k * 20 // 30, k * 8 // 30]
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,7 +56,13 @@ def load(
     return model.to(device)
 
 
-def save(model: JMP, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+def save(
+    model: JMP,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    more: Mapping[str, str] | None = None,
+) -> None:
     """Write a directory with model.safetensors and config.json, complete or not at all.
 
     Tensors that upstream stores under two names are written once. A model that is replaced is moved aside, to
@@ -65,6 +72,7 @@ def save(model: JMP, path: str | os.PathLike[str], *, overwrite: bool = False) -
         model: what to save.
         path: the directory; its parent must exist.
         overwrite: replace a model that is there.
+        more: texts to write beside it, by file name.
 
     Raises:
         FileExistsError: if the path exists and overwrite is False, or it is not a model of ejmp.
@@ -81,6 +89,8 @@ def save(model: JMP, path: str | os.PathLike[str], *, overwrite: bool = False) -
         new = Path(scratch, "new")
         new.mkdir()
         write_files(model, new)
+        for name, text in (more or {}).items():
+            (new / name).write_text(text)
         if not path.exists():
             new.rename(path)
             return

@@ -26,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor = commands.add_parser("doctor", help="which implementation serves which op, device and type, and why")
     doctor.set_defaults(run=_doctor)
     data.add_commands(commands.add_parser("data", help="convert, check and describe datasets"))
+    _add_prune(commands.add_parser("prune", help="keep some interaction blocks of a model"))
+    _add_relevance(commands.add_parser("relevance", help="how much each block's output matters, by dataset"))
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
@@ -90,6 +92,76 @@ def _doctor(_options: argparse.Namespace) -> int:
     from ejmp import doctor  # noqa: PLC0415
 
     print(doctor.examine())
+    return 0
+
+
+def _add_prune(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_prune)
+    parser.add_argument("model", type=Path, help="what ejmp.load reads")
+    parser.add_argument("out", type=Path, help="directory to write")
+    kept = parser.add_mutually_exclusive_group(required=True)
+    kept.add_argument("--blocks", type=int, help="keep this many, the first ones")
+    kept.add_argument("--keep", metavar="0,1,...", help="keep exactly these, numbered from 0")
+    parser.add_argument("--final-mlp", default="sliced", choices=("sliced", "random"), help="default: sliced")
+    parser.add_argument("--seed", type=int, default=0, help="of --final-mlp random (default: 0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model at OUT")
+
+
+def _prune(options: argparse.Namespace) -> int:
+    import torch  # noqa: PLC0415
+
+    import ejmp  # noqa: PLC0415
+
+    torch.manual_seed(options.seed)
+    try:
+        keep = None if options.keep is None else [int(number) for number in options.keep.split(",")]
+    except ValueError:
+        raise ValueError(f"--keep: expected numbers with commas, such as 0,1,2, got {options.keep!r}") from None
+    model = ejmp.load(options.model)
+    small = ejmp.prune(model, blocks=options.blocks, keep=keep, final_mlp=options.final_mlp)
+    ejmp.save(small, options.out, overwrite=options.overwrite)
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
+    kept = ", ".join(map(str, small.config.kept_blocks or ()))
+    print(f"{options.out}: blocks {kept}; {after:,} of {before:,} parameters")
+    return 0
+
+
+def _add_relevance(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_relevance)
+    parser.add_argument("model", type=Path, help="what ejmp.load reads")
+    parser.add_argument("--data", metavar="NAME=FOLDER,...", help="record stores (default: the embedded demo mix)")
+    parser.add_argument("--structures", type=int, default=32, help="of each dataset at most (default: 32)")
+    parser.add_argument("--batch", type=int, default=4, help="structures per batch (default: 4)")
+    parser.add_argument(
+        "--labels", action="store_true", help="loss of energies and forces on labels, instead of their magnitudes"
+    )
+    parser.add_argument("--output", type=Path, metavar="PNG", help="draw the scores")
+
+
+def _relevance(options: argparse.Namespace) -> int:
+    import ejmp  # noqa: PLC0415
+    from ejmp import report  # noqa: PLC0415
+    from ejmp.train.sources import demo_mix, from_stores, with_tasks_of  # noqa: PLC0415
+    from ejmp.train.survey import survey  # noqa: PLC0415
+
+    for name in ("structures", "batch"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name}: expected 1 or more, got {getattr(options, name)}")
+    if options.output is not None:
+        report.need_matplotlib()
+    model = ejmp.load(options.model)
+    sources = from_stores(options.data) if options.data else demo_mix()
+    scores = survey(
+        model,
+        with_tasks_of(options.model, sources, model),
+        structures=options.structures,
+        batch_size=options.batch,
+        labels=options.labels,
+    )
+    print(report.relevance_table(scores))
+    if options.output is not None:
+        report.relevance_picture(scores, options.output)
+        print(f"\n{options.output}")
     return 0
 
 

@@ -57,7 +57,7 @@ class DistillConfig:
 
 
 def distill_loss(student: Prediction, teacher: Prediction, graph: AtomGraph, config: DistillConfig) -> Losses:
-    """Compare a student with its teacher on one graph.
+    """Compare a student with its teacher on one graph, in all heads; for some of them, give outputs of only those.
 
     Args:
         student: with its autograd graph.

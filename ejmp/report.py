@@ -133,3 +133,39 @@ def picture(result: dict[str, Any], path: Path) -> None:
     axes.legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _block_names(scores: dict[str, dict[str, list[float]]]) -> list[str]:
+    first = next(iter(scores.values()))
+    return ["embedding", *(f"block {i}" for i in range(len(first["combined"]) - 1))]
+
+
+def relevance_table(scores: dict[str, dict[str, list[float]]]) -> str:
+    """Return a Markdown table of block relevance, in percent of each row's sum.
+
+    Args:
+        scores: by dataset and branch ("energy", "forces", "combined"), [blocks + 1] each (`ejmp.train.survey`).
+    """
+    columns = ["dataset", "branch", *_block_names(scores)]
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    for name, branches in scores.items():
+        for branch, values in branches.items():
+            total = sum(values) or 1.0
+            lines.append("| " + " | ".join([name, branch, *(f"{100 * v / total:.1f}" for v in values)]) + " |")
+    return "\n".join(lines)
+
+
+def relevance_picture(scores: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """Draw the combined scores as bars, one group per block, one colour per dataset. Arguments as for the table."""
+    need_matplotlib()
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+
+    names, width = _block_names(scores), 0.8 / len(scores)
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for i, (name, branches) in enumerate(scores.items()):
+        places = [place + (i - (len(scores) - 1) / 2) * width for place in range(len(names))]
+        axes.bar(places, branches["combined"], width, label=name)
+    axes.set(xticks=range(len(names)), xticklabels=names, ylabel="share of the relevance", title="Block relevance")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -32,7 +32,7 @@ class Structure:
     tags: Any = None
     """[n] integers: 0 bulk, 1 surface, 2 adsorbate or molecule. None: 2 everywhere."""
     fixed: Any = None
-    """[n] booleans: atoms held in place, which losses and metrics leave out. None: all are free."""
+    """[n] booleans: atoms held in place, which metrics leave out (losses do not, as upstream). None: all are free."""
     energy: float | None = None
     """Total energy, eV."""
     forces: Any = None

@@ -1,11 +1,12 @@
 """Feed every reader damaged sources: `python tests/fuzz_readers.py EXAMPLES [FORMAT ...]`, or `make fuzz`.
 
 Small valid sources are cut, overwritten, and added to. A reader may yield structures, or raise ValueError or OSError;
-anything else is a failure, and so is an input that takes SECONDS. A failure is printed with its input by hypothesis;
-one that ends the process leaves it in the folder that is printed first.
+anything else is a failure, and so is an input that takes SECONDS or MEMORY. A failure is printed with its input by
+hypothesis; one that ends the process leaves it in the folder that is printed first.
 """
 
 import argparse
+import resource
 import shutil
 import sys
 import tempfile
@@ -25,6 +26,8 @@ from ejmp.data.md import MD22_LAYOUT, RMD17_LAYOUT
 from ejmp.data.unpickle import fields, loads
 
 SECONDS = 20
+MEMORY = 1 << 20
+"""KiB more than before the first input."""
 TOKENS = (
     b"", b"\n", b" ", b",", b"\0", b"\xff" * 8, b"\x7f" + b"\xff" * 7, b"\0" * 16, b"-1", b"0", b"99999999999999999999",
     b"1e999", b"nan", b"NaN", b"inf", b"null", b"[]", b"{}", b"X", b"H", b"*^", b"_JSON {", b"\xe2\x82\xac", b"c", b"R",
@@ -125,6 +128,7 @@ def fuzz(name, examples, folder):
         write(place)
         sources += [(place, file.name, file.read_bytes()) for file in sorted(place.iterdir())]
     counts = {"read": 0, "refused": 0}
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + MEMORY
 
     @settings(
         max_examples=examples,
@@ -145,6 +149,7 @@ def fuzz(name, examples, folder):
             counts["refused"] += 1
         finally:
             (place / file).write_bytes(good)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < most
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -177,6 +182,7 @@ def main():
     parser.add_argument("examples", type=int)
     parser.add_argument("formats", nargs="*", default=[*WRITERS, "unpickle"])
     options = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 33, 1 << 33))
     folder = Path(tempfile.mkdtemp())
     sys.stdout.write(f"{folder}\n")
     for name in options.formats:

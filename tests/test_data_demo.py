@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from itertools import islice, pairwise
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,7 +12,8 @@ import pytest
 import ejmp
 from ejmp.data import DEMO_DOWNSTREAM, DEMO_MIX, demo
 from ejmp.data.embedded import DEMO_FOLDER
-from ejmp.data.generate import frameworks, labels, molecules, recipes, slabs, thermal, write
+from ejmp.data.generate import frameworks, labels, molecules, slabs, thermal, write
+from ejmp.data.generate.__main__ import generate
 
 NAMES = DEMO_MIX + DEMO_DOWNSTREAM
 MOLECULES = ("ani1x", "transition1x", "rmd17", "qm9", "spice", "md22")
@@ -58,7 +59,7 @@ def test_all_of_it_is_small():
 def test_sizes_and_shapes(name):
     train = demo(name, "train")
     total = sum(len(demo(name, split)) for split in splits(name))
-    assert (600 if name in DEMO_MIX else 300) <= total <= 2500
+    assert (450 if name in DEMO_MIX else 400) <= total <= 2500
     assert len(train) >= 0.65 * total
     for split in splits(name):
         part = demo(name, split)
@@ -152,7 +153,7 @@ def test_reference_and_statistics_are_those_of_the_training_split(name):
     train = demo(name)
     counts = np.array([np.bincount(item.numbers, minlength=120) for item in train], dtype=float)
     energy = np.array([item.energy for item in train])
-    reference = np.linalg.pinv(counts) @ energy
+    reference = np.linalg.pinv(counts, rcond=1e-10) @ energy
     found = train.info.linear_reference
     assert set(found) == set(np.flatnonzero(counts.sum(axis=0)).tolist())
     np.testing.assert_allclose([found[z] for z in sorted(found)], reference[sorted(found)], rtol=1e-6, atol=1e-6)
@@ -183,24 +184,24 @@ def test_metal_labels_are_those_of_emt():
         np.testing.assert_allclose(item.forces, atoms.get_forces(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["ani1x", "transition1x", "rmd17", "md22"])
+@pytest.mark.parametrize("name", ["oc20", "ani1x", "transition1x", "rmd17", "md22"])
 def test_energy_differences_follow_the_forces(name):
     """Between neighbours in time, temperature or along a path: dE = -mean force . dr, exact where E is quadratic."""
     groups = defaultdict(list)
     for item in everything(name):
         groups[item.id.split("/")[0] if "/" in item.id else "run"].append(item)
-    differences, work = [], []
+    found = []
     for frames in groups.values():
         frames.sort(key=lambda item: float(item.id.removesuffix("fs")) if item.id.endswith("fs") else 0)
         for one, two in pairwise(frames):
-            step = two.positions - one.positions
-            if np.linalg.norm(step, axis=1).max() < 0.35:
-                differences.append(two.energy - one.energy)
-                work.append(-0.5 * float(((one.forces + two.forces) * step).sum()))
-    assert len(differences) > 100
-    assert np.corrcoef(differences, work)[0, 1] > 0.97
-    error = np.sqrt(np.mean(np.subtract(differences, work) ** 2)) / np.std(differences)
-    assert error < 0.25
+            if one.cell is None or np.array_equal(one.cell, two.cell):
+                step = two.positions - one.positions
+                work = -0.5 * float(((one.forces + two.forces) * step).sum())
+                found.append((np.linalg.norm(step, axis=1).max(), two.energy - one.energy, work))
+    _, differences, work = np.array(sorted(found)[:100]).T
+    assert len(work) == 100
+    assert np.corrcoef(differences, work)[0, 1] > 0.95
+    assert np.polyfit(work, differences, 1)[0] == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"oc20", "qm9"}))
@@ -367,10 +368,20 @@ def test_splits_keep_elements_in_train_and_take_their_share():
         assert 20 <= len(found["test"]) <= 30
 
 
-def test_metal_set_is_made_again_from_its_seed():
-    """The first structures of the recipe are in the shipped file, to rounding."""
-    shipped = {item.id: item for item in everything("oc20")}
-    made = [item for item in islice(recipes.oc20(np.random.default_rng([0, 0])), 20) if item is not None]
-    assert len(made) > 15
-    for item in made[:5]:
-        assert shipped[item.id].energy == pytest.approx(item.energy, abs=1e-6)
+def test_a_set_is_made_again_from_its_seed(tmp_path):
+    """A small run of the generator begins with the shipped structures, to rounding."""
+    line = generate(tmp_path, "oc20", scale=0.01, seed=0)
+    assert line.startswith("oc20: train ")
+    with np.load(tmp_path / "oc20.npz", allow_pickle=False) as file:
+        made = dict(zip(file["id"].tolist(), file["energy"].tolist(), strict=True))
+    shipped = {item.id: item.energy for item in everything("oc20")}
+    assert len(made) == 20
+    for name, energy in made.items():
+        assert shipped[name] == pytest.approx(energy, abs=1e-3)
+
+
+def test_the_generator_names_what_it_does_not_know():
+    code = [sys.executable, "-m", "ejmp.data.generate", "out", "oc21"]
+    run = subprocess.run(code, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert "unknown: oc21" in run.stderr or "pip install ejmp[demo]" in run.stderr

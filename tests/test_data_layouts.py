@@ -362,7 +362,9 @@ def test_ase_refuses_what_it_should(tmp_path):
     (tmp_path / "cut.cif").write_text("data_x\n_cell_length_a 3\n")
     (tmp_path / "cut.db").write_bytes(b"SQLite format 3\0" + b"x" * 500)
     (tmp_path / "empty.xyz").write_text("")
-    for name in ("old.traj", "a.py", "cut.cif", "cut.db", "empty.xyz"):
+    (tmp_path / "wide.xyz").write_text("1\nProperties=species:S:1:pos:R:3000000000\nH 0 0 0\n")
+    (tmp_path / "POSCAR").write_text("H\n1\n9 0 0\n0 9 0\n0 0 9\nH\n3000000000\nDirect\n0 0 0\n")
+    for name in ("old.traj", "a.py", "cut.cif", "cut.db", "empty.xyz", "wide.xyz", "POSCAR"):
         with pytest.raises(ValueError, match=name):
             list(read(tmp_path / name, format="ase"))
 

@@ -12,7 +12,7 @@ from ejmp.data.lmdb_pages import LmdbFile
 def written(tmp_path_factory):
     """A file with three levels, values on pages of their own, deleted keys and many commits."""
     path = tmp_path_factory.mktemp("lmdb") / "data.lmdb"
-    rng = random.Random(0)  # noqa: S311
+    rng = random.Random(0)
     values = {}
     with lmdb.open(str(path), subdir=False, map_size=1 << 28, lock=False, sync=False) as file:
         for start in range(0, 12_000, 100):
@@ -55,7 +55,7 @@ def test_truncated_files_are_refused(written, tmp_path):
     path, _ = written
     whole = path.read_bytes()
     cut = tmp_path / "cut.lmdb"
-    rng = random.Random(1)  # noqa: S311
+    rng = random.Random(1)
     for size in (0, 15, 4096, 8191, 8192, len(whole) - 1, *rng.sample(range(len(whole)), 50)):
         cut.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"truncated LMDB file|not an LMDB file"):
@@ -66,7 +66,7 @@ def test_changed_bytes_give_values_or_errors(written, tmp_path):
     path, values = written
     whole = path.read_bytes()
     damaged = tmp_path / "damaged.lmdb"
-    rng = random.Random(2)  # noqa: S311
+    rng = random.Random(2)
     keys = rng.sample(sorted(values), 20)
     refused = 0
     for k in range(40):

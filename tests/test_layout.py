@@ -14,16 +14,18 @@ HEAVY = {"ase", "lmdb", "deepspeed", "fvcore", "h5py", "mpi4py", "matplotlib", "
 ORDER = (
     "graph", "config", "structure", "build", "backend", "layers", "geometry", "bases", "interactions", "fused",
     "model", "scaling", "pruning", "checkpoint", "flops", "workloads", "machine", "bench", "report", "doctor",
-    "data.formats", "data.info", "data.units", "data.source", "data.pickle_names", "data.unpickle",
+    "relevance", "data.formats", "data.info", "data.units", "data.source", "data.pickle_names", "data.unpickle",
     "data.lmdb_pages", "data.oc", "data.xyz", "data.ase_files", "data.oc_text", "data.hdf5", "data.md", "data.qm9",
     "data.qmof", "data.read", "data.record", "data.durable", "data.shard", "data.manifest", "data.store",
     "data.splits", "data.stats", "data.ranks", "data.convert", "data.describe", "data.fetch", "data.permutation",
     "data.balance", "data.mix", "data.batch", "data.loader", "data.embedded", "data", "data.cli", "data.generate",
     "data.generate.thermal", "data.generate.labels", "data.generate.molecules", "data.generate.paths",
     "data.generate.slabs", "data.generate.frameworks", "data.generate.recipes", "data.generate.write",
-    "data.generate.__main__", "train.config", "train.task", "train.loss", "train.metrics", "train.schedule",
-    "train.ema", "train.groups", "distill", "train.sources", "train.objective", "train.logs", "train.distributed",
-    "train.faults", "train.engine", "train.moments", "train.randomness", "train.checkpoint", "train", "cli",
+    "data.generate.__main__", "train", "train.config", "train.flags", "train.task", "train.loss", "train.metrics",
+    "train.schedule", "train.ema", "train.groups", "distill", "train.distributed", "train.faults", "train.engine",
+    "train.randomness", "train.moments", "train.checkpoint", "train.dropout", "train.sources", "train.survey",
+    "train.objective", "train.adapt", "train.logs", "train.loop", "train.evaluate", "train.demo", "train.commands",
+    "train.main", "cli",
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ Ids are `<file>:<frame>`.
 """
 
 import io
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,10 @@ def _scalars(info: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 def parse_frame(lines: list[str]) -> Any:
     """Return one frame of an extxyz file as ASE atoms."""
+    for layout in re.findall(r"""properties\s*=\s*["']?([^\s"']+)""", lines[1], re.IGNORECASE):
+        # ASE would make room for any number of columns.
+        if sum(map(int, layout.split(":")[2::3])) > len(lines[2].split()):
+            raise ValueError(f"more columns in {layout[:100]} than in the line of the first atom")
     return next(optional("ase.io.extxyz").read_xyz(io.StringIO("".join(lines)), 0))
 
 
@@ -89,7 +94,17 @@ def read_text(file: Path) -> list[Any]:
         if kind is None or (not inner.suffix and not inner.name.startswith(("POSCAR", "CONTCAR"))):
             known = ", ".join((*XYZ, ".traj", *DATABASES, ".cif", "POSCAR"))
             raise SourceError(file, "", f"expected one of {known}, got {inner.suffix or inner.name}")
-        return list(optional("ase.io").iread(lines, index=":", format=kind))
+        text = lines.read()
+        if kind == "vasp":
+            _check_poscar(text.splitlines())
+        return list(optional("ase.io").iread(io.StringIO(text), index=":", format=kind))
+
+
+def _check_poscar(lines: list[str]) -> None:
+    """Refuse a POSCAR that announces more atoms than it has lines, for which ASE would make room first."""
+    for line in lines[5:7]:  # counts, after the elements or without them
+        if sum(int(word) for word in line.split() if word.isdecimal()) > len(lines):
+            raise ValueError(f"{line.strip()[:100]!r} atoms in {len(lines)} lines")
 
 
 def _trajectory(file: Path) -> Any:

@@ -30,7 +30,7 @@ class Batch:
     forces: Tensor
     """[N, 3] in the graph's dtype, eV/A; NaN where missing."""
     fixed: Tensor
-    """[N] bool: atoms held in place, which losses and metrics leave out."""
+    """[N] bool: atoms held in place, which metrics leave out (losses do not, as upstream)."""
     targets: Mapping[str, Tensor]
     """[B] float64 each, by name; NaN where a structure of the batch lacks it."""
     dataset: Tensor

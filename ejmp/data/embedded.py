@@ -17,7 +17,7 @@ DEMO_MIX = ("oc20", "oc22", "ani1x", "transition1x")
 """To pre-train on."""
 DEMO_DOWNSTREAM = ("rmd17", "qm9", "spice", "md22", "qmof")
 """To fine-tune on; these have a test split."""
-DEMO_FOLDER = Path(__file__).parent / "demo_mix"
+DEMO_FOLDER = Path(__file__).parent / "demo-mix"
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 

@@ -116,3 +116,23 @@ def distill() -> TrainConfig:
 def finetune() -> TrainConfig:
     """Return JMP's fine-tuning settings; warm-up (5 epochs) and cosine (32 epochs) follow from the data's size."""
     return TrainConfig(lr=8e-5, clip_kind="value", warmup_start=0.1, early_stop=50, plateau_patience=3)
+
+
+def demo(command: Literal["pretrain", "distill", "finetune"]) -> TrainConfig:
+    """Return settings for the demo model on the demo data: minutes on two cores."""
+    small = TrainConfig(
+        steps=1500,
+        batch_size=16,
+        lr=2e-3,
+        weight_decay=0.01,
+        clip=10.0,
+        warmup_steps=100,
+        validate_every=500,
+        checkpoint_every=500,
+        log_every=25,
+    )
+    if command == "distill":
+        return dataclasses.replace(small, steps=400, warmup_steps=20, validate_every=200, checkpoint_every=200)
+    if command == "finetune":
+        return dataclasses.replace(small, steps=400, batch_size=8, lr=1e-3, warmup_steps=40, validate_every=100)
+    return small

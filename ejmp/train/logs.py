@@ -1,5 +1,6 @@
 """What a run tells: JSON lines for programs, a progress bar for people, tensorboard and wandb if asked for."""
 
+import importlib
 import json
 import sys
 import time
@@ -36,9 +37,7 @@ class Log:
             writer = SummaryWriter(str(path.parent / "tensorboard"))
             self._trackers.append(lambda numbers, step: [writer.add_scalar(k, v, step) for k, v in numbers.items()])
         if "wandb" in trackers:
-            import wandb  # noqa: PLC0415
-
-            run = wandb.init(dir=str(path.parent), name=path.parent.name)
+            run = importlib.import_module("wandb").init(dir=str(path.parent), name=path.parent.name)
             self._trackers.append(lambda numbers, step: run.log(numbers, step=step))
 
     def __enter__(self) -> Self:

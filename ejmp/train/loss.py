@@ -82,8 +82,12 @@ def _mean(values: Tensor, known: Tensor) -> Tensor:
 def reach(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     """Return the loss, with a gradient of at least exact zeros for each of some parameters.
 
-    DeepSpeed's ZeRO needs a gradient of the same parameters on every rank, while heads of tasks that are not in a
-    rank's batch have none. Unlike 0 * sum(parameters), a NaN in a parameter does not reach loss or gradient.
+    DeepSpeed's ZeRO needs gradients of the same parameters on every rank. `multitask_loss` and `distill_loss` give
+    them whatever is in a batch, heads of other tasks and missing labels included; this is for a loss that does not.
+    Unlike 0 * sum(parameters), a NaN in a parameter does not reach loss or gradient.
+
+    ZeRO 2 also sums gradients in the order in which backward finds them, so there it is not enough: ranks that compute
+    different things add up gradients of different parameters, without any error. Not so with ZeRO 0 and 1.
     """
     return _Reach.apply(loss, *parameters)
 

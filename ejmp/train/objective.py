@@ -1,13 +1,19 @@
 """What a step minimises: modules that turn a batch into losses."""
 
+import dataclasses
+from collections.abc import Sequence
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
 from ejmp.data.batch import Batch
 from ejmp.distill import DistillConfig, combine, distill_loss
 from ejmp.model import JMP
+from ejmp.train.dropout import drop_edges, scaled_outputs
 from ejmp.train.loss import Losses, multitask_loss
 from ejmp.train.task import Tasks
+
 
 def predict(model: JMP, batch: Batch, tasks: Tasks, *, create_graph: bool = False) -> tuple[Tensor, Tensor | None]:
     """Return raw energies [B, T] and raw forces: direct [N, T, 3], gradient [N, 3], or None.
@@ -38,16 +44,34 @@ def predict(model: JMP, batch: Batch, tasks: Tasks, *, create_graph: bool = Fals
 
 
 class Supervised(nn.Module):
-    """Learn labels: pre-training and fine-tuning."""
+    """Learn labels: pre-training and fine-tuning.
 
-    def __init__(self, model: JMP, tasks: Tasks) -> None:
+    Args:
+        model: with a head for each task.
+        tasks: by dataset number.
+        edge_dropout: share of pairs that are left out of each graph.
+        max_neighbors: the graphs', by dataset number; needed with edge dropout.
+    """
+
+    def __init__(
+        self, model: JMP, tasks: Tasks, *, edge_dropout: float = 0.0, max_neighbors: Sequence[int] = ()
+    ) -> None:
         super().__init__()
         self.model = model
         self.tasks = tasks
+        self.edge_dropout = edge_dropout
+        self.max_neighbors = tuple(max_neighbors)
 
     def forward(self, batch: Batch) -> Losses:
         """Compare predictions with labels."""
-        energy, forces = predict(self.model, batch, self.tasks, create_graph=torch.is_grad_enabled())
+        context = nullcontext()
+        if self.edge_dropout:
+            limits = [self.max_neighbors[d] for d in batch.dataset.tolist()]
+            graph = drop_edges(batch.graph, self.edge_dropout, max_neighbors=limits)
+            batch = dataclasses.replace(batch, graph=graph)
+            context = scaled_outputs(self.model, self.edge_dropout)
+        with context:
+            energy, forces = predict(self.model, batch, self.tasks, create_graph=torch.is_grad_enabled())
         return multitask_loss(energy, forces, batch, self.tasks)
 
 

@@ -1,4 +1,4 @@
-"""Which data a run uses: record stores named on the command line, or the embedded demo mix; and what belongs to them."""
+"""Which data a run uses: record stores named on the command line or the embedded demo mix, with their tasks."""
 
 import dataclasses
 import json
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ejmp.data import DEMO_DOWNSTREAM, DEMO_MIX, Dataset, demo, open_store
-from ejmp.train.task import PRETRAIN_STATISTICS, Task, Tasks
+from ejmp.model import JMP
+from ejmp.train.task import PRETRAIN_STATISTICS, Task, Tasks, pretrain_tasks
 
 GRAPHS = {
     "oc20": (12.0, 30),
@@ -118,13 +119,13 @@ def tasks_of(sources: Sequence[Source]) -> Tasks:
     return Tasks([source.task for source in sources])
 
 
-def save_tasks(directory: Path, sources: Sequence[Source]) -> None:
-    """Write beside a model what its heads predict and of which graphs."""
+def tasks_text(sources: Sequence[Source]) -> str:
+    """Return what `load_tasks` reads: what a model's heads predict, and of which graphs."""
     rows = [
         {**dataclasses.asdict(source.task), "cutoff": source.cutoff, "max_neighbors": source.max_neighbors}
         for source in sources
     ]
-    (directory / TASKS_FILE).write_text(json.dumps(rows, indent=1) + "\n")
+    return json.dumps(rows, indent=1) + "\n"
 
 
 def load_tasks(directory: Path) -> list[tuple[Task, float, int]] | None:
@@ -145,4 +146,27 @@ def load_tasks(directory: Path) -> list[tuple[Task, float, int]] | None:
             found.append((Task(**row), cutoff, max_neighbors))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: not a list of tasks: {error}") from error
+    return found
+
+
+def with_tasks_of(path: Path, sources: Sequence[Source], model: JMP) -> list[Source]:
+    """Give sources the heads, normalisation and graphs of a saved model, by name.
+
+    JMP's checkpoint has them by its paper: its four datasets, whose linear references come with the data.
+
+    Raises:
+        ValueError: if the model was not trained on one of the sources.
+    """
+    saved = {task.name: (task, cutoff, most) for task, cutoff, most in load_tasks(path) or []}
+    published = {task.name: task for task in pretrain_tasks()} if not saved else {}
+    found = []
+    for source in sources:
+        if source.name in saved:
+            task, cutoff, most = saved[source.name]
+            found.append(dataclasses.replace(source, task=task, cutoff=cutoff, max_neighbors=most))
+        elif source.name in published and model.config.num_tasks == len(published):
+            task = dataclasses.replace(published[source.name], linear_reference=source.task.linear_reference)
+            found.append(dataclasses.replace(source, task=task))
+        else:
+            raise ValueError(f"{path}: the model has no head for {source.name}, only for {', '.join(saved) or 'none'}")
     return found

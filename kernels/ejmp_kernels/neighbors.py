@@ -93,7 +93,7 @@ def find_neighbors_reference(query: NeighborQuery) -> Neighbors:
     pairs, main, near, quad = (order < most[:, j] for j in range(4))
     quad = quad & (query.quad_atom[source] | query.quad_atom[target])
     sets = [_select(keep, source, target, offset, num_atoms) for keep in (pairs, near, quad)]
-    closed, swap = _symmetrise(source[main], target[main], offset[main], rank[main], num_atoms)
+    closed, swap = symmetrise(source[main], target[main], offset[main], rank[main], num_atoms)
     return Neighbors(pairs=sets[0], main=closed, atom_edges=sets[1], quad_edges=sets[2], swap=swap)
 
 
@@ -156,9 +156,7 @@ def _chunks(num_rows: int, row_size: int, budget: int = 4_000_000) -> Iterator[s
         yield slice(start, min(start + step, num_rows))
 
 
-def _symmetrise(
-    source: Tensor, target: Tensor, offset: Tensor, rank: Tensor, num_atoms: int
-) -> tuple[EdgeList, Tensor]:
+def symmetrise(source: Tensor, target: Tensor, offset: Tensor, rank: Tensor, num_atoms: int) -> tuple[EdgeList, Tensor]:
     """Keep one edge of each undirected pair, add its counter-edge, sort, and return the set and its swap."""
     x, y, z = offset.unbind(1)
     negative = (x < 0) | ((x == 0) & ((y < 0) | ((y == 0) & (z < 0))))

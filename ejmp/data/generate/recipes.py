@@ -100,7 +100,7 @@ def qmof(rng: np.random.Generator) -> Iterator[Structure | None]:
 
 RECIPES: dict[str, tuple[Recipe, int, dict[str, float]]] = {
     "oc20": (oc20, 2000, {"val": 0.1}),
-    "oc22": (oc22, 800, {"val": 0.1}),
+    "oc22": (oc22, 480, {"val": 0.1}),
     "ani1x": (ani1x, 2400, {"val": 0.1}),
     "transition1x": (transition1x, 2400, {"val": 0.1}),
     "rmd17": (rmd17, 600, {"val": 0.1, "test": 0.2}),

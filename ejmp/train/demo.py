@@ -1,0 +1,127 @@
+"""A small teacher for those who have none yet: pre-trained once on the demo mix, then kept.
+
+It has JMP's six blocks and heads at a fraction of the widths, so that pre-training, pruning and distilling it take
+minutes on two cores. Nothing measured with it says anything about JMP-L.
+"""
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+from ejmp.config import JMPConfig
+from ejmp.data import Loader, MixSampler
+from ejmp.model import JMP
+from ejmp.scaling import fit_scale_factors
+from ejmp.train import config
+from ejmp.train.distributed import Ranks
+from ejmp.train.loop import FINAL, Run, train
+from ejmp.train.objective import Supervised
+from ejmp.train.sources import Source, demo_mix, tasks_of
+
+SETTINGS = config.demo("pretrain")
+
+
+def demo_config(*, blocks: int = 6, scalar: bool = False) -> JMPConfig:
+    """Return the sizes of the demo model: 1.5 M parameters at six blocks.
+
+    Args:
+        blocks: interaction blocks.
+        scalar: one energy head and no force branch.
+    """
+    return JMPConfig(
+        blocks=blocks,
+        num_tasks=1 if scalar else 4,
+        direct_forces=not scalar,
+        emb_size_atom=64,
+        emb_size_edge=64,
+        emb_size_trip_in=16,
+        emb_size_trip_out=16,
+        emb_size_quad_in=16,
+        emb_size_quad_out=16,
+        emb_size_pair_in=16,
+        emb_size_pair_out=16,
+        emb_size_rbf=16,
+        emb_size_cbf=8,
+        emb_size_sbf=16,
+        num_radial=64,
+        num_before_skip=1,
+        num_after_skip=1,
+        num_concat=1,
+        num_atom=2,
+        num_output_after_atom=2,
+    )
+
+
+def new_model(config: JMPConfig, sources: list[Source], *, seed: int) -> JMP:
+    """Return an untrained model whose scale factors are fitted to some of the sources' training structures."""
+    torch.manual_seed(seed)
+    model = JMP(config)
+    datasets = [source.split("train") for source in sources]
+    loader = Loader(
+        datasets=datasets,
+        sampler=MixSampler(sizes=[len(dataset) for dataset in datasets], seed=seed, batch_size=16),
+        cutoff=[source.cutoff for source in sources],
+        max_neighbors=[source.max_neighbors for source in sources],
+    )
+    fit_scale_factors(model, [batch.graph for batch in loader.batches(0, 64)])
+    return model
+
+
+def cache_folder() -> Path:
+    """Return where the teacher is kept: a folder named after everything that makes it what it is."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    counts = [len(source.split("train")) for source in demo_mix()]
+    recipe = f"{demo_config()} {SETTINGS} {counts}"
+    return root / "ejmp" / f"demo-teacher-{hashlib.blake2b(recipe.encode(), digest_size=6).hexdigest()}"
+
+
+def demo_teacher(ranks: Ranks) -> Path:
+    """Return the folder of the demo teacher, which the first call pre-trains: some minutes on two cores.
+
+    Raises:
+        ValueError: if the kept one is damaged, naming it.
+    """
+    folder = cache_folder()
+    whole = folder.exists()
+    dist.barrier()
+    if whole:
+        check(folder)
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".demo-teacher-")) if ranks.rank == 0 else folder
+    sources = demo_mix()
+    model = new_model(demo_config(), sources, seed=SETTINGS.seed)
+    settings = dataclasses.replace(SETTINGS, batch_size=max(1, SETTINGS.batch_size // ranks.world_size))
+    objective = Supervised(model, tasks_of(sources))
+    train(Run(objective=objective, sources=sources, config=settings, directory=scratch, ranks=ranks))
+    if ranks.rank == 0:
+        (scratch / FINAL / "checksum").write_text(checksum(scratch / FINAL))
+        (scratch / FINAL).rename(folder)
+        shutil.rmtree(scratch)
+    dist.barrier()
+    return folder
+
+
+def checksum(folder: Path) -> str:
+    """Return the hash of a saved model's weights."""
+    return hashlib.blake2b((folder / "model.safetensors").read_bytes(), digest_size=16).hexdigest()
+
+
+def check(folder: Path) -> None:
+    """Do nothing if the kept teacher is as it was written.
+
+    Raises:
+        ValueError: if not.
+    """
+    try:
+        good = (folder / "checksum").read_text() == checksum(folder)
+    except OSError as error:
+        raise ValueError(f"demo teacher: {folder} is not whole ({error}); remove it to make it again") from error
+    if not good:
+        raise ValueError(f"demo teacher: {folder} is damaged; remove it to make it again")

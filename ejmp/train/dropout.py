@@ -1,0 +1,86 @@
+"""Edge dropout, as in JMP's pre-training: graphs with pairs left out at random, and the output scaled to match."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ejmp.build import neighbor_limits
+from ejmp.graph import AtomGraph, EdgeSet, edge_geometry, make_edge_set
+from ejmp.interactions import OutputBlock
+from ejmp.model import JMP
+from ejmp_kernels.neighbors import csr_pointers, symmetrise
+
+QUAD_TAG = 1
+"""Quad edges touch an atom of this tag or a higher one."""
+
+
+def drop_edges(
+    graph: AtomGraph, share: float, *, max_neighbors: int | Sequence[int] = 30, generator: torch.Generator | None = None
+) -> AtomGraph:
+    """Leave out each directed atom pair with some probability, then choose the other edge sets from those left.
+
+    Each atom's edges are the nearest of its pairs that are left, as `build_graph` chooses them from all; so further
+    neighbours take the place of dropped ones, and main edges are closed under swapping afterwards.
+
+    Args:
+        graph: as `build_graph` made it.
+        share: probability to leave a pair out, 0 to below 1.
+        max_neighbors: that the graph was built with; one value, or one per structure.
+        generator: of random numbers, on the graph's device.
+
+    Raises:
+        ValueError: if the share is out of range, or there is no value of max_neighbors for each structure.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"share: expected 0 or more and less than 1, got {share}")
+    bases = [max_neighbors] * graph.num_structures if isinstance(max_neighbors, int) else list(max_neighbors)
+    if len(bases) != graph.num_structures:
+        raise ValueError(f"max_neighbors: expected one value or {graph.num_structures}, got {len(bases)}")
+    pairs = graph.atom_pairs
+    chance = torch.rand(pairs.num_edges, dtype=torch.float64, generator=generator, device=graph.device)
+    left = _subset(pairs, chance >= share)
+    place = torch.arange(left.num_edges, device=graph.device) - left.ptr[left.target]
+    limits = torch.tensor([neighbor_limits(k) for k in bases], device=graph.device)[graph.batch[left.target]]
+    main, near, quad = (place < limits[:, j] for j in (1, 2, 3))
+    quad &= (graph.tags[left.source] >= QUAD_TAG) | (graph.tags[left.target] >= QUAD_TAG)
+    return dataclasses.replace(
+        graph,
+        atom_pairs=left,
+        atom_edges=_subset(left, near),
+        quad_edges=_subset(left, quad),
+        main=_close(graph, _subset(left, main)),
+    )
+
+
+def _subset(edges: EdgeSet, keep: Tensor) -> EdgeSet:
+    rows = {
+        name: getattr(edges, name)[keep]
+        for name in ("source", "target", "offset", "image", "shift", "distance", "vector")
+    }
+    ptr = csr_pointers(rows["target"], len(edges.ptr) - 1)
+    return EdgeSet(**rows, ptr=ptr, max_degree=int(ptr.diff().max()))
+
+
+def _close(graph: AtomGraph, edges: EdgeSet) -> EdgeSet:
+    """Keep one direction of each pair and add its counter-edge."""
+    distance, _ = edge_geometry(graph.positions, edges.source, edges.target, edges.shift)
+    rank = (distance.detach() * 1e6).round().long()
+    found, swap = symmetrise(edges.source, edges.target, edges.offset, rank, graph.num_atoms)
+    return make_edge_set(graph.positions, found, graph.cell, graph.ptr, graph.dtype, swap)
+
+
+@contextmanager
+def scaled_outputs(model: JMP, share: float) -> Iterator[None]:
+    """Divide the output blocks' sums over edges by 1 - share, in forward passes on graphs with dropped edges."""
+    factors = [block.scale_sum for block in model.backbone.out_blocks if isinstance(block, OutputBlock)]
+    before = [factor.scale_factor for factor in factors]
+    try:
+        for factor, value in zip(factors, before, strict=True):
+            factor.scale_factor = value / (1 - share)  # a new tensor: autograd may have kept the old one
+        yield
+    finally:
+        for factor, value in zip(factors, before, strict=True):
+            factor.scale_factor = value

@@ -1,0 +1,79 @@
+"""Errors of a model on data: mean absolute errors of energies and forces per dataset, over all ranks."""
+
+from collections.abc import Sequence
+
+import torch
+
+from ejmp.data import InOrder, Loader
+from ejmp.model import JMP
+from ejmp.train.distributed import Ranks, sum_over_ranks
+from ejmp.train.metrics import Maes
+from ejmp.train.objective import predict
+from ejmp.train.sources import Source, Split, tasks_of
+
+Errors = dict[str, dict[str, float]]
+"""By dataset, then by name with its unit; see `Maes.result`."""
+
+
+def evaluate(
+    model: JMP,
+    sources: Sequence[Source],
+    ranks: Ranks,
+    *,
+    split: Split = "val",
+    batch_size: int = 16,
+    num_workers: int = 0,
+) -> Errors:
+    """Return the mean absolute errors of a model on one split of each source.
+
+    Args:
+        model: with a head for each source's task; put into evaluation mode.
+        sources: datasets, graphs and tasks.
+        ranks: this process among all, which share the work.
+        split: of each source.
+        batch_size: structures per rank and step.
+        num_workers: processes that build graphs.
+    """
+    datasets = [source.split(split) for source in sources]
+    sizes = [len(dataset) for dataset in datasets]
+    sampler = InOrder(sizes=sizes, batch_size=batch_size, world_size=ranks.world_size, rank=ranks.rank)
+    loader = Loader(
+        datasets=datasets,
+        sampler=sampler,
+        cutoff=[source.cutoff for source in sources],
+        max_neighbors=[source.max_neighbors for source in sources],
+        dtype=model.dtype,
+        device=ranks.device,
+        num_workers=num_workers,
+    )
+    tasks = tasks_of(sources)
+    maes = Maes(tasks, ranks.device)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        for batch in loader.batches():
+            energy, forces = predict(model, batch, tasks)
+            maes.update(energy, forces, batch)
+    model.train(training)
+    maes.sums = sum_over_ranks(maes.sums)
+    return maes.result()
+
+
+def score(errors: Errors) -> float:
+    """Return what validation is about, lower is better: the mean over datasets of the force error in meV/A.
+
+    Where no dataset has forces, of the first error there is.
+    """
+    forces = [row["forces_meV_per_A"] for row in errors.values() if "forces_meV_per_A" in row]
+    values = forces or [next(iter(row.values())) for row in errors.values() if row]
+    return sum(values) / len(values) if values else float("nan")
+
+
+def table(rows: dict[str, Errors]) -> str:
+    """Return a Markdown table with a row per model, a column per dataset and error."""
+    columns = [(name, kind) for name, errors in next(iter(rows.values())).items() for kind in errors]
+    head = "| model | " + " | ".join(f"{name} {kind}" for name, kind in columns) + " |"
+    lines = [head, "| --- |" + " ---: |" * len(columns)]
+    for model, errors in rows.items():
+        lines.append(f"| {model} | " + " | ".join(f"{errors[name][kind]:.4g}" for name, kind in columns) + " |")
+    return "\n".join(lines)

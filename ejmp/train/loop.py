@@ -1,0 +1,230 @@
+"""The training loop: steps, averages, validation, checkpoints, logs, and a clean end when it is told to stop."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ejmp.checkpoint import save
+from ejmp.data import Loader, MixSampler
+from ejmp.machine import provenance
+from ejmp.model import JMP
+from ejmp.train import checkpoint
+from ejmp.train.config import TrainConfig
+from ejmp.train.distributed import Preemption, Ranks
+from ejmp.train.ema import EMA
+from ejmp.train.engine import Engine, StepResult, deepspeed_json
+from ejmp.train.evaluate import Errors, evaluate, score
+from ejmp.train.groups import LayerFactors, parameter_groups, scale_shared_gradients
+from ejmp.train.logs import Log, Tracker
+from ejmp.train.schedule import EarlyStop, Schedule
+from ejmp.train.sources import TASKS_FILE, Source, tasks_text
+
+FINAL = "final"
+"""The folder of a run that holds the trained model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What is trained, on what, and where it is kept."""
+
+    objective: nn.Module
+    """Has `model`, a JMP."""
+    sources: Sequence[Source]
+    config: TrainConfig
+    directory: Path
+    ranks: Ranks
+    factors: LayerFactors | None = None
+    """Of the learning rate, by part of the model; None: the same everywhere."""
+    trackers: tuple[Tracker, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """How a run ended."""
+
+    step: int
+    finished: bool
+    """False if it was told to stop before its last step; a resumed run goes on."""
+    before: Errors
+    """Validation before the first step."""
+    after: Errors
+    """Of the best validation, whose weights are in the run's folder `final`."""
+
+
+def train(run: Run, *, resume: bool = False) -> Result:
+    """Train until the last step, an early stop, or SIGTERM.
+
+    Args:
+        run: what to do. The folder gets run.json, deepspeed.json, log.jsonl, checkpoints and the final model.
+        resume: go on from the newest whole checkpoint in the folder.
+
+    Raises:
+        ValueError: if the folder holds a run and resume is not asked for, or the other way round.
+        RuntimeError: if too many steps in a row are not finite; from a reader or a worker process.
+    """
+    checkpoints = run.directory / "checkpoints"
+    if not resume and checkpoints.exists():
+        raise ValueError(
+            f"run: {run.directory} holds a run already; --resume goes on with it, or choose another folder"
+        )
+    trainer = _Trainer(run)
+    first_rank = run.ranks.rank == 0
+    if resume:
+        trainer.restore(checkpoints)
+    if first_rank:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        _describe(run)
+    with Log(run.directory / "log.jsonl" if first_rank else None, run.config.steps, run.trackers) as log:
+        return trainer.go(log, checkpoints)
+
+
+class _Trainer:
+    def __init__(self, run: Run) -> None:
+        self.run, self.config = run, run.config
+        torch.manual_seed(run.config.seed)
+        model = run.objective.model
+        assert isinstance(model, JMP)
+        self.model = model.train()
+        scale_shared_gradients(model)
+        groups = parameter_groups(model, lr=run.config.lr, weight_decay=run.config.weight_decay, factors=run.factors)
+        self.engine = Engine(run.objective, groups, run.config, run.ranks)
+        self.ema = None if run.config.ema is None else EMA(dict(model.named_parameters()), run.config.ema)
+        self.schedule = Schedule(run.config)
+        self.stopper = EarlyStop(run.config.early_stop or 10**9)
+        self.preemption = Preemption()
+        datasets = [source.split("train") for source in run.sources]
+        self.sampler = MixSampler(
+            sizes=[len(dataset) for dataset in datasets],
+            seed=run.config.seed,
+            batch_size=run.config.batch_size,
+            world_size=run.ranks.world_size,
+            rank=run.ranks.rank,
+            costs=[dataset.num_edges for dataset in datasets],
+        )
+        self.loader = Loader(
+            datasets=datasets,
+            sampler=self.sampler,
+            cutoff=[source.cutoff for source in run.sources],
+            max_neighbors=[source.max_neighbors for source in run.sources],
+            dtype=model.dtype,
+            device=run.ranks.device,
+            num_workers=run.config.num_workers,
+        )
+        self.step, self.position = 0, 0
+        self.before: Errors = {}
+        self.best: Errors = {}
+
+    def go(self, log: Log, checkpoints: Path) -> Result:
+        config = self.config
+        if self.step == 0:
+            self.before = self.validate()
+            log.write("validation", 0, self.before)
+        stop = self.position + (config.steps - self.step) * self.sampler.step_size
+        clock = time.perf_counter()
+        told = False
+        for batch in self.loader.batches(self.position, stop):
+            self.engine.set_lr(self.schedule.factor(self.step))
+            result = self.engine.step(batch)
+            self.step, self.position = self.step + 1, batch.position
+            if self.ema is not None and not result.skipped:
+                self.ema.update()
+            if self.step % config.log_every == 0 or result.skipped:
+                clock = self._note(log, result, clock)
+            last = self.step == config.steps
+            if self.step % config.validate_every == 0 or last:
+                self._validated(log)
+            told = self.preemption.requested()
+            ended = config.early_stop is not None and self.stopper.stop
+            if told or ended or last or self.step % config.checkpoint_every == 0:
+                self._save(checkpoints)
+            if told or ended:
+                break
+        return Result(step=self.step, finished=not told, before=self.before, after=self.best)
+
+    def validate(self) -> Errors:
+        return evaluate(self.model, self.run.sources, self.run.ranks, num_workers=self.config.num_workers)
+
+    def _validated(self, log: Log) -> None:
+        """Validate the averaged weights, keep them if they are the best, and tell the schedule."""
+        if self.ema is None:
+            self._judge(log)
+        else:
+            with self.ema.swapped_in():
+                self._judge(log)
+
+    def _judge(self, log: Log) -> None:
+        errors = self.validate()
+        value = score(errors)
+        log.write("validation", self.step, {**errors, "score": value if math.isfinite(value) else None})
+        self.schedule.validated(self.step, value)
+        if self.stopper.update(value) or not self.best:
+            self.best = errors
+            if self.run.ranks.rank == 0:
+                tasks = {TASKS_FILE: tasks_text(self.run.sources)}
+                save(self.model, self.run.directory / FINAL, overwrite=True, more=tasks)
+
+    def _note(self, log: Log, result: StepResult, clock: float) -> float:
+        now = time.perf_counter()
+        rate = self.config.log_every * self.sampler.step_size / max(now - clock, 1e-9)
+        parts = {name: float(value) for name, value in result.losses.parts.items()}
+        values = {
+            "loss": result.loss,
+            **parts,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "structures_per_s": rate,
+        }
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        log.write("skipped" if result.skipped else "train", self.step, {**finite, "suspects": list(result.suspects)})
+        log.show(self.step, f"loss {result.loss:.4g}  {rate:.3g} structures/s")
+        return now
+
+    # ---- state ----
+
+    def _save(self, checkpoints: Path) -> None:
+        state = {
+            "sampler": self.sampler.state(self.position),
+            "schedule": self.schedule.state_dict(),
+            "stopper": self.stopper.state_dict(),
+            "before": self.before,
+            "best": self.best,
+        }
+        ema = None if self.ema is None else self.ema.state_dict()
+        checkpoint.save(self.engine, checkpoints, self.step, state, ema=ema)
+
+    def restore(self, checkpoints: Path) -> None:
+        restored = checkpoint.resume(self.engine, checkpoints)
+        state = restored.state
+        self.step = restored.step
+        self.position = self.sampler.resume(state["sampler"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.stopper.load_state_dict(state["stopper"])
+        self.before, self.best = state["before"], state["best"]
+        if self.ema is not None:
+            if restored.ema is None:
+                raise ValueError(f"{restored.path}: there are no averaged weights; resume with --ema none")
+            self.ema.load_state_dict(restored.ema)
+
+
+def _describe(run: Run) -> None:
+    """Write what this run is and what it runs on."""
+    model = run.objective.model
+    assert isinstance(model, JMP)
+    description = {
+        "config": run.config.to_dict(),
+        "objective": type(run.objective).__name__,
+        "datasets": {s.name: {"cutoff": s.cutoff, "max_neighbors": s.max_neighbors} for s in run.sources},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "backend": model.backend,
+        "world_size": run.ranks.world_size,
+        "machine": provenance(run.ranks.device),
+    }
+    (run.directory / "run.json").write_text(json.dumps(description, indent=1) + "\n")
+    engine = deepspeed_json(run.config, run.ranks.world_size)
+    (run.directory / "deepspeed.json").write_text(json.dumps(engine, indent=1) + "\n")

@@ -1,0 +1,51 @@
+"""Block relevance on the datasets of a mix, one by one."""
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from ejmp.data.batch import Batch, make_batch
+from ejmp.model import JMP, Output
+from ejmp.relevance import block_relevance, magnitude
+from ejmp.train.loss import multitask_loss
+from ejmp.train.sources import Source
+from ejmp.train.task import Tasks
+
+
+def survey(
+    model: JMP, sources: Sequence[Source], *, structures: int = 32, batch_size: int = 4, labels: bool = False
+) -> dict[str, dict[str, list[float]]]:
+    """Score the blocks of a model on validation structures of each source.
+
+    Args:
+        model: with a head for each source's task.
+        sources: datasets with a split "val".
+        structures: of each at most.
+        batch_size: does not change the scores.
+        labels: take the loss of energies and direct forces on labels, the paper's choice, instead of the sum of
+            the magnitudes of all heads.
+
+    Returns:
+        By dataset: "energy", "forces" (if the model has that branch) and "combined", [blocks + 1] each.
+    """
+    found = {}
+    for source in sources:
+        tasks = Tasks([source.task])
+
+        def on_labels(output: Output, batch: Batch, tasks: Tasks = tasks) -> Tensor:
+            return multitask_loss(output.energy, output.forces, batch, tasks).total * batch.graph.num_structures
+
+        batches = _batches(model, source, structures, batch_size)
+        scores = block_relevance(model, batches, loss=on_labels if labels else magnitude)
+        branches = {"energy": scores.energy, "forces": scores.forces, "combined": scores.combined}
+        found[source.name] = {branch: values.tolist() for branch, values in branches.items() if values is not None}
+    return found
+
+
+def _batches(model: JMP, source: Source, structures: int, batch_size: int) -> Iterator[Batch]:
+    data = source.split("val")
+    count = min(structures, len(data))
+    for first in range(0, count, batch_size):
+        items = [data[i] for i in range(first, min(first + batch_size, count))]
+        graphs = {"cutoff": source.cutoff, "max_neighbors": source.max_neighbors}
+        yield make_batch(items, [0] * len(items), dtype=model.dtype, **graphs).to(model.device)

@@ -1,0 +1,106 @@
+"""The whole method on the demo data: relevance, prune, distil, fine-tune, evaluate; some 12 minutes on two cores.
+
+make demo, or: python launch/demo.py [--run runs/demo] [--steps 300]
+"""
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from ejmp import report
+from ejmp.checkpoint import load
+from ejmp.distill import DistillConfig
+from ejmp.model import JMP
+from ejmp.pruning import prune
+from ejmp.train import config
+from ejmp.train.adapt import for_finetuning
+from ejmp.train.demo import demo_config, demo_teacher, new_model
+from ejmp.train.distributed import Ranks
+from ejmp.train.evaluate import Errors, evaluate, table
+from ejmp.train.faults import session
+from ejmp.train.loop import FINAL, Run, train
+from ejmp.train.objective import Distillation, Supervised
+from ejmp.train.sources import demo_downstream, demo_mix, tasks_of, with_tasks_of
+from ejmp.train.survey import survey
+
+BLOCKS = (5, 4, 3, 2)
+FINETUNE_STEPS = 100
+
+
+def say(text: str) -> None:
+    """Write to standard output."""
+    sys.stdout.write(f"{text}\n\n")
+    sys.stdout.flush()
+
+
+def forces_only(errors: Errors) -> Errors:
+    """Keep the column the paper's Table 1 has."""
+    return {name: {"forces meV/A": row["forces_meV_per_A"]} for name, row in errors.items()}
+
+
+def distilled(teacher: JMP, path: Path, blocks: int, steps: int, folder: Path, ranks: Ranks) -> tuple[Errors, Errors]:
+    """Return the errors of the first blocks of a teacher, before and after distillation."""
+    sources = with_tasks_of(path, demo_mix(), teacher)
+    settings = dataclasses.replace(config.demo("distill"), steps=steps, validate_every=steps)
+    objective = Distillation(prune(teacher, blocks=blocks), teacher, tasks_of(sources), DistillConfig())
+    result = train(Run(objective=objective, sources=sources, config=settings, directory=folder, ranks=ranks))
+    return result.before, result.after
+
+
+def finetuned(start: JMP, folder: Path, ranks: Ranks, *, scratch: bool) -> Errors:
+    """Return the errors on the test split of demo aspirin after fine-tuning on gradient forces."""
+    source = demo_downstream("rmd17")
+    model = for_finetuning(start)
+    model = new_model(model.config, [source], seed=0) if scratch else model
+    settings = dataclasses.replace(config.demo("finetune"), steps=FINETUNE_STEPS, warmup_steps=10)
+    objective = Supervised(model, tasks_of([source]))
+    train(Run(objective=objective, sources=[source], config=settings, directory=folder, ranks=ranks))
+    return evaluate(load(folder / FINAL), [source], ranks, split="test")
+
+
+def main() -> None:
+    """Run all and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--steps", type=int, default=300, help="of each distillation (default: 300)")
+    options = parser.parse_args()
+    start = time.time()
+    shutil.rmtree(options.run, ignore_errors=True)
+    options.run.mkdir(parents=True)
+    with session("auto") as ranks:
+        say("1. The teacher: six small blocks, pre-trained on the demo mix (kept for the next time).")
+        path = demo_teacher(ranks)
+        teacher = load(path)
+        sources = with_tasks_of(path, demo_mix(), teacher)
+        say("2. How much each block matters (Grad-CAM), % of each branch:")
+        say(report.relevance_table(survey(teacher, sources, labels=True)))
+        say(f"3. Blocks removed (BR), and distilled for {options.steps} steps (BR+KD).")
+        untrained = new_model(demo_config(), sources, seed=1)
+        rows = {
+            "untrained": evaluate(untrained, sources, ranks),
+            "teacher, 6 blocks": evaluate(teacher, sources, ranks),
+        }
+        for blocks in BLOCKS:
+            folder = options.run / f"blocks{blocks}"
+            rows[f"{blocks} blocks, BR"], rows[f"{blocks} blocks, BR+KD"] = distilled(
+                teacher, path, blocks, options.steps, folder, ranks
+            )
+        say(f"4. Four blocks fine-tuned on gradient forces of aspirin for {FINETUNE_STEPS} steps, and from scratch.")
+        student = load(options.run / "blocks4" / FINAL)
+        fine = {
+            "distilled": finetuned(student, options.run / "finetune", ranks, scratch=False),
+            "from scratch": finetuned(student, options.run / "scratch", ranks, scratch=True),
+        }
+    say("Test errors of aspirin:\n\n" + table(fine))
+    say("Validation errors of forces:\n\n" + table({name: forces_only(errors) for name, errors in rows.items()}))
+    result = {"errors": rows, "finetune": fine, "seconds": time.time() - start, "steps": options.steps}
+    (options.run / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    say(f"{options.run / 'demo.json'}, {(time.time() - start) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()
