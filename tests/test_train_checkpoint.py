@@ -1,10 +1,12 @@
 """Checkpoints: resumed bit by bit, whole or refused, whatever the number of processes and whenever they are killed."""
 
+import dataclasses
 import json
 import random
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,8 +47,29 @@ def test_resume_is_bit_identical(runs, world_size):
         for name in NAMES:
             assert resumed[name][0] == whole[name][0], (rank, name)
             assert resumed[name][1] == whole[name][1]
+        assert whole["1True"][0][3] == {"loss_scale": 1024.0, "good_steps": 9, "skipped": 5, "skipped_in_row": 0}
         assert whole["1True"][0][0] != whole["1False"][0][0]  # the noise is part of it
     assert runs["saves", 2][0]["1True"][0][2] != runs["saves", 2][1]["1True"][0][2]
+
+
+def test_the_newest_and_the_best_are_kept(runs):
+    for world_size in (1, 2):
+        run = runs["folder"] / f"kept{world_size}"
+        kept = ["best.json", "step-00000002", "step-00000004", "step-00000005"]
+        assert runs["saves", world_size][0]["kept"] == kept
+        assert checkpoint.best(run).name == "step-00000002"
+        assert checkpoint.latest(run).name == "step-00000005"
+        assert json.loads((run / "step-00000004" / "state.json").read_text())["state"] == {"again": "yes"}
+        for path in checkpoint.steps(run):
+            checkpoint.check(path)
+    assert checkpoint.best(runs["folder"]) is None
+
+
+def test_a_checkpoint_of_another_model_is_refused(runs):
+    config = dataclasses.replace(train_script.small_jmp().config, num_tasks=2)
+    other = SimpleNamespace(objective=SimpleNamespace(model=ejmp.JMP(config, backend="reference")))
+    with pytest.raises(ValueError, match=r"expected a model with JMPConfig\(.*num_tasks=2.*, got JMPConfig\("):
+        checkpoint.load(other, checkpoint.latest(runs["folder"] / "1False1"))
 
 
 def test_ema_and_state_come_back(runs):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+import train_model_script
 import train_script
 
 from ejmp.train.config import TrainConfig
@@ -28,12 +29,12 @@ def environment(**more):
     return os.environ | {"PYTHONPATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | more
 
 
-def launch(world_size, *arguments, **more):
+def launch(world_size, *arguments, script=SCRIPT, **more):
     """Run the script in some processes; torchrun's own noise goes with what it prints."""
     start = [sys.executable]
     if world_size > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-    command = [*start, str(SCRIPT), *map(str, arguments)]
+    command = [*start, str(script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(**more), check=False)
 
 
@@ -134,6 +135,43 @@ def test_fp16_finds_a_scale_that_does_not_overflow(seen):
             assert state["loss_scale"] == FIRST_SCALE / 2**bad
             if len(seen) == 1:
                 assert norms[bad] == pytest.approx(exact, rel=2e-3)
+
+
+def of_one_process(kind):
+    """Losses and gradient norms of `train_model_script` without DeepSpeed: both ranks' batches one after the other."""
+    model = train_model_script.model_of(kind)
+    objective = train_model_script.Labels(model, kind)
+    optimizer = torch.optim.AdamW(train_model_script.groups(model), betas=TrainConfig().betas)
+    seen = []
+    for step in range(train_model_script.STEPS):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        losses = [objective(train_model_script.batch_of(step, rank)).total / 2 for rank in (0, 1)]
+        for loss in losses:
+            loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        seen.append([sum(losses).item(), norm.item()])
+    return seen
+
+
+def test_ranks_may_train_different_heads_of_a_model(tmp_path):
+    """JMP with direct and gradient forces; each rank's head, and with gradients its force branch, is its own."""
+    script = SCRIPT.with_name("train_model_script.py")
+    seen = results(launch(2, "real", tmp_path, script=script), tmp_path, 2)
+    for kind in ("direct", "gradient"):
+        expected = torch.tensor(of_one_process(kind))
+        for stage in STAGES:
+            for result in seen:
+                found = torch.tensor(result[f"{kind}{stage}"])
+                assert not found[:, 2].any()
+                torch.testing.assert_close(found[:, :2], expected, rtol=1e-3, atol=0)
+    for stage in STAGES:
+        *_, (loss, norm, skipped) = seen[0][f"fp16{stage}"]
+        assert not skipped
+        assert math.isfinite(loss + norm)
+        if len(seen[0][f"fp16{stage}"]) == train_model_script.STEPS:
+            assert norm == pytest.approx(seen[0][f"direct{stage}"][-1][1], rel=0.1)
 
 
 def test_json_is_what_deepspeed_takes():

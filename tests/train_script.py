@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 import types
 from pathlib import Path
 
@@ -190,7 +191,7 @@ def quadratic(ranks, stage, *, noise, keep=2):
     model = small_jmp()
     chosen = [{"params": list(model.parameters()), "lr": 1e-3}]
     seed_all(0, ranks.rank)
-    config = settings(stage, keep_checkpoints=keep)
+    config = settings(stage, keep_checkpoints=keep, precision="fp16" if noise else "fp32")
     return Engine(Quadratic(model, noise), chosen, config, ranks)
 
 
@@ -205,9 +206,9 @@ def advance(engine, start, stop):
 
 
 def bits(engine):
-    """A hash of this rank's weights, the moments (on rank 0), and what the generators give next."""
+    """A hash of this rank's weights, the moments (on rank 0), what the generators give next; scale and counts."""
     draws = {"draws": torch.tensor([random.random(), np.random.random(), torch.rand(()).item()])}
-    return [digest(trained(engine)), digest(optimizer_state(engine)), digest(draws)]
+    return [digest(trained(engine)), digest(optimizer_state(engine)), digest(draws), engine.state_dict()]
 
 
 def checkpoint_saves(ranks):
@@ -217,11 +218,19 @@ def checkpoint_saves(ranks):
         for noise in (False, True):
             engine = quadratic(ranks, stage, noise=noise)
             advance(engine, 0, 3)
+            engine.skipped = 5
+            engine.loss_scale /= 64 if noise else 1
             run = runs / f"{stage}{noise}{ranks.world_size}"
             averages = {name: p.detach() + ranks.rank for name, p in engine.objective.model.named_parameters()}
             checkpoint.save(engine, run, 3, {"position": 12}, ema=averages)
             losses = advance(engine, 3, 9)
             seen[f"{stage}{noise}"] = [bits(engine), losses, as_lists(trained(engine))]
+    run = runs / f"kept{ranks.world_size}"
+    for step in (1, 2, 3, 4, 5, 5):
+        checkpoint.save(engine, run, step, {"again": step}, best=step == 2)
+    (run / ".step-00000006.new").mkdir(exist_ok=True)
+    checkpoint.save(engine, run, 4, {"again": "yes"})
+    seen["kept"] = sorted(path.name for path in run.iterdir())
     return seen
 
 
@@ -303,13 +312,60 @@ def preempted(ranks):
     return steps
 
 
-def main():
-    scenario, out = sys.argv[1], Path(sys.argv[2])
+def kills():
+    """Kill a run that saves after every step, at random moments; see what each start resumes and announces."""
+    run, count, chance, seen = Path(sys.argv[3]), int(sys.argv[4]), random.Random(int(sys.argv[5])), []
+    import deepspeed  # noqa: F401 - once, and not in every process
+
+    for _ in range(count):
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                save_for_ever(run, writer)
+            finally:
+                traceback.print_exc()
+                os._exit(1)
+        os.close(writer)
+        with os.fdopen(reader) as lines:
+            resumed, saved = int(lines.readline()), [int(lines.readline())]
+            time.sleep(chance.uniform(0, 0.2))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            saved += [int(line) for line in lines]
+        seen.append({"resumed": resumed, "saved": saved[-1], "left": sorted(path.name for path in run.iterdir())})
+    last = checkpoint.latest(run)
     with session() as ranks:
-        seen = globals()[scenario](ranks)
+        engine = quadratic(ranks, 1, noise=True)
+        advance(engine, 0, checkpoint.step_of(last))
+        whole = bits(engine)
+        checkpoint.load(engine, last)
+        return {"kills": seen, "whole": whole, "resumed": bits(engine), "step": checkpoint.step_of(last)}
+
+
+def save_for_ever(run, writer):
+    with session() as ranks:
+        engine = quadratic(ranks, 1, noise=True)
+        step = checkpoint.resume(engine, run).step if checkpoint.steps(run) else 0
+        os.write(writer, f"{step}\n".encode())
+        while True:
+            advance(engine, step, step + 1)
+            step += 1
+            checkpoint.save(engine, run, step, {"position": 4 * step})
+            os.write(writer, f"{step}\n".encode())
+
+
+def main(scenarios):
+    sys.argv = [word for word in sys.argv if not word.startswith("--local_rank")]  # the deepspeed launcher adds it
+    scenario, out = sys.argv[1], Path(sys.argv[2])
+    if scenario == "kills":
+        (out / "rank0.json").write_text(json.dumps(kills()))
+        return
+    with session() as ranks:
+        seen = scenarios[scenario](ranks)
         (out / f"rank{ranks.rank}.json").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    main(globals())

@@ -6,6 +6,7 @@ differently by stage and precision (finite checks, clipping, loss scaling) is do
 
 import logging
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -263,4 +264,7 @@ def _deepspeed() -> Any:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("training needs DeepSpeed: pip install ejmp[train]") from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed would compile this for minutes when it is first used on a CPU; training has no use for it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor. is deprecated", FutureWarning)  # DeepSpeed's affair
     return deepspeed
