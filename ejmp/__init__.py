@@ -1,6 +1,6 @@
 """ejmp: JMP molecular foundation models, pruned, distilled, measured and fast.
 
-The public names are imported when they are first used, so that `ejmp --help` need not wait for torch.
+The public names are imported when they are first used, so that `launch/distill.py --help` need not wait for torch.
 """
 
 import importlib

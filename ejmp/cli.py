@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ejmp import __version__
 from ejmp.data import cli as data
+from ejmp.train import main as launch
 
 if TYPE_CHECKING:
     from ejmp.workloads import Workload
@@ -28,6 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data.add_commands(commands.add_parser("data", help="convert, check and describe datasets"))
     _add_prune(commands.add_parser("prune", help="keep some interaction blocks of a model"))
     _add_relevance(commands.add_parser("relevance", help="how much each block's output matters, by dataset"))
+    for command in ("finetune", "evaluate"):
+        training = commands.add_parser(command, help=launch.DESCRIPTIONS[command])
+        launch.add_options(command, training)
+        training.set_defaults(run=launch.run)
     options = parser.parse_args(arguments)
     try:
         return options.run(options)

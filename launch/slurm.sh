@@ -8,7 +8,7 @@
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #
-#   sbatch launch/slurm.sh launch/distill.py --blocks 4 --out RUN
+#   sbatch launch/slurm.sh launch/distill.py --blocks 4 --run RUN
 #
 # One task is one process; srun says who is who, no other launcher is needed. Five minutes before the time is up, or
 # when the job is preempted, every process finishes its step, saves and exits with status 0, and the job goes back into

@@ -28,7 +28,7 @@ SETTINGS = config.demo("pretrain")
 
 
 def demo_config(*, blocks: int = 6, scalar: bool = False) -> JMPConfig:
-    """Return the sizes of the demo model: 1.5 M parameters at six blocks.
+    """Return the sizes of the demo model: 1.4 M parameters at six blocks.
 
     Args:
         blocks: interaction blocks.
@@ -42,8 +42,8 @@ def demo_config(*, blocks: int = 6, scalar: bool = False) -> JMPConfig:
         emb_size_edge=64,
         emb_size_trip_in=16,
         emb_size_trip_out=16,
-        emb_size_quad_in=16,
-        emb_size_quad_out=16,
+        emb_size_quad_in=8,
+        emb_size_quad_out=8,
         emb_size_pair_in=16,
         emb_size_pair_out=16,
         emb_size_rbf=16,

@@ -21,15 +21,20 @@ def main(command: Command, arguments: Sequence[str] | None = None) -> int:
     """
     options = make_parser(command).parse_args(arguments)
     options.command = command
+    return run(options)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what parsed flags say; `options.command` is the command."""
     from ejmp.train import commands, faults  # noqa: PLC0415 - they need torch
 
     try:
         with faults.session(options.device) as ranks:
-            text = getattr(commands, command)(options, ranks)
+            text = getattr(commands, options.command)(options, ranks)
             if ranks.rank == 0:
                 sys.stdout.write(text + "\n")
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        sys.stderr.write(f"{command}: {error}\n")
+        sys.stderr.write(f"{options.command}: {error}\n")
         return 2
     return 0
 
