@@ -24,7 +24,7 @@ ORDER = (
     "data.generate.__main__", "train", "train.config", "train.flags", "train.task", "train.loss", "train.metrics",
     "train.schedule", "train.ema", "train.groups", "distill", "train.distributed", "train.faults", "train.engine",
     "train.randomness", "train.moments", "train.checkpoint", "train.dropout", "train.sources", "train.survey",
-    "train.objective", "train.adapt", "train.logs", "train.loop", "train.evaluate", "train.demo", "train.commands",
+    "train.objective", "train.adapt", "train.logs", "train.evaluate", "train.loop", "train.demo", "train.commands",
     "train.main", "cli",
 )  # fmt: skip
 
