@@ -57,7 +57,7 @@ def batch_of(step, rank):
 
 
 def groups(model):
-    return [{"params": list(model.parameters()), "lr": 1e-3, "weight_decay": 0.0}]
+    return [{"name": "all", "params": list(model.parameters()), "lr": 1e-3, "lr_factor": 1.0, "weight_decay": 0.0}]
 
 
 def real(ranks):
