@@ -11,7 +11,7 @@ import ejmp
 from ejmp.data import DEMO_MIX, DatasetInfo, Statistics, demo
 from ejmp.data.batch import make_batch
 from ejmp.distill import DistillConfig, combine, distill_loss
-from ejmp.train.loss import multitask_loss, reach
+from ejmp.train.loss import multitask_loss
 from ejmp.train.metrics import Maes
 from ejmp.train.task import Task, Tasks, finetune_task, pretrain_tasks
 
@@ -233,19 +233,6 @@ def test_element_outside_the_reference_counts_as_missing():
     tasks = Tasks([Task(name="a", linear_reference={6: -1.0})])
     batch = batch_of(molecules([2], energy=[1.0]), [0])
     assert tasks.raw_energy(batch).isnan().all()
-
-
-def test_reach():
-    """Every parameter gets a gradient, and a NaN in one reaches neither the loss nor the others."""
-    used, unused, broken = (torch.nn.Parameter(torch.tensor([x, 1.0])) for x in (3.0, 4.0, NAN))
-    loss = reach((used**2).sum(), [used, unused, broken])
-    assert loss.item() == 10
-    loss.backward()
-    assert used.grad.tolist() == [6, 2]
-    assert unused.grad.tolist() == broken.grad.tolist() == [0, 0]
-    assert unused.grad.is_contiguous()
-    (used.sum() * 2).backward()
-    assert used.grad.tolist() == [8, 4]
 
 
 def mixed_batches():

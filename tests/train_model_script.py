@@ -5,14 +5,14 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import ejmp
 from ejmp.data.batch import make_batch
 from ejmp.data.embedded import demo
 from ejmp.train.config import TrainConfig
 from ejmp.train.engine import Engine
-from ejmp.train.loss import multitask_loss
+from ejmp.train.groups import scale_shared_gradients
+from ejmp.train.objective import Supervised
 from ejmp.train.task import Task, Tasks
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -30,23 +30,10 @@ def model_of(kind):
     return ejmp.JMP(config, backend="reference", precision="fp16" if kind == "fp16" else "fp32")
 
 
-class Labels(nn.Module):
-    def __init__(self, model, kind):
-        super().__init__()
-        self.model, self.kind = model, kind
-        forces = "gradient" if kind == "gradient" else "direct"
-        rows = [Task.from_info(demo(name).info, head=h, forces=forces) for h, name in enumerate(SETS)]
-        self.tasks = Tasks(rows)
-
-    def forward(self, batch):
-        if self.kind != "gradient":
-            out = self.model(batch.graph)
-            return multitask_loss(out.energy, out.forces, batch, self.tasks)
-        positions = batch.graph.positions.detach().requires_grad_()
-        energy = self.model(batch.graph.with_positions(positions)).energy
-        own = self.tasks.own_energy(energy, batch).sum()
-        (gradient,) = torch.autograd.grad(own, positions, create_graph=True)
-        return multitask_loss(energy, -gradient.float(), batch, self.tasks)
+def objective_of(model, kind):
+    forces = "gradient" if kind == "gradient" else "direct"
+    rows = [Task.from_info(demo(name).info, head=h, forces=forces) for h, name in enumerate(SETS)]
+    return Supervised(model, Tasks(rows))
 
 
 def batch_of(step, rank):
@@ -65,8 +52,9 @@ def real(ranks):
     for kind in KINDS:
         for stage in (0, 1, 2):
             model = model_of(kind)
+            scale_shared_gradients(model)
             config = TrainConfig(zero_stage=stage, precision="fp16" if kind == "fp16" else "fp32")
-            engine = Engine(Labels(model, kind), groups(model), config, ranks)
+            engine = Engine(objective_of(model, kind), groups(model), config, ranks)
             taken = [engine.step(batch_of(step, ranks.rank)) for step in range(STEPS)]
             while kind == "fp16" and taken[-1].skipped:
                 taken.append(engine.step(batch_of(STEPS - 1, ranks.rank)))

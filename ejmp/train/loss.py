@@ -1,8 +1,6 @@
-"""The multi-task loss of JMP's pre-training and fine-tuning, and what keeps every parameter in every step."""
+"""The multi-task loss of JMP's pre-training and fine-tuning."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,28 +75,3 @@ def _force_loss(predicted: Tensor, batch: Batch, tasks: Tasks) -> Tensor:
 
 def _mean(values: Tensor, known: Tensor) -> Tensor:
     return values.sum() / known.sum().clamp_min(1)
-
-
-def reach(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
-    """Return the loss, with a gradient of at least exact zeros for each of some parameters.
-
-    DeepSpeed's ZeRO needs gradients of the same parameters on every rank. `multitask_loss` and `distill_loss` give
-    them whatever is in a batch, heads of other tasks and missing labels included; this is for a loss that does not.
-    Unlike 0 * sum(parameters), a NaN in a parameter does not reach loss or gradient.
-
-    ZeRO 2 also sums gradients in the order in which backward finds them, so there it is not enough: ranks that compute
-    different things add up gradients of different parameters, without any error. Not so with ZeRO 0 and 1.
-    """
-    return _Reach.apply(loss, *parameters)
-
-
-class _Reach(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
-        return loss.view_as(loss)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        zeros = [torch.zeros((), dtype=d, device=at).expand(shape) for shape, d, at in ctx.like]
-        return (grad_outputs[0], *zeros)
