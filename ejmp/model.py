@@ -192,9 +192,28 @@ class JMP(nn.Module):
                 x_e.append(out_block.energy(h, m, bases.rbf_out, graph))
                 if forces:
                     x_f.append(out_block.forces(m, bases.rbf_out))
-            mlp_e = backbone.out_mlp_E(tuple(x_e))
-            mlp_f = backbone.out_mlp_F(tuple(x_f)) if forces else ()
-        return Features(x_E=tuple(x_e), x_F=tuple(x_f), mlp_E=mlp_e, mlp_F=mlp_f)
+        return self.final_mlp(tuple(x_e), tuple(x_f), graph)
+
+    def final_mlp(self, x_E: tuple[Tensor, ...], x_F: tuple[Tensor, ...], graph: AtomGraph) -> Features:
+        """Run the final MLP on outputs of blocks, the embedding's first: the end of `features`.
+
+        Args:
+            x_E: blocks + 1 tensors [N, C].
+            x_F: blocks + 1 tensors [E, M], or none.
+            graph: theirs.
+        """
+        backbone = self.backbone
+        with self._linear_precision(graph.device):
+            if self.backend == "native":
+                from ejmp.fused import Fused  # noqa: PLC0415 - needs the compiled ops
+
+                fused = Fused(graph, LOW_PRECISION.get(self.precision))
+                mlp_e = fused.dense_residuals(backbone.out_mlp_E.out_mlp, torch.cat(x_E, dim=-1))
+                mlp_f = fused.dense_residuals(backbone.out_mlp_F.out_mlp, torch.cat(x_F, dim=-1)) if x_F else ()
+            else:
+                mlp_e = backbone.out_mlp_E(x_E)
+                mlp_f = backbone.out_mlp_F(x_F) if x_F else ()
+        return Features(x_E=x_E, x_F=x_F, mlp_E=mlp_e, mlp_F=mlp_f)
 
     def _fused_features(self, graph: AtomGraph, *, forces: bool) -> Features:
         from ejmp.fused import Fused  # noqa: PLC0415 - needs the compiled ops
@@ -215,9 +234,7 @@ class JMP(nn.Module):
                 x_e.append(fused.energy(out_block, h, m, values))
                 if forces:
                     x_f.append(fused.forces(out_block, m, values))
-            mlp_e = fused.dense_residuals(backbone.out_mlp_E.out_mlp, torch.cat(x_e, dim=-1))
-            mlp_f = fused.dense_residuals(backbone.out_mlp_F.out_mlp, torch.cat(x_f, dim=-1)) if forces else ()
-        return Features(x_E=tuple(x_e), x_F=tuple(x_f), mlp_E=mlp_e, mlp_F=mlp_f)
+        return self.final_mlp(tuple(x_e), tuple(x_f), graph)
 
     def heads(self, features: Features, graph: AtomGraph) -> Output:
         """Turn the last layer of the final MLP into energies and direct forces, in the parameters' dtype."""

@@ -16,6 +16,7 @@ import torch
 
 import ejmp
 from ejmp.checkpoint import load, save
+from ejmp.data import InOrder, Loader, make_batch
 from ejmp.distill import DistillConfig
 from ejmp.train import faults
 from ejmp.train import main as launch
@@ -25,7 +26,7 @@ from ejmp.train.demo import check, checksum, demo_config, new_model
 from ejmp.train.evaluate import evaluate, score, table
 from ejmp.train.faults import session
 from ejmp.train.loop import FINAL, Run, train
-from ejmp.train.objective import Distillation, Supervised, predict
+from ejmp.train.objective import Distillation, Supervised, freeze_blocks, predict
 from ejmp.train.sources import TASKS_FILE, demo_downstream, demo_mix, load_tasks, tasks_of, tasks_text, with_tasks_of
 
 pytest.importorskip("deepspeed")
@@ -175,7 +176,6 @@ def test_gradient_forces_follow_the_energy(teacher):
     (source,) = few([demo_downstream("rmd17")])
     model = for_finetuning(teacher).double()
     tasks = tasks_of([source])
-    from ejmp.data import make_batch
 
     def energy_at(structure):
         batch = make_batch([structure], [0], cutoff=source.cutoff, max_neighbors=100, dtype=torch.float64)
@@ -208,12 +208,45 @@ def test_distillation_learns_from_the_teacher_alone(tmp_path, ranks, sources, te
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
-def test_edge_dropout(sources, teacher):
-    from ejmp.data import InOrder, Loader
+def test_frozen_blocks_are_run_once(tmp_path, ranks, sources, teacher):
+    student = ejmp.prune(teacher, blocks=2)
+    tasks = tasks_of(sources)
+    assert Distillation(student, teacher, tasks, DistillConfig()).shared is None
+    freeze_blocks(student)
+    objective = Distillation(student, teacher, tasks, DistillConfig())
+    assert objective.shared == [0, 1, 2]
+    batch = first_batch(sources)
+    losses, gradients = [], []
+    for shared in (objective.shared, None):
+        objective.shared = shared
+        student.zero_grad()
+        loss = objective(batch).total
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
+    objective = Distillation(student, teacher, tasks, DistillConfig())
+    settings = dataclasses.replace(SETTINGS, steps=3)
+    train(Run(objective=objective, sources=sources, config=settings, directory=tmp_path, ranks=ranks))
+    changed = {n for n, value in student.state_dict().items() if not torch.equal(value, teacher.state_dict()[n])}
+    assert {name.split(".")[0 if name.startswith("output") else 1] for name in changed} == {
+        "output", "out_mlp_E", "out_mlp_F",
+    }  # fmt: skip
+    assert (
+        Distillation(ejmp.prune(teacher, keep=(0, 2)).requires_grad_(False), teacher, tasks, DistillConfig()).shared
+        is None
+    )
 
+
+def first_batch(sources):
     datasets = [source.split("train") for source in sources]
     sampler = InOrder(sizes=[len(dataset) for dataset in datasets], batch_size=8)
-    batch = next(Loader(datasets=datasets, sampler=sampler, cutoff=6.0, max_neighbors=12).batches())
+    return next(Loader(datasets=datasets, sampler=sampler, cutoff=6.0, max_neighbors=12).batches())
+
+
+def test_edge_dropout(sources, teacher):
+    batch = first_batch(sources)
     tasks = tasks_of(sources)
     totals = [
         Supervised(teacher, tasks, edge_dropout=share, max_neighbors=[12] * 4)(batch).total.item() for share in (0, 0.3)

@@ -23,7 +23,7 @@ from ejmp.train.evaluate import evaluate as errors_of
 from ejmp.train.flags import settings
 from ejmp.train.groups import LayerFactors
 from ejmp.train.loop import FINAL, Result, Run, train
-from ejmp.train.objective import Distillation, Supervised
+from ejmp.train.objective import Distillation, Supervised, freeze_blocks
 from ejmp.train.sources import Source, demo_downstream, demo_mix, from_stores, tasks_of, with_tasks_of
 
 SIZES = {"demo": demo_config, "jmp-s": jmp_s, "jmp-l": jmp_l}
@@ -51,6 +51,8 @@ def distill(options: Namespace, ranks: Ranks) -> str:
     student = _student(options, teacher)
     teacher = _ready(teacher, chosen, ranks)
     student = _ready(student, chosen, ranks)
+    if options.freeze_blocks:
+        freeze_blocks(student)
     objective = Distillation(student, teacher, tasks_of(sources), _terms(options.terms))
     result = _train(options, Run(**_common(options, ranks, sources, chosen), objective=objective))
     kept = student.config.kept_blocks or tuple(range(student.config.blocks))

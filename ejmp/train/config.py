@@ -121,7 +121,7 @@ def finetune() -> TrainConfig:
 def demo(command: Literal["pretrain", "distill", "finetune"]) -> TrainConfig:
     """Return settings for the demo model on the demo data: minutes on two cores."""
     small = TrainConfig(
-        steps=1000,
+        steps=700,
         batch_size=16,
         lr=2e-3,
         weight_decay=0.01,

@@ -86,6 +86,7 @@ def demo_teacher(ranks: Ranks) -> Path:
 
     Raises:
         ValueError: if the kept one is damaged, naming it.
+        SystemExit: if it was told to stop (SIGTERM) meanwhile.
     """
     folder = cache_folder()
     whole = folder.exists()
@@ -99,11 +100,16 @@ def demo_teacher(ranks: Ranks) -> Path:
     model = new_model(demo_config(), sources, seed=SETTINGS.seed)
     settings = dataclasses.replace(SETTINGS, batch_size=max(1, SETTINGS.batch_size // ranks.world_size))
     objective = Supervised(model, tasks_of(sources))
-    train(Run(objective=objective, sources=sources, config=settings, directory=scratch, ranks=ranks))
-    if ranks.rank == 0:
-        (scratch / FINAL / "checksum").write_text(checksum(scratch / FINAL))
-        (scratch / FINAL).rename(folder)
-        shutil.rmtree(scratch)
+    try:
+        result = train(Run(objective=objective, sources=sources, config=settings, directory=scratch, ranks=ranks))
+        if not result.finished:
+            raise SystemExit(0)
+        if ranks.rank == 0:
+            (scratch / FINAL / "checksum").write_text(checksum(scratch / FINAL))
+            (scratch / FINAL).rename(folder)
+    finally:
+        if ranks.rank == 0:
+            shutil.rmtree(scratch)
     dist.barrier()
     return folder
 

@@ -83,7 +83,7 @@ def scale_shared_gradients(model: JMP) -> list[RemovableHandle]:
     for name, module in model.backbone.bases.named_children():
         if name.startswith("mlp_"):
             users = blocks + 1 if name == "mlp_rbf_out" else blocks
-            handles += [p.register_hook(_divider(users)) for p in module.parameters()]
+            handles += [p.register_hook(_divider(users)) for p in module.parameters() if p.requires_grad]
     return handles
 
 

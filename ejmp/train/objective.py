@@ -76,7 +76,11 @@ class Supervised(nn.Module):
 
 
 class Distillation(nn.Module):
-    """Learn what a teacher makes of the same graph, on its outputs and at every layer of the final MLP."""
+    """Learn what a teacher makes of the same graph, on its outputs and at every layer of the final MLP.
+
+    The teacher runs without autograd. Where the student is the teacher's own blocks, all frozen (`freeze_blocks`), they
+    are run once, for both.
+    """
 
     def __init__(self, model: JMP, teacher: JMP, tasks: Tasks, config: DistillConfig) -> None:
         super().__init__()
@@ -84,16 +88,44 @@ class Distillation(nn.Module):
         self.tasks = tasks
         self.config = config
         self._teacher = (teacher.eval().requires_grad_(requires_grad=False),)  # in a tuple: not part of what is trained
+        self.shared = _shared_outputs(model, teacher)
 
     def forward(self, batch: Batch) -> Losses:
         """Compare the student with the teacher, and with the labels where the config weighs them."""
         (teacher,), graph = self._teacher, batch.graph
-        force_branch = self.model.config.direct_forces
         with torch.no_grad():
-            of_teacher = teacher.features(graph, direct_forces=force_branch)
+            of_teacher = teacher.features(graph, direct_forces=self.model.config.direct_forces)
             target = teacher.heads(of_teacher, graph)
-        features = self.model.features(graph)
+        if self.shared is None:
+            features = self.model.features(graph)
+        else:
+            x_e = tuple(of_teacher.x_E[i] for i in self.shared)
+            x_f = tuple(of_teacher.x_F[i] for i in self.shared) if of_teacher.x_F else ()
+            features = self.model.final_mlp(x_e, x_f, graph)
         out = self.model.heads(features, graph)
         labels = multitask_loss(out.energy, out.forces, batch, self.tasks) if self.config.labels else None
         taught = distill_loss((features, out), (of_teacher, target), graph, self.config)
         return combine(labels, taught, self.config)
+
+
+def freeze_blocks(model: JMP) -> None:
+    """Let training change the final MLP and the heads alone."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(requires_grad=".out_mlp_" in name or name.startswith("output."))
+
+
+def _shared_outputs(model: JMP, teacher: JMP) -> list[int] | None:
+    """Return which of the teacher's outputs are those of a model of frozen blocks of it; None if it has others."""
+    if model.precision != teacher.precision:
+        return None
+    kept = model.config.kept_blocks or tuple(range(model.config.blocks))
+    origin = teacher.config.kept_blocks or tuple(range(teacher.config.blocks))
+    if not set(kept) <= set(origin) or kept != origin[: len(kept)]:
+        return None
+    theirs = teacher.state_dict()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, value in model.state_dict().items():
+        own = ".out_mlp_" in name or name.startswith("output.")
+        if not own and (name in trained or not torch.equal(value, theirs[name])):
+            return None
+    return [0, *(i + 1 for i in range(len(kept)))]
