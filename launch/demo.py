@@ -1,4 +1,4 @@
-"""The whole method on the demo data: relevance, prune, distil, fine-tune, evaluate; some 11 minutes on two cores.
+"""The whole method on the demo data: relevance, prune, distil, fine-tune, evaluate; some 9 minutes on two cores.
 
 make demo, or: python launch/demo.py [--run runs/demo] [--steps 150]
 """
@@ -13,11 +13,11 @@ from pathlib import Path
 
 from ejmp import report
 from ejmp.checkpoint import load
-from ejmp.distill import DistillConfig
 from ejmp.model import JMP
 from ejmp.pruning import prune
 from ejmp.train import config
 from ejmp.train.adapt import for_finetuning
+from ejmp.train.commands import terms_of
 from ejmp.train.demo import demo_config, demo_teacher, new_model
 from ejmp.train.distributed import Ranks
 from ejmp.train.evaluate import Errors, evaluate, table
@@ -46,7 +46,7 @@ def distilled(teacher: JMP, path: Path, blocks: int, steps: int, folder: Path, r
     """Return the errors of the first blocks of a teacher, before and after distillation."""
     sources = with_tasks_of(path, demo_mix(), teacher)
     settings = dataclasses.replace(config.demo("distill"), steps=steps, validate_every=steps)
-    objective = Distillation(prune(teacher, blocks=blocks), teacher, tasks_of(sources), DistillConfig())
+    objective = Distillation(prune(teacher, blocks=blocks), teacher, tasks_of(sources), terms_of(config.DEMO_TERMS))
     result = finished(Run(objective=objective, sources=sources, config=settings, directory=folder, ranks=ranks))
     return result.before, result.after
 

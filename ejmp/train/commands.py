@@ -53,7 +53,9 @@ def distill(options: Namespace, ranks: Ranks) -> str:
     student = _ready(student, chosen, ranks)
     if options.freeze_blocks:
         freeze_blocks(student)
-    objective = Distillation(student, teacher, tasks_of(sources), _terms(options.terms))
+    objective = Distillation(
+        student, teacher, tasks_of(sources), terms_of(options.terms or (TERMS if options.data else DEMO_TERMS))
+    )
     result = _train(options, Run(**_common(options, ranks, sources, chosen), objective=objective))
     kept = student.config.kept_blocks or tuple(range(student.config.blocks))
     rows = {
@@ -149,7 +151,7 @@ def _student(options: Namespace, teacher: JMP) -> JMP:
     return prune(teacher, blocks=options.blocks, keep=keep, final_mlp=options.final_mlp)
 
 
-def _terms(text: str) -> DistillConfig:
+def terms_of(text: str) -> DistillConfig:
     """Return the terms of "forces=1,node=1"; those that are not named are left out."""
     names = [field.name for field in dataclasses.fields(DistillConfig)]
     weights = {name: 0.0 for name in names if name != "teacher"}

@@ -28,7 +28,7 @@ SETTINGS = config.demo("pretrain")
 
 
 def demo_config(*, blocks: int = 6, scalar: bool = False) -> JMPConfig:
-    """Return the sizes of the demo model: 1.4 M parameters at six blocks.
+    """Return the sizes of the demo model: 0.7 M parameters at six blocks, which have no residual layers of their own.
 
     Args:
         blocks: interaction blocks.
@@ -50,11 +50,12 @@ def demo_config(*, blocks: int = 6, scalar: bool = False) -> JMPConfig:
         emb_size_cbf=8,
         emb_size_sbf=16,
         num_radial=64,
-        num_before_skip=1,
-        num_after_skip=1,
-        num_concat=1,
-        num_atom=2,
-        num_output_after_atom=2,
+        num_before_skip=0,
+        num_after_skip=0,
+        num_concat=0,
+        num_atom=0,
+        num_output_after_atom=0,
+        num_atom_emb_layers=0,
     )
 
 

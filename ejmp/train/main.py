@@ -78,8 +78,9 @@ def _distill(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--final-mlp", choices=("sliced", "random"), default="sliced")
     parser.add_argument("--student", metavar="PATH", help="or a saved model to go on with")
     parser.add_argument("--freeze-blocks", action="store_true", help="train the final MLP and the heads only")
-    terms = "forces=1,node=1,edge=1"
-    parser.add_argument("--terms", default=terms, metavar="NAME=WEIGHT,...", help=f"ejmp.distill; default: {terms}")
+    parser.add_argument(
+        "--terms", metavar="NAME=WEIGHT,...", help=f"ejmp.distill; default: {TERMS}; demo: {DEMO_TERMS}"
+    )
 
 
 def _finetune(parser: argparse.ArgumentParser) -> None:

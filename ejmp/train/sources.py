@@ -23,7 +23,7 @@ GRAPHS = {
     "qmof": (19.0, 30),
 }
 """Cutoff (A) and neighbours JMP uses (arXiv 2310.16802)."""
-DEMO_GRAPH = (6.0, 12)
+DEMO_GRAPH = (5.0, 14)
 """The same for the demo mix, small as everything there."""
 FORCE_WEIGHTS = {name: weight for name, (_, _, weight) in PRETRAIN_STATISTICS.items()}
 DEMO_FORCE_WEIGHT = 10.0
