@@ -53,9 +53,8 @@ def distill(options: Namespace, ranks: Ranks) -> str:
     student = _ready(student, chosen, ranks)
     if options.freeze_blocks:
         freeze_blocks(student)
-    objective = Distillation(
-        student, teacher, tasks_of(sources), terms_of(options.terms or (TERMS if options.data else DEMO_TERMS))
-    )
+    terms = terms_of(options.terms or (config.TERMS if options.data else config.DEMO_TERMS))
+    objective = Distillation(student, teacher, tasks_of(sources), terms)
     result = _train(options, Run(**_common(options, ranks, sources, chosen), objective=objective))
     kept = student.config.kept_blocks or tuple(range(student.config.blocks))
     rows = {

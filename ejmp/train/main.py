@@ -78,9 +78,8 @@ def _distill(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--final-mlp", choices=("sliced", "random"), default="sliced")
     parser.add_argument("--student", metavar="PATH", help="or a saved model to go on with")
     parser.add_argument("--freeze-blocks", action="store_true", help="train the final MLP and the heads only")
-    parser.add_argument(
-        "--terms", metavar="NAME=WEIGHT,...", help=f"ejmp.distill; default: {TERMS}; demo: {DEMO_TERMS}"
-    )
+    terms = f"ejmp.distill; default: {config.TERMS}; for the demo data {config.DEMO_TERMS}"
+    parser.add_argument("--terms", metavar="NAME=WEIGHT,...", help=terms)
 
 
 def _finetune(parser: argparse.ArgumentParser) -> None:
