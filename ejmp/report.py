@@ -169,3 +169,21 @@ def relevance_picture(scores: dict[str, dict[str, list[float]]], path: Path) -> 
     axes.legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def data_table(result: dict[str, Any]) -> str:
+    """Return what `benchmarks/bench_data.py` measured of sampling and loading, as a Markdown table."""
+    infos = {bench["name"]: bench["extra_info"] for bench in result["benchmarks"]}
+    ready, epoch = infos["bench_ready[512]"], infos["bench_epoch"]
+    rows = [
+        ("sampler of 120 million structures ready, 512 ranks", f"{ready['ready_s']:.2f} s"),
+        ("memory of a rank then, with Python and torch", f"{ready['mib']['VmRSS']:.0f} MiB"),
+        ("samples drawn, whole epoch of 174 million", f"{epoch['million_per_s_whole_epoch']:.1f} million/s"),
+    ]
+    for ranks in (8, 64, 512):
+        worst = infos[f"bench_balance[{ranks}-8]"]["balanced"]
+        rows.append((f"slowest rank over mean, {ranks} ranks of 8 structures", f"{worst['mean']:.3f}"))
+    for kind in ("molecules", "slabs"):
+        made = infos[f"bench_make_batch[8-{kind}]"]
+        rows.append((f"graphs of {kind}, {made['atoms']:.0f} atoms", f"{made['structures_per_cpu_s']:.0f}/s per core"))
+    return "\n".join(["| | |", "| --- | ---: |", *(f"| {name} | {value} |" for name, value in rows)])

@@ -20,7 +20,7 @@ from ejmp.train.adapt import for_finetuning
 from ejmp.train.commands import terms_of
 from ejmp.train.demo import demo_config, demo_teacher, new_model
 from ejmp.train.distributed import Ranks
-from ejmp.train.evaluate import Errors, evaluate, table
+from ejmp.train.evaluate import Errors, evaluate, forces_only, table
 from ejmp.train.faults import session
 from ejmp.train.loop import FINAL, Result, Run, train
 from ejmp.train.objective import Distillation, Supervised
@@ -35,11 +35,6 @@ def say(text: str) -> None:
     """Write to standard output."""
     sys.stdout.write(f"{text}\n\n")
     sys.stdout.flush()
-
-
-def forces_only(errors: Errors) -> Errors:
-    """Keep the column the paper's Table 1 has."""
-    return {name: {"forces meV/A": row["forces_meV_per_A"]} for name, row in errors.items()}
 
 
 def distilled(teacher: JMP, path: Path, blocks: int, steps: int, folder: Path, ranks: Ranks) -> tuple[Errors, Errors]:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from ejmp import report
+from ejmp.train.evaluate import forces_only, table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -43,6 +44,31 @@ def test_training_figures_are_the_committed_result():
     for info in infos:
         if "energy_error" in info:
             assert f"{info['energy_error']:.0e} and {info['gradient_force_error']:.0e} in {info['precision']}" in README
+
+
+def test_demo_table_is_the_committed_result():
+    errors = json.loads((RESULTS / "demo_cpu.json").read_text())["errors"]
+    assert table({name: forces_only(row) for name, row in errors.items()}) in README
+    for name in ("oc20", "oc22", "ani1x", "transition1x"):
+        for blocks in (5, 4, 3, 2):
+            pruned, taught = (errors[f"{blocks} blocks, {kind}"][name]["forces_meV_per_A"] for kind in ("BR", "BR+KD"))
+            assert taught < pruned
+        assert errors["teacher, 6 blocks"][name]["forces_meV_per_A"] < errors["untrained"][name]["forces_meV_per_A"]
+
+
+def test_aspirin_table_is_the_committed_result():
+    result = json.loads((RESULTS / "aspirin_cpu.json").read_text())["errors"]
+    rows = {f"{name}, {when}": {"aspirin": errors[when]} for name, errors in result.items() for when in errors}
+    assert table(rows) in README
+
+
+def test_data_table_is_the_committed_result():
+    assert report.data_table(json.loads((RESULTS / "data_cpu.json").read_text())) in README
+
+
+def test_distillation_figure_is_the_committed_result():
+    (found,) = json.loads((RESULTS / "distill_cpu.json").read_text())["benchmarks"]
+    assert f"costs {found['extra_info']['step_over_parts']:.2f} times its parts" in README
 
 
 def test_every_named_file_exists():

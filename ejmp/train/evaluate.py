@@ -69,6 +69,11 @@ def score(errors: Errors) -> float:
     return sum(values) / len(values) if values else float("nan")
 
 
+def forces_only(errors: Errors) -> Errors:
+    """Return the errors of forces alone, the column of the paper's Table 1."""
+    return {name: {"forces meV/A": row["forces_meV_per_A"]} for name, row in errors.items()}
+
+
 def table(rows: dict[str, Errors]) -> str:
     """Return a Markdown table with a row per model, a column per dataset and error."""
     columns = [(name, kind) for name, errors in next(iter(rows.values())).items() for kind in errors]
