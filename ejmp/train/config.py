@@ -136,7 +136,7 @@ def demo(command: Literal["pretrain", "distill", "finetune"]) -> TrainConfig:
         log_every=25,
     )
     if command == "distill":
-        return dataclasses.replace(small, steps=400, lr=2e-3, warmup_steps=20, validate_every=200, checkpoint_every=200)
+        return dataclasses.replace(small, steps=400, lr=1e-3, warmup_steps=20, validate_every=200, checkpoint_every=200)
     if command == "finetune":
         return dataclasses.replace(small, steps=400, batch_size=8, lr=1e-3, warmup_steps=40, validate_every=100)
     return small
