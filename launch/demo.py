@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ejmp import report
 from ejmp.checkpoint import load
+from ejmp.machine import provenance
 from ejmp.model import JMP
 from ejmp.pruning import prune
 from ejmp.train import config
@@ -75,6 +76,7 @@ def main() -> None:
     shutil.rmtree(options.run, ignore_errors=True)
     options.run.mkdir(parents=True)
     with session("auto") as ranks:
+        machine = provenance(ranks.device)
         say("1. The teacher: six small blocks, pre-trained on the demo mix (kept for the next time).")
         path = demo_teacher(ranks)
         teacher = load(path)
@@ -100,7 +102,13 @@ def main() -> None:
         }
     say("Test errors of aspirin:\n\n" + table(fine))
     say("Validation errors of forces:\n\n" + table({name: forces_only(errors) for name, errors in rows.items()}))
-    result = {"errors": rows, "finetune": fine, "seconds": time.time() - start, "steps": options.steps}
+    result = {
+        "errors": rows,
+        "finetune": fine,
+        "seconds": time.time() - start,
+        "steps": options.steps,
+        "machine": machine,
+    }
     (options.run / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
     say(f"{options.run / 'demo.json'}, {(time.time() - start) / 60:.1f} minutes")
 
