@@ -18,6 +18,7 @@ import train_script
 from ejmp.train.config import TrainConfig
 from ejmp.train.distributed import Ranks
 from ejmp.train.engine import FIRST_SCALE, Engine, deepspeed_json
+from ejmp.train.groups import scale_shared_gradients
 
 SCRIPT = Path(__file__).parent / "train_script.py"
 ROOT = Path(__file__).parents[1]
@@ -140,7 +141,8 @@ def test_fp16_finds_a_scale_that_does_not_overflow(seen):
 def of_one_process(kind):
     """Losses and gradient norms of `train_model_script` without DeepSpeed: both ranks' batches one after the other."""
     model = train_model_script.model_of(kind)
-    objective = train_model_script.Labels(model, kind)
+    scale_shared_gradients(model)
+    objective = train_model_script.objective_of(model, kind)
     optimizer = torch.optim.AdamW(train_model_script.groups(model), betas=TrainConfig().betas)
     seen = []
     for step in range(train_model_script.STEPS):

@@ -21,6 +21,7 @@ from ejmp.distill import DistillConfig
 from ejmp.train import faults
 from ejmp.train import main as launch
 from ejmp.train.adapt import for_finetuning
+from ejmp.train.commands import fastest_precision
 from ejmp.train.config import TrainConfig
 from ejmp.train.demo import check, checksum, demo_config, new_model
 from ejmp.train.evaluate import evaluate, score, table
@@ -295,6 +296,14 @@ def test_help_is_quick(command):
     assert command in text
 
 
+def test_precision_of_the_teacher(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert fastest_precision(cpu, "fp32") == "fp32"
+    for capability, expected in (((7, 0), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device, found=capability: found)
+        assert fastest_precision(gpu, "fp32") == expected
+
+
 def test_bad_flags(capsys, tmp_path, ranks, monkeypatch):
     monkeypatch.setattr(faults, "session", lambda _device: contextlib.nullcontext(ranks))
     assert launch.main("distill", ["--terms", "nodes=1", "--teacher", str(tmp_path), "--blocks", "2"]) == 2
@@ -310,9 +319,10 @@ def test_deepspeed_launcher_on_two_ranks(tmp_path, sources, teacher):
     """The promised command: deepspeed launch/distill.py --blocks 4, here with 2 of 3 blocks and few steps."""
     save(teacher, tmp_path / "teacher", more={TASKS_FILE: tasks_text(sources)})
     command = [
-        Path(sys.executable).with_name("deepspeed"), "--num_accelerators", "2", "--master_port", "29611",
+        Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", "29611",
         ROOT / "launch/distill.py", "--teacher", tmp_path / "teacher", "--blocks", "2", "--run", tmp_path / "run",
         "--steps", "3", "--batch-size", "2", "--log-every", "1", "--validate-every", "3", "--zero-stage", "1",
+        "--teacher-precision", "bf16",
     ]  # fmt: skip
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):

@@ -6,10 +6,11 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import distributed as dist
 
 from ejmp.checkpoint import load
-from ejmp.config import jmp_l, jmp_s
+from ejmp.config import Precision, jmp_l, jmp_s
 from ejmp.distill import DistillConfig
 from ejmp.model import JMP
 from ejmp.pruning import prune
@@ -50,6 +51,7 @@ def distill(options: Namespace, ranks: Ranks) -> str:
     chosen = settings(options, config.distill() if options.data else config.demo("distill"))
     student = _student(options, teacher)
     teacher = _ready(teacher, chosen, ranks)
+    teacher.precision = options.teacher_precision or fastest_precision(ranks.device, chosen.precision)
     student = _ready(student, chosen, ranks)
     if options.freeze_blocks:
         freeze_blocks(student)
@@ -63,6 +65,13 @@ def distill(options: Namespace, ranks: Ranks) -> str:
         f"blocks {','.join(map(str, kept))}: BR+KD": result.after,
     }
     return _report(options, result, rows)
+
+
+def fastest_precision(device: torch.device, otherwise: Precision) -> Precision:
+    """Return what a teacher is evaluated in: the low type with tensor cores on a GPU, another on a CPU."""
+    if device.type != "cuda":
+        return otherwise
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
 
 
 def finetune(options: Namespace, ranks: Ranks) -> str:

@@ -73,6 +73,11 @@ def _pretrain(parser: argparse.ArgumentParser) -> None:
 def _distill(parser: argparse.ArgumentParser) -> None:
     _data(parser)
     parser.add_argument("--teacher", metavar="PATH", help="jmp-l.pt or a saved model; none given: the demo teacher")
+    parser.add_argument(
+        "--teacher-precision",
+        choices=("fp32", "tf32", "bf16", "fp16"),
+        help="default: bf16 on CUDA (fp16 before compute capability 8.0), the run's on a CPU",
+    )
     parser.add_argument("--blocks", type=int, help="of the student: the teacher's first ones")
     parser.add_argument("--keep", help="or exactly these blocks, like 0,1,2,5")
     parser.add_argument("--final-mlp", choices=("sliced", "random"), default="sliced")
