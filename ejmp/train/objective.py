@@ -111,7 +111,7 @@ class Distillation(nn.Module):
 def freeze_blocks(model: JMP) -> None:
     """Let training change the final MLP and the heads alone."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(requires_grad=".out_mlp_" in name or name.startswith("output."))
+        parameter.requires_grad = ".out_mlp_" in name or name.startswith("output.")
 
 
 def _shared_outputs(model: JMP, teacher: JMP) -> list[int] | None:
