@@ -116,12 +116,10 @@ def _prune(options: argparse.Namespace) -> int:
     import torch  # noqa: PLC0415
 
     import ejmp  # noqa: PLC0415
+    from ejmp.pruning import parse_blocks  # noqa: PLC0415
 
     torch.manual_seed(options.seed)
-    try:
-        keep = None if options.keep is None else [int(number) for number in options.keep.split(",")]
-    except ValueError:
-        raise ValueError(f"--keep: expected numbers with commas, such as 0,1,2, got {options.keep!r}") from None
+    keep = None if options.keep is None else parse_blocks(options.keep)
     model = ejmp.load(options.model)
     small = ejmp.prune(model, blocks=options.blocks, keep=keep, final_mlp=options.final_mlp)
     ejmp.save(small, options.out, overwrite=options.overwrite)

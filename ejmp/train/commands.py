@@ -13,7 +13,7 @@ from ejmp.checkpoint import load
 from ejmp.config import Precision, jmp_l, jmp_s
 from ejmp.distill import DistillConfig
 from ejmp.model import JMP
-from ejmp.pruning import prune
+from ejmp.pruning import parse_blocks, prune
 from ejmp.train import config
 from ejmp.train.adapt import for_finetuning
 from ejmp.train.config import TrainConfig
@@ -59,8 +59,9 @@ def distill(options: Namespace, ranks: Ranks) -> str:
     objective = Distillation(student, teacher, tasks_of(sources), terms)
     result = _train(options, Run(**_common(options, ranks, sources, chosen), objective=objective))
     kept = student.config.kept_blocks or tuple(range(student.config.blocks))
+    of_teacher = errors_of(teacher, sources, ranks) if result.finished else {}
     rows = {
-        f"teacher, {teacher.config.blocks} blocks": errors_of(teacher, sources, ranks),
+        f"teacher, {teacher.config.blocks} blocks": of_teacher,
         f"blocks {','.join(map(str, kept))}: BR": result.before,
         f"blocks {','.join(map(str, kept))}: BR+KD": result.after,
     }
@@ -155,7 +156,7 @@ def _student(options: Namespace, teacher: JMP) -> JMP:
         raise ValueError("student: expected one of --blocks, --keep and --student")
     if options.student:
         return load(options.student)
-    keep = [int(block) for block in options.keep.split(",")] if options.keep else None
+    keep = parse_blocks(options.keep) if options.keep else None
     return prune(teacher, blocks=options.blocks, keep=keep, final_mlp=options.final_mlp)
 
 

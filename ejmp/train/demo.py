@@ -5,8 +5,6 @@ minutes on two cores. Nothing measured with it says anything about JMP-L.
 """
 
 import dataclasses
-import hashlib
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,29 +13,28 @@ import torch
 from torch import distributed as dist
 
 from ejmp.config import JMPConfig
-from ejmp.data import Loader, MixSampler
+from ejmp.data import MixSampler
+from ejmp.data.durable import hash_file, hash_text
 from ejmp.model import JMP
 from ejmp.scaling import fit_scale_factors
 from ejmp.train import config
 from ejmp.train.distributed import Ranks
 from ejmp.train.loop import FINAL, Run, train
 from ejmp.train.objective import Supervised
-from ejmp.train.sources import Source, demo_mix, tasks_of
+from ejmp.train.sources import Source, demo_mix, loader_of, tasks_of
+from ejmp_kernels.gemm import cache_root
 
 SETTINGS = config.demo("pretrain")
 
 
-def demo_config(*, blocks: int = 6, scalar: bool = False) -> JMPConfig:
+def demo_config(*, blocks: int = 6) -> JMPConfig:
     """Return the sizes of the demo model: 0.7 M parameters at six blocks, which have no residual layers of their own.
 
     Args:
         blocks: interaction blocks.
-        scalar: one energy head and no force branch.
     """
     return JMPConfig(
         blocks=blocks,
-        num_tasks=1 if scalar else 4,
-        direct_forces=not scalar,
         emb_size_atom=64,
         emb_size_edge=64,
         emb_size_trip_in=16,
@@ -63,23 +60,17 @@ def new_model(config: JMPConfig, sources: list[Source], *, seed: int) -> JMP:
     """Return an untrained model whose scale factors are fitted to some of the sources' training structures."""
     torch.manual_seed(seed)
     model = JMP(config)
-    datasets = [source.split("train") for source in sources]
-    loader = Loader(
-        datasets=datasets,
-        sampler=MixSampler(sizes=[len(dataset) for dataset in datasets], seed=seed, batch_size=16),
-        cutoff=[source.cutoff for source in sources],
-        max_neighbors=[source.max_neighbors for source in sources],
-    )
+    sizes = [len(source.split("train")) for source in sources]
+    loader = loader_of(sources, "train", MixSampler(sizes=sizes, seed=seed, batch_size=16))
     fit_scale_factors(model, [batch.graph for batch in loader.batches(0, 64)])
     return model
 
 
 def cache_folder() -> Path:
     """Return where the teacher is kept: a folder named after everything that makes it what it is."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     counts = [len(source.split("train")) for source in demo_mix()]
     recipe = f"{demo_config()} {SETTINGS} {counts}"
-    return root / "ejmp" / f"demo-teacher-{hashlib.blake2b(recipe.encode(), digest_size=6).hexdigest()}"
+    return cache_root() / f"demo-teacher-{hash_text(recipe)}"
 
 
 def demo_teacher(ranks: Ranks) -> Path:
@@ -117,7 +108,7 @@ def demo_teacher(ranks: Ranks) -> Path:
 
 def checksum(folder: Path) -> str:
     """Return the hash of a saved model's weights."""
-    return hashlib.blake2b((folder / "model.safetensors").read_bytes(), digest_size=16).hexdigest()
+    return hash_file(folder / "model.safetensors")
 
 
 def check(folder: Path) -> None:

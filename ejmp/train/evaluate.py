@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import torch
 
-from ejmp.data import InOrder, Loader
+from ejmp.data import InOrder
 from ejmp.model import JMP
 from ejmp.train.distributed import Ranks, sum_over_ranks
 from ejmp.train.metrics import Maes
 from ejmp.train.objective import predict
-from ejmp.train.sources import Source, Split, tasks_of
+from ejmp.train.sources import Source, Split, loader_of, tasks_of
 
 Errors = dict[str, dict[str, float]]
 """By dataset, then by name with its unit; see `Maes.result`."""
@@ -34,18 +34,9 @@ def evaluate(
         batch_size: structures per rank and step.
         num_workers: processes that build graphs.
     """
-    datasets = [source.split(split) for source in sources]
-    sizes = [len(dataset) for dataset in datasets]
+    sizes = [len(source.split(split)) for source in sources]
     sampler = InOrder(sizes=sizes, batch_size=batch_size, world_size=ranks.world_size, rank=ranks.rank)
-    loader = Loader(
-        datasets=datasets,
-        sampler=sampler,
-        cutoff=[source.cutoff for source in sources],
-        max_neighbors=[source.max_neighbors for source in sources],
-        dtype=model.dtype,
-        device=ranks.device,
-        num_workers=num_workers,
-    )
+    loader = loader_of(sources, split, sampler, dtype=model.dtype, device=ranks.device, num_workers=num_workers)
     tasks = tasks_of(sources)
     maes = Maes(tasks, ranks.device)
     training = model.training

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ejmp.checkpoint import save
-from ejmp.data import Loader, MixSampler
+from ejmp.data import MixSampler
 from ejmp.machine import provenance
 from ejmp.model import JMP
 from ejmp.train import checkpoint
@@ -23,7 +23,7 @@ from ejmp.train.evaluate import Errors, evaluate, score
 from ejmp.train.groups import LayerFactors, parameter_groups, scale_shared_gradients
 from ejmp.train.logs import Log, Tracker
 from ejmp.train.schedule import EarlyStop, Schedule
-from ejmp.train.sources import TASKS_FILE, Source, tasks_text
+from ejmp.train.sources import TASKS_FILE, Source, loader_of, tasks_text
 
 FINAL = "final"
 """The folder of a run that holds the trained model."""
@@ -65,7 +65,8 @@ def train(run: Run, *, resume: bool = False) -> Result:
         resume: go on from the newest whole checkpoint in the folder.
 
     Raises:
-        ValueError: if the folder holds a run and resume is not asked for, or the other way round.
+        ValueError: if the folder holds a run and resume is not asked for; as `checkpoint.resume`.
+        FileNotFoundError: if there is no checkpoint to resume from.
         RuntimeError: if too many steps in a row are not finite; from a reader or a worker process.
     """
     checkpoints = run.directory / "checkpoints"
@@ -107,11 +108,10 @@ class _Trainer:
             rank=run.ranks.rank,
             costs=[dataset.num_edges for dataset in datasets],
         )
-        self.loader = Loader(
-            datasets=datasets,
-            sampler=self.sampler,
-            cutoff=[source.cutoff for source in run.sources],
-            max_neighbors=[source.max_neighbors for source in run.sources],
+        self.loader = loader_of(
+            run.sources,
+            "train",
+            self.sampler,
             dtype=model.dtype,
             device=run.ranks.device,
             num_workers=run.config.num_workers,

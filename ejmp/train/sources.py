@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ejmp.data import DEMO_DOWNSTREAM, DEMO_MIX, Dataset, demo, open_store
+import torch
+
+from ejmp.data import DEMO_DOWNSTREAM, DEMO_MIX, Dataset, Loader, demo, open_store
+from ejmp.data.mix import Sampler
 from ejmp.model import JMP
 from ejmp.train.task import PRETRAIN_STATISTICS, Task, Tasks, pretrain_tasks
 
@@ -112,6 +115,27 @@ def from_stores(spec: str, *, target: str = "energy", forces: Literal["direct", 
         task = dataclasses.replace(task, name=name)
         sources.append(Source(splits=splits, task=task, cutoff=cutoff, max_neighbors=max_neighbors))
     return sources
+
+
+def loader_of(
+    sources: Sequence[Source],
+    split: Split,
+    sampler: Sampler,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    num_workers: int = 0,
+) -> Loader:
+    """Return a loader of one split of each source, with its graphs; the rest is as for `Loader`."""
+    return Loader(
+        datasets=[source.split(split) for source in sources],
+        sampler=sampler,
+        cutoff=[source.cutoff for source in sources],
+        max_neighbors=[source.max_neighbors for source in sources],
+        dtype=dtype,
+        device=device,
+        num_workers=num_workers,
+    )
 
 
 def tasks_of(sources: Sequence[Source]) -> Tasks:

@@ -97,11 +97,15 @@ def _bucket(size: int) -> int:
     return 2 ** round(math.log2(size))
 
 
+def cache_root() -> Path:
+    """Return the folder of everything ejmp keeps between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ejmp"
+
+
 def cache_file() -> Path:
     """Return where choices are kept: one file per processor, number of threads and torch version."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = f"{_processor()}-{torch.get_num_threads()}threads-torch{torch.__version__}"
-    return root / "ejmp" / "gemm" / "".join(c if c.isalnum() or c in "-._" else "_" for c in name).lower()
+    return cache_root() / "gemm" / "".join(c if c.isalnum() or c in "-._" else "_" for c in name).lower()
 
 
 @functools.cache
