@@ -105,7 +105,7 @@ def test_sigterm_to_one_rank_stops_all_at_the_same_step(tmp_path):
 
 
 def tool(name):
-    found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    found = shutil.which(name, path=environment()["PATH"])
     if found is None:
         pytest.skip(f"{name} is not installed")
     return found

@@ -26,8 +26,10 @@ STAGES = (0, 1, 2)
 
 
 def environment(**more):
+    """The variables of a process that is to find this project and, activated or not, its environment's programs."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"PYTHONPATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | more
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return os.environ | {"PYTHONPATH": path, "PATH": programs, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | more
 
 
 def launch(world_size, *arguments, script=SCRIPT, **more):
