@@ -6,19 +6,18 @@ from typing import Literal, get_args
 
 import torch
 
-from ejmp_kernels import extension
+from ejmp_kernels import library
 
+Kernels = Literal["reference", "native", "triton"]
 Backend = Literal["auto", "reference", "native", "triton"]
 
 
-def missing(backend: Backend, device: str = "cpu", dtype: torch.dtype = torch.float32) -> str | None:
+def missing(backend: Backend, device: str | None = None, dtype: torch.dtype = torch.float32) -> str | None:
     """Return why a backend cannot run linear maps of a dtype on a type of device, or None if it can."""
     if backend in ("auto", "reference"):
         return None
-    if backend == "triton":
-        return "the Triton kernels are not part of this version"
-    reason = extension.unavailable(device)
-    if reason is None and device == "cpu" and dtype == torch.float16:
+    reason = library.unavailable(backend, device)
+    if reason is None and backend == "native" and device == "cpu" and dtype == torch.float16:
         reason = "the compiled kernels have float32, float64 and bfloat16, not float16"
     return reason
 
@@ -39,19 +38,23 @@ def check(backend: Backend) -> Backend:
 
 
 @functools.cache
-def resolve(backend: Backend, device: str, dtype: torch.dtype) -> Literal["reference", "native"]:
-    """Return what runs linear maps of a dtype on a type of device; "auto" is the fastest there is.
+def resolve(backend: Backend, device: str, dtype: torch.dtype) -> Kernels:
+    """Return what runs linear maps of a dtype on a type of device; "auto" is the fastest there is. Its ops are loaded.
 
     Raises:
         RuntimeError: if an explicit backend cannot do it, with the reason.
     """
-    if backend == "reference":
-        return "reference"
-    reason = missing("native" if backend == "auto" else backend, device, dtype)
-    if reason is None:
-        return "native"
-    if backend != "auto":
-        raise RuntimeError(f'backend="{backend}": {reason}')
-    if device == "cpu":
-        warnings.warn(f"ejmp: using plain torch, because {reason}", stacklevel=2)
-    return "reference"
+    candidates: tuple[Kernels, ...] = (backend,) if backend != "auto" else ("native", "reference")
+    if backend == "auto" and device == "cuda":
+        candidates = ("triton", *candidates)
+    reasons = []
+    for candidate in candidates:
+        reason = missing(candidate, device, dtype)
+        if reason is None:
+            if candidate != "reference":
+                library.load(candidate)
+            if candidate == "reference" and device == "cpu" and reasons:
+                warnings.warn(f"ejmp: using plain torch, because {reasons[-1]}", stacklevel=2)
+            return candidate
+        reasons.append(reason)
+    raise RuntimeError(f'backend="{backend}": {reasons[-1]}')

@@ -1,6 +1,6 @@
 """The forward pass on fused ops: the same model as `interactions` and `model` spell out, from the same parameters.
 
-Nothing here lists a triplet, pads a table or waits for the device. Scale factors are folded into the small weights
+It runs on the native or the Triton kernels, which have the same ops. Nothing here lists a triplet, pads a table or waits for the device. Scale factors are folded into the small weights
 beside them, activations, filters, residuals and scalings are one pass after each product, and of a layer on [h_source,
 h_target, m] only the part of m runs on edges. Tested to give what the reference backend gives.
 """
@@ -22,6 +22,8 @@ from ejmp.layers import INV_SQRT_2, INV_SQRT_3, Dense, Plain, Residual, ScaleFac
 from ejmp_kernels.activation import activate, swap_add
 from ejmp_kernels.atom_sum import atom_sum
 from ejmp_kernels.edge_embedding import gather_add
+from ejmp_kernels.dense import linear_activate
+from ejmp_kernels.library import Backend
 from ejmp_kernels.linear import linear
 from ejmp_kernels.pair import pair
 from ejmp_kernels.quadruplet import quadruplet_linear
@@ -35,11 +37,13 @@ class Fused:
     Args:
         graph: a batch.
         dtype: of the linear maps of blocks and final MLP; None for that of the parameters.
+        backend: whose kernels.
     """
 
-    def __init__(self, graph: AtomGraph, dtype: torch.dtype | None) -> None:
+    def __init__(self, graph: AtomGraph, dtype: torch.dtype | None, backend: Backend) -> None:
         self.graph = graph
         self.dtype = dtype
+        self.backend: Backend = backend
         assert graph.main.swap is not None
         self.swap = graph.main.swap
 
@@ -47,9 +51,10 @@ class Fused:
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """Map [rows, in] to [rows, out] in the low type, if there is one."""
-        if self.dtype is None:
-            return linear(x, weight)
-        return linear(x.to(self.dtype), weight.to(self.dtype))
+        return linear(*self._low(x, weight), backend=self.backend)
+
+    def _low(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return (x, weight) if self.dtype is None else (x.to(self.dtype), weight.to(self.dtype))
 
     def plain(self, layer: Plain, x: Tensor, scale: ScaleFactor | None = None) -> Tensor:
         """Apply a linear layer, with a scale factor folded into its weight."""
@@ -60,9 +65,9 @@ class Fused:
         weight = layer.linear.weight
         return weight * scale.scale_factor.to(weight.dtype)
 
-    def dense(self, layer: Dense, x: Tensor, scale: float = 1.0) -> Tensor:
-        """Apply a linear layer and its activation."""
-        return activate(self.plain(layer, x), scale=scale, in_place=True)
+    def dense(self, layer: Dense, x: Tensor, factor: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
+        """Apply a linear layer and its activation, and multiply by a factor of the output's shape."""
+        return linear_activate(*self._low(x, layer.linear.weight), factor, scale=scale, backend=self.backend)
 
     def residual(self, layer: nn.Module, x: Tensor, scale: float = 1.0) -> Tensor:
         """Apply a residual layer and scale."""
@@ -70,8 +75,9 @@ class Fused:
         first, second = layer.dense_mlp
         assert isinstance(first, Dense)
         assert isinstance(second, Dense)
-        out = self.plain(second, self.dense(first, x)).to(x.dtype)
-        return activate(out, add=x, scale=INV_SQRT_2 * scale, add_scale=INV_SQRT_2 * scale, in_place=True)
+        y, weight = self._low(self.dense(first, x), second.linear.weight)
+        scale *= INV_SQRT_2
+        return linear_activate(y, weight, add=x, scale=scale, add_scale=scale, backend=self.backend)
 
     def residuals(self, layers: nn.Sequential, x: Tensor, scale: float = 1.0) -> Tensor:
         """Apply residual layers in a row and scale."""
@@ -91,13 +97,15 @@ class Fused:
     def embed_edges(self, dense: Dense, h: Tensor, x: Tensor) -> Tensor:
         """Apply a dense layer to [h_source, h_target, m], given the product of m with its part of the weight."""
         main, weight, size = self.graph.main, dense.linear.weight, h.shape[1]
-        rows = linear(h, torch.cat([weight[:, :size], weight[:, size : 2 * size]]))  # not in the low type: it is cheap
+        both = torch.cat([weight[:, :size], weight[:, size : 2 * size]])
+        rows = linear(h, both, backend=self.backend)  # not in the low type: it is cheap
         from_source, to_target = rows.chunk(2, dim=1)
-        return activate(gather_add(x, from_source, to_target, main.source, self.swap, main.ptr), in_place=True)
+        rows = gather_add(x, from_source, to_target, main.source, self.swap, main.ptr, backend=self.backend)
+        return activate(rows, in_place=True, backend=self.backend)
 
     def _wide(self, x: Tensor) -> Tensor:
-        """Give sums over neighbours the type of the geometry."""
-        return x.to(self.graph.dtype)
+        """Give sums over neighbours the type of the geometry; Triton's kernels take low types and sum in float32."""
+        return x if self.backend == "triton" else x.to(self.graph.dtype)
 
     # ---- bases ----
 
@@ -138,42 +146,46 @@ class Fused:
             for part, p in zip(parts, projections, strict=True)
         ]
 
-    @staticmethod
-    def _radial_product(bases: Bases, distance: Tensor, weight: Tensor) -> Tensor:
+    def _radial_product(self, bases: Bases, distance: Tensor, weight: Tensor) -> Tensor:
         basis = bases.radial_basis
         offset, temps = (x.to(distance.dtype) for x in (basis.rbf.offset, basis.rbf.temps))
-        return radial(distance, offset, temps, weight, basis.cutoff, basis.exponent)
+        return radial(distance, offset, temps, weight, basis.cutoff, basis.exponent, backend=self.backend)
 
     # ---- interactions ----
 
-    def filtered(self, layer: TripletInteraction | QuadrupletInteraction, pre: Tensor, rbf: Tensor) -> Tensor:
-        """Activate, filter by the radial basis and down-project: [E_in, .] to [E_in, C]."""
+    def filtered(
+        self, layer: TripletInteraction | QuadrupletInteraction, dense: Dense, m: Tensor, rbf: Tensor
+    ) -> Tensor:
+        """Apply a dense layer, filter by the radial basis and down-project: [E_in, .] to [E_in, C]."""
         factor = self.plain(layer.mlp_rbf, rbf, layer.scale_rbf)
-        return self._wide(self.dense(layer.down_projection, activate(pre, factor, in_place=True)))
+        return self._wide(self.dense(layer.down_projection, self.dense(dense, m, factor)))
 
     def triplets(
         self, layer: TripletInteraction, x: Tensor, cbf: Tensor, out: EdgeSet, into: EdgeSet, *, to_atoms: bool = False
     ) -> Tensor:
         """Sum over triplets and mix, [E_out or N, trip_out]."""
-        summed = triplet(x, cbf, out, into, to_atoms=to_atoms)
-        return linear(summed, self._folded(layer.mlp_cbf.bilinear, layer.scale_cbf_sum))
+        summed = triplet(x, cbf, out, into, to_atoms=to_atoms, backend=self.backend)
+        return self._mix(summed, self._folded(layer.mlp_cbf.bilinear, layer.scale_cbf_sum))
+
+    def _mix(self, x: Tensor, weight: Tensor) -> Tensor:
+        return linear(x, weight.to(x.dtype), backend=self.backend)
 
     def to_edges(self, layer: TripletInteraction | QuadrupletInteraction, y: Tensor, add: Tensor) -> Tensor:
         """Up-project messages for edges and counter-edges and add half their sum / sqrt(2), [E, M]."""
         assert layer.up_projection_ac is not None
         weight = torch.cat([layer.up_projection_ca.linear.weight, layer.up_projection_ac.linear.weight])
-        return swap_add(self.linear(y, weight), self.swap, add, scale=0.5 * INV_SQRT_2)
+        return swap_add(self.linear(y, weight), self.swap, add, scale=0.5 * INV_SQRT_2, backend=self.backend)
 
     def quadruplets(self, layer: QuadrupletInteraction, m: Tensor, bases: ProjectedBases) -> Tensor:
         """Sum over quadruplets and mix, [E, quad_out]."""
         graph = self.graph
-        x = self.filtered(layer, self.plain(layer.dense_db, m), bases.rbf_quad)
+        x = self.filtered(layer, layer.dense_db, m, bases.rbf_quad)
         cbf = bases.cbf_quad.mT
-        filters = linear(cbf.flatten(0, 1), self._folded(layer.mlp_cbf, layer.scale_cbf)).view(
-            *cbf.shape[:2], x.shape[1]
-        )
-        mix = self._folded(layer.mlp_sbf.bilinear, layer.scale_sbf_sum)
-        return quadruplet_linear(x, filters, bases.sbf_quad, graph.main, graph.quad_edges, mix)
+        weight = self._folded(layer.mlp_cbf, layer.scale_cbf)
+        filters = linear(cbf.flatten(0, 1), weight, backend=self.backend).view(*cbf.shape[:2], x.shape[1])
+        mix = self._folded(layer.mlp_sbf.bilinear, layer.scale_sbf_sum).to(x.dtype)
+        edges = graph.main, graph.quad_edges
+        return quadruplet_linear(x, filters, bases.sbf_quad, *edges, mix, backend=self.backend)
 
     def messages_to_edges(self, block: InteractionBlock, h: Tensor, m: Tensor, bases: ProjectedBases) -> Tensor:
         """Return half the sum of what a block sends to edges, [E, M]."""
@@ -184,7 +196,7 @@ class Fused:
             block.quad_interaction,
         )
         out = self.dense(block.dense_ca, m, scale=0.5)
-        x = self.filtered(trip, self.plain(trip.dense_ba, m), bases.rbf_trip)
+        x = self.filtered(trip, trip.dense_ba, m, bases.rbf_trip)
         out = self.to_edges(trip, self.triplets(trip, x, bases.cbf_trip, graph.main, graph.main), out)
         out = self.to_edges(quad, self.quadruplets(quad, m, bases), out)
         # atoms are activated before they are gathered onto edges
@@ -197,19 +209,20 @@ class Fused:
     def edges_to_atoms(self, block: InteractionBlock, m: Tensor, bases: ProjectedBases) -> Tensor:
         """Sum triplets into atoms, [N, C]."""
         graph, layer = self.graph, block.edge_atom_interaction
-        x = self.filtered(layer, self.plain(layer.dense_ba, m), bases.rbf_edge_atom)
+        x = self.filtered(layer, layer.dense_ba, m, bases.rbf_edge_atom)
         y = self.triplets(layer, x, bases.cbf_edge_atom, graph.atom_edges, graph.main, to_atoms=True)
         return self.dense(layer.up_projection_ca, y)
 
     def pairs(self, layer: PairInteraction, h: Tensor, bases: ProjectedBases) -> Tensor:
         """Sum over pairs, [N, C]."""
         edges = self.graph.atom_pairs
-        summed = pair(self._wide(self.dense(layer.down_projection, h)), bases.rbf_pair, edges.ptr, edges.source)
-        return self.dense(layer.up_projection, linear(summed, self._folded(layer.bilinear, layer.scale_rbf_sum)))
+        x = self._wide(self.dense(layer.down_projection, h))
+        summed = pair(x, bases.rbf_pair, edges.ptr, edges.source, backend=self.backend)
+        return self.dense(layer.up_projection, self._mix(summed, self._folded(layer.bilinear, layer.scale_rbf_sum)))
 
     def atom_sum(self, layer: AtomUpdate, m: Tensor, rbf: Tensor) -> Tensor:
         """Sum edges into atoms through a radial filter, [E, M] to [N, M]."""
-        summed = atom_sum(m, self.plain(layer.dense_rbf, rbf), self.graph.main.ptr)
+        summed = atom_sum(m, self.plain(layer.dense_rbf, rbf), self.graph.main.ptr, backend=self.backend)
         return summed * layer.scale_sum.scale_factor.to(summed.dtype)
 
     def block(self, block: InteractionBlock, h: Tensor, m: Tensor, bases: ProjectedBases) -> tuple[Tensor, Tensor]:

@@ -4,12 +4,12 @@ import importlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ejmp.backend import Backend, missing, resolve
+from ejmp.backend import Backend, Kernels, resolve
 from ejmp.backend import check as check_backend
 from ejmp.bases import Bases
 from ejmp.config import JMPConfig, Precision
@@ -18,6 +18,9 @@ from ejmp.graph import AtomGraph
 from ejmp.interactions import BlockInputs, InteractionBlock, OutputBlock
 from ejmp.layers import Dense, Residual, ScaledSiLU
 from ejmp_kernels import reference
+
+if TYPE_CHECKING:
+    from ejmp.fused import Fused
 
 LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -114,8 +117,8 @@ class JMP(nn.Module):
 
     Args:
         config: sizes; see `jmp_s`, `jmp_l`, `JMPConfig`.
-        backend: "reference" is plain torch; "native" the compiled kernels, on the CPU; "auto" takes the fastest that
-            serves the device and precision. State dict and results (to rounding) do not depend on it.
+        backend: "reference" is plain torch; "native" the C++ and CUDA kernels; "triton" those in Triton; "auto" takes
+            the first that serves device and precision of: on a GPU triton, native; on the CPU native; reference. State dict and results (to rounding) do not depend on it.
         precision: type of the linear maps. "fp32" computes in the parameters' own dtype (also float64); "bf16" and
             "fp16" run the linear maps of embedding, blocks and final MLP in the low type and geometry, bases,
             neighbour sums, heads and the atoms' residual stream in float32 (the edges' stream is in the low type);
@@ -138,7 +141,7 @@ class JMP(nn.Module):
             raise ValueError(f"precision: expected one of {get_args(Precision)}, got {precision!r}")
         self.config = config
         self.requested_backend: Backend = check_backend(backend)
-        if backend != "reference" and missing("native") is None:
+        if backend != "reference":
             importlib.import_module("ejmp.fused")  # registers its ops, before anybody counts or traces them
         self.precision: Precision = precision
         self.embedding = AtomEmbedding(config)
@@ -156,7 +159,7 @@ class JMP(nn.Module):
         return self.embedding.atom_embedding.weight.device
 
     @property
-    def backend(self) -> Literal["reference", "native"]:
+    def backend(self) -> Kernels:
         """What runs the model where it is, at its precision."""
         return resolve(self.requested_backend, self.device.type, LOW_PRECISION.get(self.precision, self.dtype))
 
@@ -176,7 +179,7 @@ class JMP(nn.Module):
         """Run everything but the heads; `heads` turns the result into an `Output`. Arguments as for `forward`."""
         self._check(graph)
         forces = direct_forces and self.config.direct_forces
-        if self.backend == "native":
+        if self.backend != "reference":
             return self._fused_features(graph, forces=forces)
         backbone = self.backbone
         bases = backbone.bases(graph)
@@ -204,10 +207,8 @@ class JMP(nn.Module):
         """
         backbone = self.backbone
         with self._linear_precision(graph.device):
-            if self.backend == "native":
-                from ejmp.fused import Fused  # noqa: PLC0415 - needs the compiled ops
-
-                fused = Fused(graph, LOW_PRECISION.get(self.precision))
+            if self.backend != "reference":
+                fused = self._fused(graph)
                 mlp_e = fused.dense_residuals(backbone.out_mlp_E.out_mlp, torch.cat(x_E, dim=-1))
                 mlp_f = fused.dense_residuals(backbone.out_mlp_F.out_mlp, torch.cat(x_F, dim=-1)) if x_F else ()
             else:
@@ -215,12 +216,17 @@ class JMP(nn.Module):
                 mlp_f = backbone.out_mlp_F(x_F) if x_F else ()
         return Features(x_E=x_E, x_F=x_F, mlp_E=mlp_e, mlp_F=mlp_f)
 
-    def _fused_features(self, graph: AtomGraph, *, forces: bool) -> Features:
-        from ejmp.fused import Fused  # noqa: PLC0415 - needs the compiled ops
+    def _fused(self, graph: AtomGraph) -> "Fused":
+        from ejmp.fused import Fused  # noqa: PLC0415 - not for the reference backend
 
+        backend = self.backend
+        assert backend != "reference"
+        return Fused(graph, LOW_PRECISION.get(self.precision), backend)
+
+    def _fused_features(self, graph: AtomGraph, *, forces: bool) -> Features:
         backbone = self.backbone
         with self._linear_precision(graph.device):
-            fused = Fused(graph, LOW_PRECISION.get(self.precision))
+            fused = self._fused(graph)
             h = self.embedding(graph.atomic_numbers)
             m = fused.embed(backbone.bases, h)
             values = fused.bases(backbone.bases)

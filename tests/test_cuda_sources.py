@@ -12,10 +12,9 @@ from tolerances import relative_error
 from torch.utils.cpp_extension import include_paths, library_paths
 
 import ejmp
-from ejmp_kernels import unfused
+from ejmp_kernels import library, unfused
 
 require_native()
-from ejmp_kernels import activation, atom_sum, edge_embedding, pair, quadruplet, radial, triplet  # noqa: E402
 
 FOLDER = Path(__file__).parents[1] / "csrc/cuda"
 KERNELS = sorted(FOLDER.glob("*.cu"))
@@ -273,8 +272,7 @@ def test_model_equals_golden(emulated, monkeypatch, tiny):
             plain = {op.__name__: op for op in unfused.OPS}
             return plain.get(name) or getattr(emulated, name)
 
-    for module in (activation, atom_sum, edge_embedding, pair, quadruplet, radial, triplet):
-        monkeypatch.setattr(module, "_OPS", OnGpu())
+    monkeypatch.setitem(library._ops, "native", OnGpu())
     emulated.threads(1)
     golden = load_golden("ethanol")
     out = ejmp.JMP.forward(tiny, golden.graph())

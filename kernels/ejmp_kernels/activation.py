@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake
 
-from ejmp_kernels.library import like, load, third_derivative, zeros_for
+from ejmp_kernels.library import Backend, for_each_backend, like, ops, third_derivative, zeros_for
 
 SCALED_SILU = 1 / 0.6
 
@@ -26,6 +26,7 @@ def activate(
     scale: float = 1.0,
     add_scale: float = 1.0,
     in_place: bool = False,
+    backend: Backend = "native",
 ) -> Tensor:
     """Return scale * ScaledSiLU(x) * factor + add_scale * add.
 
@@ -36,16 +37,20 @@ def activate(
         scale: of the activation.
         add_scale: of what is added.
         in_place: overwrite x where no gradient needs it; for the result of a product that nobody else holds.
+        backend: whose kernels.
 
     Raises:
         ValueError: if shapes, types or devices do not fit together.
     """
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, factor, add))
-    op = _OPS.activate_ if in_place and not recorded and x.is_contiguous() else _OPS.activate
+    space = ops(backend)
+    op = space.activate_ if in_place and not recorded and x.is_contiguous() else space.activate
     return op(x, factor, add, scale * SCALED_SILU, add_scale)
 
 
-def swap_add(x: Tensor, swap: Tensor, add: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
+def swap_add(
+    x: Tensor, swap: Tensor, add: Tensor | None = None, *, scale: float = 1.0, backend: Backend = "native"
+) -> Tensor:
     """Return scale * (ScaledSiLU(x[e, 0]) + ScaledSiLU(x[counter-edge of e, 1])) + add[e].
 
     Args:
@@ -53,6 +58,7 @@ def swap_add(x: Tensor, swap: Tensor, add: Tensor | None = None, *, scale: float
         swap: [E] int64, the counter-edge of each edge; it undoes itself.
         add: [E, M] or None.
         scale: of the sum.
+        backend: whose kernels.
 
     Returns:
         [E, M].
@@ -60,70 +66,64 @@ def swap_add(x: Tensor, swap: Tensor, add: Tensor | None = None, *, scale: float
     Raises:
         ValueError: if shapes, types or devices do not fit together, or an index is out of range.
     """
-    return _OPS.swap_add(x, swap, add, scale * SCALED_SILU)
+    return ops(backend).swap_add(x, swap, add, scale * SCALED_SILU)
 
 
-def _setup(ctx: Any, inputs: tuple, output: Any) -> None:
-    x, factor, add, ctx.alpha, ctx.beta = inputs
-    ctx.has_add = add is not None
-    ctx.save_for_backward(x, *([] if factor is None else [factor]))
+@for_each_backend
+def _register(namespace: str) -> None:
+    own = getattr(torch.ops, namespace)
 
+    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+        x, factor, add, ctx.alpha, ctx.beta = inputs
+        ctx.has_add = add is not None
+        ctx.save_for_backward(x, *([] if factor is None else [factor]))
 
-def _backward(ctx: Any, grad: Tensor) -> tuple:
-    x, *factor = ctx.saved_tensors
-    to_x, to_factor = _OPS.activate_backward(grad.contiguous(), x, factor[0] if factor else None, ctx.alpha)
-    to_add = grad * ctx.beta if ctx.has_add and ctx.needs_input_grad[2] else None
-    return (to_x, to_factor if factor else None, to_add, None, None)
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        x, *factor = ctx.saved_tensors
+        to_x, to_factor = own.activate_backward(grad.contiguous(), x, factor[0] if factor else None, ctx.alpha)
+        to_add = grad * ctx.beta if ctx.has_add and ctx.needs_input_grad[2] else None
+        return (to_x, to_factor if factor else None, to_add, None, None)
 
+    def setup_backward(ctx: Any, inputs: tuple, output: Any) -> None:
+        grad, x, factor, ctx.alpha = inputs
+        ctx.save_for_backward(grad, x, *([] if factor is None else [factor]))
 
-def _setup_backward(ctx: Any, inputs: tuple, output: Any) -> None:
-    grad, x, factor, ctx.alpha = inputs
-    ctx.save_for_backward(grad, x, *([] if factor is None else [factor]))
+    def double(ctx: Any, u_x: Tensor | None, u_factor: Tensor | None) -> tuple:
+        grad, x, *factor = ctx.saved_tensors
+        u_x, *u_factors = zeros_for((u_x, u_factor)[: 1 + len(factor)], (x, *factor))
+        u_factor, filters = (u_factors[0], factor[0]) if factor else (None, None)
+        to_grad, to_x, to_factor = own.activate_double(u_x, u_factor, grad, x, filters, ctx.alpha)
+        return (to_grad, to_x, to_factor if factor else None, None)
 
+    def setup_swap(ctx: Any, inputs: tuple, output: Any) -> None:
+        x, swap, add, ctx.alpha = inputs
+        ctx.has_add = add is not None
+        ctx.save_for_backward(x, swap)
 
-def _double(ctx: Any, u_x: Tensor | None, u_factor: Tensor | None) -> tuple:
-    grad, x, *factor = ctx.saved_tensors
-    u_x, *u_factors = zeros_for((u_x, u_factor)[: 1 + len(factor)], (x, *factor))
-    u_factor, filters = (u_factors[0], factor[0]) if factor else (None, None)
-    to_grad, to_x, to_factor = _OPS.activate_double(u_x, u_factor, grad, x, filters, ctx.alpha)
-    return (to_grad, to_x, to_factor if factor else None, None)
+    def swap_backward(ctx: Any, grad: Tensor) -> tuple:
+        return (own.swap_add_backward(grad, *ctx.saved_tensors, ctx.alpha), None, grad if ctx.has_add else None, None)
 
+    def setup_swap_backward(ctx: Any, inputs: tuple, output: Any) -> None:
+        *tensors, ctx.alpha = inputs
+        ctx.save_for_backward(*tensors)
 
-def _setup_swap(ctx: Any, inputs: tuple, output: Any) -> None:
-    x, swap, add, ctx.alpha = inputs
-    ctx.has_add = add is not None
-    ctx.save_for_backward(x, swap)
+    def swap_double(ctx: Any, u: Tensor) -> tuple:
+        return (*own.swap_add_double(u, *ctx.saved_tensors, ctx.alpha), None, None)
 
+    def or_nothing(x: Tensor, factor: Tensor | None) -> Tensor:
+        return x.new_empty(0 if factor is None else x.shape)
 
-def _swap_backward(ctx: Any, grad: Tensor) -> tuple:
-    return (_OPS.swap_add_backward(grad, *ctx.saved_tensors, ctx.alpha), None, grad if ctx.has_add else None, None)
+    register_fake(f"{namespace}::activate")(lambda x, factor, add, alpha, beta: torch.empty_like(x))
+    register_fake(f"{namespace}::activate_")(lambda x, factor, add, alpha, beta: x)
+    register_fake(f"{namespace}::activate_backward")(lambda grad, x, factor, alpha: (*like(x), or_nothing(x, factor)))
+    register_fake(f"{namespace}::activate_double")(lambda u, v, grad, x, factor, alpha: (*like(x, x), or_nothing(x, factor)))
+    register_autograd(f"{namespace}::activate", backward, setup_context=setup)
+    register_autograd(f"{namespace}::activate_backward", double, setup_context=setup_backward)
+    register_autograd(f"{namespace}::activate_double", third_derivative, setup_context=lambda ctx, inputs, output: None)
 
-
-def _setup_swap_backward(ctx: Any, inputs: tuple, output: Any) -> None:
-    *tensors, ctx.alpha = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _swap_double(ctx: Any, u: Tensor) -> tuple:
-    return (*_OPS.swap_add_double(u, *ctx.saved_tensors, ctx.alpha), None, None)
-
-
-def _or_nothing(x: Tensor, factor: Tensor | None) -> Tensor:
-    return x.new_empty(0 if factor is None else x.shape)
-
-
-_OPS = load()
-register_fake("ejmp::activate")(lambda x, factor, add, alpha, beta: torch.empty_like(x))
-register_fake("ejmp::activate_")(lambda x, factor, add, alpha, beta: x)
-register_fake("ejmp::activate_backward")(lambda grad, x, factor, alpha: (*like(x), _or_nothing(x, factor)))
-register_fake("ejmp::activate_double")(lambda u, v, grad, x, factor, alpha: (*like(x, x), _or_nothing(x, factor)))
-register_autograd("ejmp::activate", _backward, setup_context=_setup)
-register_autograd("ejmp::activate_backward", _double, setup_context=_setup_backward)
-register_autograd("ejmp::activate_double", third_derivative, setup_context=lambda ctx, inputs, output: None)
-
-register_fake("ejmp::swap_add")(lambda x, swap, add, alpha: x.new_empty(x.shape[0], x.shape[1] // 2))
-register_fake("ejmp::swap_add_backward")(lambda grad, x, swap, alpha: like(x)[0])
-register_fake("ejmp::swap_add_double")(lambda u, grad, x, swap, alpha: like(grad, x))
-register_autograd("ejmp::swap_add", _swap_backward, setup_context=_setup_swap)
-register_autograd("ejmp::swap_add_backward", _swap_double, setup_context=_setup_swap_backward)
-register_autograd("ejmp::swap_add_double", third_derivative, setup_context=lambda ctx, inputs, output: None)
+    register_fake(f"{namespace}::swap_add")(lambda x, swap, add, alpha: x.new_empty(x.shape[0], x.shape[1] // 2))
+    register_fake(f"{namespace}::swap_add_backward")(lambda grad, x, swap, alpha: like(x)[0])
+    register_fake(f"{namespace}::swap_add_double")(lambda u, grad, x, swap, alpha: like(grad, x))
+    register_autograd(f"{namespace}::swap_add", swap_backward, setup_context=setup_swap)
+    register_autograd(f"{namespace}::swap_add_backward", swap_double, setup_context=setup_swap_backward)
+    register_autograd(f"{namespace}::swap_add_double", third_derivative, setup_context=lambda ctx, inputs, output: None)

@@ -8,14 +8,22 @@ Specification: `reference.gather_add`, `reference.segment_sum`.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake
 
-from ejmp_kernels.library import by_atom, like, load, wide
+from ejmp_kernels.library import Backend, by_atom, for_each_backend, like, ops, wide
 
 
 def gather_add(
-    x: Tensor | None, source_rows: Tensor, target_rows: Tensor, source: Tensor, swap: Tensor, ptr: Tensor
+    x: Tensor | None,
+    source_rows: Tensor,
+    target_rows: Tensor,
+    source: Tensor,
+    swap: Tensor,
+    ptr: Tensor,
+    *,
+    backend: Backend = "native",
 ) -> Tensor:
     """Add to each edge a row of its source and one of its target.
 
@@ -26,6 +34,7 @@ def gather_add(
         source: [E] int64.
         swap: [E] int64, the counter-edge of each edge.
         ptr: [N + 1] int64, CSR pointers of the edges over targets.
+        backend: whose kernels.
 
     Returns:
         [E, M], like x.
@@ -33,40 +42,38 @@ def gather_add(
     Raises:
         ValueError: if shapes, types or devices do not fit together, or an index is out of range.
     """
-    return _OPS.gather_add(x, source_rows, target_rows, source, swap, ptr)
+    return ops(backend).gather_add(x, source_rows, target_rows, source, swap, ptr)
 
 
-def _setup(ctx: Any, inputs: tuple, output: Any) -> None:
-    ctx.has_x = inputs[0] is not None
-    ctx.save_for_backward(*inputs[4:])
+@for_each_backend
+def _register(namespace: str) -> None:
+    own = getattr(torch.ops, namespace)
 
+    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.has_x = inputs[0] is not None
+        ctx.save_for_backward(*inputs[4:])
 
-def _backward(ctx: Any, grad: Tensor) -> tuple:
-    swap, ptr = ctx.saved_tensors
-    to_source, to_target = _OPS.edge_sum(grad, swap, ptr), _OPS.edge_sum(grad, None, ptr)
-    return (grad if ctx.has_x else None, to_source, to_target, None, None, None)
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        swap, ptr = ctx.saved_tensors
+        to_source, to_target = own.edge_sum(grad, swap, ptr), own.edge_sum(grad, None, ptr)
+        return (grad if ctx.has_x else None, to_source, to_target, None, None, None)
 
+    def setup_sum(ctx: Any, inputs: tuple, output: Any) -> None:
+        x, order, ptr = inputs
+        ctx.num_edges, ctx.dtype, ctx.ordered = x.shape[0], x.dtype, order is not None
+        ctx.save_for_backward(*([ptr] if order is None else [ptr, order]))
 
-def _setup_sum(ctx: Any, inputs: tuple, output: Any) -> None:
-    x, order, ptr = inputs
-    ctx.num_edges, ctx.dtype, ctx.ordered = x.shape[0], x.dtype, order is not None
-    ctx.save_for_backward(*([ptr] if order is None else [ptr, order]))
+    def sum_backward(ctx: Any, grad: Tensor) -> tuple:
+        ptr, *order = ctx.saved_tensors
+        rows = grad.to(ctx.dtype).index_select(0, by_atom(ptr, ctx.num_edges))
+        if ctx.ordered:
+            rows = like(rows)[0].index_copy(0, order[0], rows)
+        return (rows, None, None)
 
+    def fake(x: Tensor | None, source_rows: Tensor, target_rows: Tensor, source: Tensor, *_: Tensor) -> Tensor:
+        return (source_rows if x is None else x).new_empty(source.shape[0], source_rows.shape[1])
 
-def _sum_backward(ctx: Any, grad: Tensor) -> tuple:
-    ptr, *order = ctx.saved_tensors
-    rows = grad.to(ctx.dtype).index_select(0, by_atom(ptr, ctx.num_edges))
-    if ctx.ordered:
-        rows = like(rows)[0].index_copy(0, order[0], rows)
-    return (rows, None, None)
-
-
-def _fake(x: Tensor | None, source_rows: Tensor, target_rows: Tensor, source: Tensor, *_: Tensor) -> Tensor:
-    return (source_rows if x is None else x).new_empty(source.shape[0], source_rows.shape[1])
-
-
-_OPS = load()
-register_fake("ejmp::gather_add")(_fake)
-register_fake("ejmp::edge_sum")(lambda x, order, ptr: wide(x, ptr.shape[0] - 1))
-register_autograd("ejmp::gather_add", _backward, setup_context=_setup)
-register_autograd("ejmp::edge_sum", _sum_backward, setup_context=_setup_sum)
+    register_fake(f"{namespace}::gather_add")(fake)
+    register_fake(f"{namespace}::edge_sum")(lambda x, order, ptr: wide(x, ptr.shape[0] - 1))
+    register_autograd(f"{namespace}::gather_add", backward, setup_context=setup)
+    register_autograd(f"{namespace}::edge_sum", sum_backward, setup_context=setup_sum)

@@ -1,6 +1,8 @@
-"""Load the compiled extension (csrc) if it was built, and say why not otherwise."""
+"""What can run here: the compiled extension (csrc), which is loaded if it was built, and Triton; or why not."""
 
 import functools
+import importlib.util
+import os
 from pathlib import Path
 
 import torch
@@ -23,3 +25,27 @@ def unavailable(device: str = "cpu") -> str | None:
     if not torch._C._dispatch_has_kernel_for_dispatch_key("ejmp::triplet", "CUDA"):  # noqa: SLF001 - the only way to ask
         return f"{library.name} was built without CUDA (no nvcc at install time, or a torch without CUDA)"
     return None
+
+
+@functools.cache
+def triton_unavailable(device: str | None = None) -> str | None:
+    """Return why Triton's kernels cannot be used, at all or on a type of device, or None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if device is None or interpreted():
+        return None
+    if device == "cpu":
+        return "Triton runs on the CPU in its interpreter only (set TRITON_INTERPRET=1 before it is imported; very slow)"
+    if device != "cuda":
+        return f"there are Triton kernels for cuda, not for {device}"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f"Triton has no tensor cores below compute capability 8.0, this device has {capability[0]}.{capability[1]}"
+    return None
+
+
+def interpreted() -> bool:
+    """Return whether Triton runs its kernels in Python, on any device, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,13 +1,15 @@
-"""Register the compiled ops with torch: shapes for tracing, derivatives, floating-point operations.
+"""Register the ops of both backends with torch: shapes for tracing, derivatives, floating-point operations.
 
+The compiled ops are `torch.ops.ejmp`, those of Triton `torch.ops.ejmp_triton`; their names and arguments are the same.
 An op `name` has a gradient op `name_backward(grad, *inputs)`, which is registered like any other and differentiable
 itself, so that losses on gradient forces (second derivatives) are right. A nonlinear op has a third one,
 `name_double(*along, grad, *inputs)`: the gradient of the gradient op, which ends the chain: differentiating a third
 time raises an error.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,17 +21,64 @@ from ejmp_kernels import extension, unfused
 Shape = Callable[..., Tensor]
 
 
-def load() -> Any:
-    """Load the compiled ops and return their namespace, `torch.ops.ejmp`.
+Backend = Literal["native", "triton"]
+NAMESPACES: dict[Backend, str] = {"native": "ejmp", "triton": "ejmp_triton"}
+
+
+class _Missing:
+    """Stands for the ops of a backend that is not loaded; asking for one raises the reason."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        reason = unavailable(self._backend)
+        raise RuntimeError(f"{self._backend} ops: {reason or 'not loaded, call ejmp_kernels.library.load first'}")
+
+
+_ops: dict[Backend, Any] = {backend: _Missing(backend) for backend in NAMESPACES}
+_registrations: list[Callable[[str], None]] = []
+
+
+def unavailable(backend: Backend, device: str | None = None) -> str | None:
+    """Return why a backend's ops cannot be had, at all or on a type of device, or None if they can."""
+    if backend == "native":
+        return extension.unavailable(device or "cpu")
+    return extension.triton_unavailable(device)
+
+
+def load(backend: Backend) -> None:
+    """Make a backend's ops available, once.
 
     Raises:
         RuntimeError: if they cannot be had, with the reason.
     """
-    reason = extension.unavailable()
+    if not isinstance(_ops[backend], _Missing):
+        return
+    reason = unavailable(backend)
     if reason is not None:
-        raise RuntimeError(f"native ops: {reason}")
-    unfused.register()
-    return torch.ops.ejmp
+        raise RuntimeError(f"{backend} ops: {reason}")
+    if backend == "native":
+        unfused.register()
+    else:
+        importlib.import_module("ejmp_kernels.triton_kernels")
+    _ops[backend] = getattr(torch.ops, NAMESPACES[backend])
+    for register in _registrations:
+        register(NAMESPACES[backend])
+
+
+def ops(backend: Backend) -> Any:
+    """Return the namespace of a backend's ops; an op of one that is not loaded is a RuntimeError."""
+    return _ops[backend]
+
+
+def for_each_backend(register: Callable[[str], None]) -> Callable[[str], None]:
+    """Register something about an op in the namespace of every backend, now or when it is loaded."""
+    _registrations.append(register)
+    for backend, namespace in NAMESPACES.items():
+        if not isinstance(_ops[backend], _Missing):
+            register(namespace)
+    return register
 
 
 def zeros_for(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -46,14 +95,16 @@ def register_nonlinear(name: str, num_inputs: int, fake: Shape, flops: Callable[
     """Register an op whose first `num_inputs` arguments are tensors with gradients, and its two gradient ops.
 
     Args:
-        name: of the op.
+        name: of the op, with its namespace.
         num_inputs: how many arguments have gradients; the rest are index tensors and options.
         fake: maps the op's arguments to an uninitialised result.
         flops: maps the op's arguments to the floating-point operations of its sums over neighbours, and of the
             contraction after them.
     """
-    ops, n = load(), num_inputs
-    op, backward_op, double_op = (getattr(ops, name + suffix) for suffix in ("", "_backward", "_double"))
+    n, (namespace, op_name) = num_inputs, name.split("::")
+    op, backward_op, double_op = (
+        getattr(getattr(torch.ops, namespace), op_name + suffix) for suffix in ("", "_backward", "_double")
+    )
 
     def setup(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.arguments = [x for x in inputs if not isinstance(x, Tensor)]
@@ -68,12 +119,12 @@ def register_nonlinear(name: str, num_inputs: int, fake: Shape, flops: Callable[
         gradients = double_op(*directions, *ctx.saved_tensors, *ctx.arguments)
         return (*gradients, *[None] * (len(ctx.saved_tensors) + len(ctx.arguments) - n - 1))
 
-    register_fake(f"ejmp::{name}")(fake)
-    register_fake(f"ejmp::{name}_backward")(lambda _grad, *inputs: like(*inputs[:n]))
-    register_fake(f"ejmp::{name}_double")(lambda *inputs: like(*inputs[n : 2 * n + 1]))
-    register_autograd(f"ejmp::{name}", backward, setup_context=setup)
-    register_autograd(f"ejmp::{name}_backward", double, setup_context=setup)
-    register_autograd(f"ejmp::{name}_double", third_derivative, setup_context=lambda ctx, inputs, output: None)
+    register_fake(name)(fake)
+    register_fake(f"{name}_backward")(lambda _grad, *inputs: like(*inputs[:n]))
+    register_fake(f"{name}_double")(lambda *inputs: like(*inputs[n : 2 * n + 1]))
+    register_autograd(name, backward, setup_context=setup)
+    register_autograd(f"{name}_backward", double, setup_context=setup)
+    register_autograd(f"{name}_double", third_derivative, setup_context=lambda ctx, inputs, output: None)
 
     def count(op: Any, skip: int, sums: int, contractions: int) -> None:
         def formula(*args: Any, out_val: Any = None) -> int:
@@ -94,7 +145,7 @@ def third_derivative(*_: Any) -> tuple:
     Raises:
         NotImplementedError: always.
     """
-    raise NotImplementedError("ejmp's native ops have first and second derivatives only; use backend='reference'")
+    raise NotImplementedError("ejmp's compiled ops have first and second derivatives only; use backend='reference'")
 
 
 def wide(x: Tensor, rows: int) -> Tensor:
@@ -106,3 +157,7 @@ def by_atom(ptr: Tensor, num_edges: int) -> Tensor:
     """Return the target of each edge, [E], from CSR pointers [N + 1]."""
     atoms = torch.arange(len(ptr) - 1, device=ptr.device)
     return torch.repeat_interleave(atoms, ptr.diff(), output_size=num_edges)
+
+
+if extension.unavailable() is None:
+    load("native")

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ejmp_kernels.angles import collinear_eps
 from ejmp_kernels.edges import Edges
-from ejmp_kernels.library import load, register_nonlinear
+from ejmp_kernels.library import NAMESPACES, Backend, for_each_backend, ops, register_nonlinear
 from ejmp_kernels.linear import linear
 
 PIECE_BYTES = 1 << 24
@@ -34,7 +34,14 @@ PIECE_BYTES = 1 << 24
 
 
 def quadruplet(
-    x: Tensor, filters: Tensor, weight: Tensor, main: Edges, middle: Edges, *, eps: float | None = None
+    x: Tensor,
+    filters: Tensor,
+    weight: Tensor,
+    main: Edges,
+    middle: Edges,
+    *,
+    eps: float | None = None,
+    backend: Backend = "native",
 ) -> Tensor:
     """Sum input edges over quadruplets and contract with the output edge's basis.
 
@@ -45,6 +52,7 @@ def quadruplet(
         main: the edges that send and receive.
         middle: the Q edges between them, over the same atoms.
         eps: |sin(angle)| under which three atoms are on a line; default: `collinear_eps`.
+        backend: whose kernels.
 
     Returns:
         [E, A * C], basis-major.
@@ -54,10 +62,19 @@ def quadruplet(
     """
     eps = collinear_eps(x.dtype) if eps is None else eps
     ids = (main.ptr, main.source, main.image, middle.ptr, middle.source, middle.image)
-    return _OPS.quadruplet(x, filters, weight, main.vector, middle.vector, *ids, eps, main.max_degree)
+    return ops(backend).quadruplet(x, filters, weight, main.vector, middle.vector, *ids, eps, main.max_degree)
 
 
-def quadruplet_linear(x: Tensor, filters: Tensor, weight: Tensor, main: Edges, middle: Edges, mix: Tensor) -> Tensor:
+def quadruplet_linear(
+    x: Tensor,
+    filters: Tensor,
+    weight: Tensor,
+    main: Edges,
+    middle: Edges,
+    mix: Tensor,
+    *,
+    backend: Backend = "native",
+) -> Tensor:
     """Return linear(quadruplet(...), mix); on the CPU without gradients never hold all [E, A * C] sums.
 
     Args:
@@ -67,6 +84,7 @@ def quadruplet_linear(x: Tensor, filters: Tensor, weight: Tensor, main: Edges, m
         main: the edges that send and receive.
         middle: the Q edges between them.
         mix: [out, A * C].
+        backend: whose kernels.
 
     Returns:
         [E, out].
@@ -76,17 +94,17 @@ def quadruplet_linear(x: Tensor, filters: Tensor, weight: Tensor, main: Edges, m
     """
     inputs = (x, filters, weight, main.vector, middle.vector)
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, mix))
-    if recorded or not x.is_cpu:
-        return linear(quadruplet(x, filters, weight, main, middle), mix)
+    if recorded or not x.is_cpu or backend != "native":
+        return linear(quadruplet(x, filters, weight, main, middle, backend=backend), mix, backend=backend)
     arguments = (*inputs, main.ptr, main.source, main.image, middle.ptr, middle.source, middle.image)
     rows = max(1, PIECE_BYTES // (weight.shape[1] * x.shape[1] * x.element_size()))
     ends = torch.arange(rows, main.num_edges + rows, rows, device=main.ptr.device).clamp(max=main.num_edges)
     stops = sorted({0, len(main.ptr) - 1, *(torch.searchsorted(main.ptr, ends, right=True) - 1).tolist()})
     out = x.new_empty(main.num_edges, mix.shape[0])
     for first, last in itertools.pairwise(stops):
-        summed = _OPS.quadruplet_part(*arguments, collinear_eps(x.dtype), main.max_degree, first, last)
+        summed = ops("native").quadruplet_part(*arguments, collinear_eps(x.dtype), main.max_degree, first, last)
         start = int(main.ptr[first])
-        out[start : start + len(summed)] = linear(summed, mix)
+        out[start : start + len(summed)] = linear(summed, mix, backend=backend)
     return out
 
 
@@ -130,7 +148,9 @@ def _flops_part(*arguments: Any, out_val: Tensor) -> int:
     return sum(_flops(x, filters, weight[: len(out_val)], *vectors, *edges, degree=ptr.diff()))
 
 
-_OPS = load()
-register_nonlinear("quadruplet", 5, _fake, _flops)
-register_fake("ejmp::quadruplet_part")(_fake_part)
-register_flop_formula([_OPS.quadruplet_part], get_raw=True)(_flops_part)
+@for_each_backend
+def _register(namespace: str) -> None:
+    register_nonlinear(f"{namespace}::quadruplet", 5, _fake, _flops)
+    if namespace == NAMESPACES["native"]:
+        register_fake(f"{namespace}::quadruplet_part")(_fake_part)
+        register_flop_formula([torch.ops.ejmp.quadruplet_part], get_raw=True)(_flops_part)

@@ -10,14 +10,24 @@ weights side by side. Writes 4 E J bytes in float32; 2 E R J FLOP as a dense pro
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
-from ejmp_kernels.library import load
+from ejmp_kernels.library import Backend, for_each_backend, ops
 
 
-def radial(distance: Tensor, offset: Tensor, temps: Tensor, weight: Tensor, cutoff: float, exponent: int) -> Tensor:
+def radial(
+    distance: Tensor,
+    offset: Tensor,
+    temps: Tensor,
+    weight: Tensor,
+    cutoff: float,
+    exponent: int,
+    *,
+    backend: Backend = "native",
+) -> Tensor:
     """Evaluate and project the radial basis.
 
     Args:
@@ -27,6 +37,7 @@ def radial(distance: Tensor, offset: Tensor, temps: Tensor, weight: Tensor, cuto
         weight: [R, J].
         cutoff: A.
         exponent: of the envelope, at least 2.
+        backend: whose kernels.
 
     Returns:
         [E, J].
@@ -34,39 +45,38 @@ def radial(distance: Tensor, offset: Tensor, temps: Tensor, weight: Tensor, cuto
     Raises:
         ValueError: if shapes, types or devices do not fit together.
     """
-    return _OPS.radial(distance, offset, temps, weight, cutoff, exponent, 0)
+    return ops(backend).radial(distance, offset, temps, weight, cutoff, exponent, 0)
 
 
-def _setup(ctx: Any, inputs: tuple, output: Any) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.options = inputs[4:]
+@for_each_backend
+def _register(namespace: str) -> None:
+    own = getattr(torch.ops, namespace)
 
+    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.save_for_backward(*inputs[:4])
+        ctx.options = inputs[4:]
 
-def _slope(ctx: Any, weight: Tensor, grad: Tensor) -> Tensor:
-    """Return the gradient by distance, [E], where out = b weight and grad is the gradient of out."""
-    distance, offset, temps, _ = ctx.saved_tensors
-    cutoff, exponent, order = ctx.options
-    return (_OPS.radial(distance, offset, temps, weight, cutoff, exponent, order + 1) * grad).sum(1)
+    def slope(ctx: Any, weight: Tensor, grad: Tensor) -> Tensor:
+        """Return the gradient by distance, [E], where out = b weight and grad is the gradient of out."""
+        distance, offset, temps, _ = ctx.saved_tensors
+        cutoff, exponent, order = ctx.options
+        return (own.radial(distance, offset, temps, weight, cutoff, exponent, order + 1) * grad).sum(1)
 
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        distance, offset, temps, weight = ctx.saved_tensors
+        to_distance = slope(ctx, weight, grad) if ctx.needs_input_grad[0] else None
+        to_weight = own.radial_transposed(distance, offset, temps, grad, *ctx.options)
+        return (to_distance, None, None, to_weight, None, None, None)
 
-def _backward(ctx: Any, grad: Tensor) -> tuple:
-    distance, offset, temps, weight = ctx.saved_tensors
-    to_distance = _slope(ctx, weight, grad) if ctx.needs_input_grad[0] else None
-    to_weight = _OPS.radial_transposed(distance, offset, temps, grad, *ctx.options)
-    return (to_distance, None, None, to_weight, None, None, None)
+    def transposed_backward(ctx: Any, grad: Tensor) -> tuple:
+        distance, offset, temps, x = ctx.saved_tensors
+        to_distance = slope(ctx, grad, x) if ctx.needs_input_grad[0] else None
+        return (to_distance, None, None, own.radial(distance, offset, temps, grad, *ctx.options), None, None, None)
 
-
-def _transposed_backward(ctx: Any, grad: Tensor) -> tuple:
-    distance, offset, temps, x = ctx.saved_tensors
-    to_distance = _slope(ctx, grad, x) if ctx.needs_input_grad[0] else None
-    return (to_distance, None, None, _OPS.radial(distance, offset, temps, grad, *ctx.options), None, None, None)
-
-
-_OPS = load()
-register_fake("ejmp::radial")(lambda d, offset, temps, weight, *_: weight.new_empty(d.shape[0], weight.shape[1]))
-register_fake("ejmp::radial_transposed")(lambda d, offset, temps, x, *_: x.new_empty(offset.shape[0], x.shape[1]))
-register_autograd("ejmp::radial", _backward, setup_context=_setup)
-register_autograd("ejmp::radial_transposed", _transposed_backward, setup_context=_setup)
-register_flop_formula([_OPS.radial, _OPS.radial_transposed])(
-    lambda d, offset, temps, x, *_, out_shape=None: 2 * d[0] * offset[0] * x[1]
-)
+    register_fake(f"{namespace}::radial")(lambda d, offset, temps, weight, *_: weight.new_empty(d.shape[0], weight.shape[1]))
+    register_fake(f"{namespace}::radial_transposed")(lambda d, offset, temps, x, *_: x.new_empty(offset.shape[0], x.shape[1]))
+    register_autograd(f"{namespace}::radial", backward, setup_context=setup)
+    register_autograd(f"{namespace}::radial_transposed", transposed_backward, setup_context=setup)
+    register_flop_formula([own.radial, own.radial_transposed])(
+        lambda d, offset, temps, x, *_, out_shape=None: 2 * d[0] * offset[0] * x[1]
+    )

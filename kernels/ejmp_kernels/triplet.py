@@ -13,10 +13,12 @@ Reads x, weight, v_out, v_in and writes out once: 4 (E_in (C + 3) + E_out (A S +
 from torch import Tensor
 
 from ejmp_kernels.edges import Edges
-from ejmp_kernels.library import load, register_nonlinear
+from ejmp_kernels.library import Backend, for_each_backend, ops, register_nonlinear
 
 
-def triplet(x: Tensor, weight: Tensor, out: Edges, into: Edges, *, to_atoms: bool = False) -> Tensor:
+def triplet(
+    x: Tensor, weight: Tensor, out: Edges, into: Edges, *, to_atoms: bool = False, backend: Backend = "native"
+) -> Tensor:
     """Sum input edges over triplets and contract with the output edge's basis.
 
     Args:
@@ -25,6 +27,7 @@ def triplet(x: Tensor, weight: Tensor, out: Edges, into: Edges, *, to_atoms: boo
         out: the edges that receive.
         into: the edges that send, over the same atoms.
         to_atoms: sum over the receiving edges of each atom.
+        backend: whose kernels.
 
     Returns:
         [E_out, A * C], or [N, A * C] with to_atoms; basis-major.
@@ -32,7 +35,7 @@ def triplet(x: Tensor, weight: Tensor, out: Edges, into: Edges, *, to_atoms: boo
     Raises:
         ValueError: if shapes, types or devices do not fit together, or an index is out of range.
     """
-    return _OPS.triplet(
+    return ops(backend).triplet(
         x, weight, out.vector, into.vector, out.ptr, out.source, out.image, into.ptr, into.source, into.image, to_atoms
     )
 
@@ -72,5 +75,4 @@ def _flops(
     return one * pairs, one * weight.shape[0] * weight.shape[1]
 
 
-_OPS = load()
-register_nonlinear("triplet", 4, _fake, _flops)
+for_each_backend(lambda namespace: register_nonlinear(f"{namespace}::triplet", 4, _fake, _flops))

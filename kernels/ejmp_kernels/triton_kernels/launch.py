@@ -1,0 +1,98 @@
+"""What every op needs around its kernels: definition in torch, checks of arguments, settings of a launch."""
+
+import functools
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+LIBRARY = Library("ejmp_triton", "DEF")
+LOW = (torch.float16, torch.bfloat16)
+REAL = (torch.float32, torch.float64, *LOW)
+
+
+def define(schema: str) -> Callable[[Callable], Callable]:
+    """Define an op by its schema, e.g. "f(Tensor x) -> Tensor", and the decorated function as its implementation."""
+
+    def decorate(function: Callable) -> Callable:
+        LIBRARY.define(schema)
+        for device in ("CUDA", "CPU"):  # the latter for Triton's interpreter
+            LIBRARY.impl(schema.split("(")[0], function, device)
+        return function
+
+    return decorate
+
+
+def on_device(x: Tensor) -> AbstractContextManager:
+    """Return a context that launches on a tensor's device."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def check(op: str, device: torch.device, **expected: tuple[Tensor, tuple[torch.dtype, ...], tuple[int, ...]]) -> None:
+    """Check arguments of an op. Values of indices are not looked at, which would wait for the GPU.
+
+    Args:
+        op: its name.
+        device: where all must be.
+        expected: by name, (tensor, allowed types, shape).
+
+    Raises:
+        ValueError: naming the op, the argument, what was expected and what came.
+    """
+    for name, (x, dtypes, shape) in expected.items():
+        if x.dtype not in dtypes:
+            wanted = " or ".join(str(t).removeprefix("torch.") for t in dtypes)
+            raise ValueError(f"{op}: {name} must be {wanted}, got {str(x.dtype).removeprefix('torch.')}")
+        if tuple(x.shape) != tuple(shape):
+            raise ValueError(f"{op}: {name} must have shape {list(shape)}, got {list(x.shape)}")
+        if x.device != device:
+            raise ValueError(f"{op}: {name} must be on {device}, got {x.device}")
+
+
+def sums_dtype(x: Tensor) -> torch.dtype:
+    """Return the type of sums and geometry beside features x."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def dot_precision(x: Tensor) -> str:
+    """Return how matrix products of float32 numbers run beside features x.
+
+    Three TF32 products keep float32's digits; where features have 8 or 11 bits, one is enough.
+    """
+    if x.dtype == torch.float64:
+        return "ieee"
+    return "tf32" if x.dtype in LOW else "tf32x3"
+
+
+def power_of_2(n: int, least: int = 1) -> int:
+    """Return the smallest power of two that is at least n and `least`."""
+    return max(least, 1 << (max(n, 1) - 1).bit_length())
+
+
+def config(kernel: str, x: Tensor) -> dict[str, Any]:
+    """Return block sizes, num_warps and num_stages of a kernel for the device of x, from the committed table."""
+    return dict(_table(_architecture(x.device), str(x.dtype).removeprefix("torch."))[kernel])
+
+
+@functools.cache
+def _table(architecture: str, dtype: str) -> dict[str, dict[str, Any]]:
+    """Read configs.json: settings of "default", overridden by those of an architecture, of a type, of both."""
+    tables = json.loads(Path(__file__).with_name("configs.json").read_text())
+    merged: dict[str, dict[str, Any]] = {}
+    for key in ("default", dtype, architecture, f"{architecture} {dtype}"):
+        for kernel, settings in tables.get(key, {}).items():
+            merged[kernel] = merged.get(kernel, {}) | settings
+    return merged
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "interpreter"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
