@@ -4,6 +4,9 @@
 #   make bench   set up .venv, then the block-count benchmark (table, results/blocks.json, results/blocks.png)
 #   make fuzz    100,000 damaged sources for every reader (hours; nightly)
 #   make demo    set up .venv, then teacher, relevance, pruning, distillation, fine-tuning on small data (runs/demo)
+#   make gpu     with a GPU and only torch, triton, numpy and pytest: build, test, measure; benchmarks/results/<gpu>/
+#                (its steps apart: make gpu-build gpu-test gpu-ops ...; BUDGET=SECONDS for longer, RESULTS=FOLDER for elsewhere)
+#   make gpu-dry the same without a GPU, tiny and interpreted: proves the command (build/gpu-dry/)
 #   make lint    ruff, pyright, clang-format
 # The torch to install can be named: make test TORCH="torch==2.13.0 --index-url URL" (see README, Install);
 # `make clean` first, to change it later.
@@ -14,7 +17,12 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 CSRC := $(foreach kind,h cpp cu cuh,$(wildcard csrc/*.$(kind) csrc/*/*.$(kind)))
 
-.PHONY: test slow fuzz bench demo lint format clean
+# The GPU's targets take the python3 that has torch for it, not .venv, and install nothing.
+GPU := PYTHONPATH=.:kernels:benchmarks $(PYTHON) benchmarks/gpu_campaign.py
+GPU_STEPS := $(addprefix gpu-,build test sanitize ceilings ops chain blocks compare train profile report)
+GPU_OPTIONS = $(if $(RESULTS),--out $(RESULTS)) $(if $(BUDGET),--seconds $(BUDGET))
+
+.PHONY: test slow fuzz bench demo gpu gpu-dry $(GPU_STEPS) lint format clean
 test: .venv/built
 	$(BIN)/python -m pytest
 
@@ -29,6 +37,15 @@ fuzz: .venv/built
 
 demo: .venv/built
 	$(BIN)/python launch/demo.py
+
+gpu:
+	$(GPU) all $(GPU_OPTIONS)
+
+$(GPU_STEPS): gpu-%:
+	$(GPU) $* $(GPU_OPTIONS)
+
+gpu-dry:
+	TRITON_INTERPRET=1 $(GPU) all --dry $(GPU_OPTIONS)
 
 lint: .venv/linters
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

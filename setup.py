@@ -4,6 +4,7 @@ Without torch in the build environment (pip's build isolation) or without a C++ 
 the extension and runs in plain torch; `ejmp_kernels.extension.unavailable()` says why.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -58,7 +59,9 @@ if torch.version.cuda and CUDA_HOME:
     flags = {"cxx": host_flags, "nvcc": device_flags}
     choices.insert(0, CUDAExtension("ejmp_kernels._C", sources, extra_compile_args=flags, **options))
     choices[0].what = "CUDA kernels were"
+# one file after another, unless MAX_JOBS asks for ninja (which must then be there, or torch goes back to this)
+use_ninja = "MAX_JOBS" in os.environ
 setup(
     ext_modules=choices[:1],
-    cmdclass={"build_ext": OptionalBuild.with_options(use_ninja=False, no_python_abi_suffix=True)},
+    cmdclass={"build_ext": OptionalBuild.with_options(use_ninja=use_ninja, no_python_abi_suffix=True)},
 )

@@ -105,7 +105,7 @@ def bench_ready(benchmark, provenance, index, world_size):
     command = [sys.executable, "-c", READY, str(world_size), *map(str, index)]
 
     def start():
-        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)  # noqa: S603
+        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     found = benchmark.pedantic(start, rounds=1)
     provenance |= found | {"structures": sum(mix_sizes.SIZES), "index_bytes_per_structure": 2}

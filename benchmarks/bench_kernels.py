@@ -9,12 +9,12 @@ the angles itself and its gradients go on to the vectors.
 """
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Callable
 
 import pytest
 import torch
-from bench_graph import sodium_chloride
 from torch.utils.flop_counter import FlopCounterMode
 
 import ejmp
@@ -36,17 +36,25 @@ SIZES = ejmp.jmp_l()
 
 @dataclasses.dataclass
 class Case:
-    """One op: its inputs, the native call, the specification, and the latter on ready-made tables."""
+    """One op: its inputs, the call with a backend, the specification, and the latter on ready-made tables."""
 
     inputs: list
-    native: Callable
+    call: Callable
     spec: Callable
     shared: Callable | None = None
     shared_inputs: list | None = None
 
+    @property
+    def native(self):
+        return functools.partial(self.call, backend="native")
+
+
+DEVICE = CPU
+"""Where inputs are made; the GPU campaign sets it, and SIZES in its dry run."""
+
 
 def randn(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+    return torch.randn(*shape, generator=torch.Generator(DEVICE).manual_seed(sum(shape)), device=DEVICE)
 
 
 def make_triplet(out, into, *, to_atoms=False):
@@ -57,9 +65,9 @@ def make_triplet(out, into, *, to_atoms=False):
         found = angles.triplets(a, b, SIZES.num_spherical)
 
         def call(function):
-            def run(x, w, v_out, v_in):
+            def run(x, w, v_out, v_in, **backend):
                 edges = [dataclasses.replace(e, vector=v) for e, v in ((a, v_out), (b, v_in))]
-                return function(x, w, *edges, to_atoms=to_atoms)
+                return function(x, w, *edges, to_atoms=to_atoms, **backend)
 
             return run
 
@@ -80,9 +88,9 @@ def make_quadruplet(graph):
     found = angles.quadruplets(main, middle, S)
 
     def call(function):
-        def run(x, filters, w, v, v_middle):
+        def run(x, filters, w, v, v_middle, **backend):
             edges = [dataclasses.replace(e, vector=u) for e, u in ((main, v), (middle, v_middle))]
-            return function(x, filters, w, *edges)
+            return function(x, filters, w, *edges, **backend)
 
         return run
 
@@ -98,10 +106,12 @@ def make_quadruplet(graph):
 def make_pair(graph):
     edges = graph.atom_pairs
     inputs = [randn(graph.num_atoms, SIZES.emb_size_pair_in), randn(edges.num_edges, SIZES.emb_size_rbf)]
-    table = reference.neighbor_table(torch.arange(graph.num_atoms), edges.ptr, edges.max_degree)
+    table = reference.neighbor_table(
+        torch.arange(graph.num_atoms, device=edges.ptr.device), edges.ptr, edges.max_degree
+    )
     return Case(
         inputs,
-        lambda h, r: pair(h, r, edges.ptr, edges.source),
+        lambda h, r, backend: pair(h, r, edges.ptr, edges.source, backend=backend),
         lambda h, r: reference.pair_sum(h, r, edges.source, table),
     )
 
@@ -109,10 +119,11 @@ def make_pair(graph):
 def make_radial(graph):
     """The radial basis of pairs, projected."""
     R = SIZES.num_radial
-    offset, temps = torch.linspace(0, 1, R), torch.full((R,), 0.5 * (R - 1) ** 2)
+    offset = torch.linspace(0, 1, R).to(graph.device, graph.dtype)
+    temps = torch.full_like(offset, 0.5 * (R - 1) ** 2)
     return Case(
         [graph.atom_pairs.distance, randn(R, SIZES.emb_size_rbf)],
-        lambda d, w: radial(d, offset, temps, w, 12.0, 5),
+        lambda d, w, backend: radial(d, offset, temps, w, 12.0, 5, backend=backend),
         lambda d, w: reference.gaussian_basis(d, offset, temps, 12.0, 5) @ w,
     )
 
@@ -122,7 +133,7 @@ def make_pair_from_distances(graph):
     sums, basis = make_pair(graph), make_radial(graph)
     return Case(
         [sums.inputs[0], *basis.inputs],
-        lambda h, d, w: sums.native(h, basis.native(d, w)),
+        lambda h, d, w, backend: sums.call(h, basis.call(d, w, backend=backend), backend=backend),
         lambda h, d, w: sums.spec(h, basis.spec(d, w)),
     )
 
@@ -131,7 +142,7 @@ def make_atom_sum(graph):
     edges, M = graph.main, SIZES.emb_size_edge
     return Case(
         [randn(edges.num_edges, M), randn(edges.num_edges, M)],
-        lambda m, f: atom_sum(m, f, edges.ptr),
+        lambda m, f, backend: atom_sum(m, f, edges.ptr, backend=backend),
         lambda m, f: reference.atom_sum(m, f, edges.target, graph.num_atoms),
     )
 
@@ -140,7 +151,7 @@ def make_gather_add(graph):
     edges, M = graph.main, SIZES.emb_size_edge
     return Case(
         [randn(edges.num_edges, M), randn(graph.num_atoms, M), randn(graph.num_atoms, M)],
-        lambda x, a, b: gather_add(x, a, b, edges.source, edges.swap, edges.ptr),
+        lambda x, a, b, backend: gather_add(x, a, b, edges.source, edges.swap, edges.ptr, backend=backend),
         lambda x, a, b: reference.gather_add(x, a, b, edges.source, edges.target),
     )
 
@@ -150,7 +161,7 @@ def make_activate(graph):
     shape = (graph.main.num_edges, SIZES.emb_size_edge)
     return Case(
         [randn(*shape), randn(*shape)],
-        lambda x, r: activate(x, add=r, scale=0.7, add_scale=0.7),
+        lambda x, r, backend: activate(x, add=r, scale=0.7, add_scale=0.7, backend=backend),
         lambda x, r: reference.activate(x, add=r, scale=0.7, add_scale=0.7),
     )
 
@@ -159,7 +170,7 @@ def make_swap_add(graph):
     edges, M = graph.main, SIZES.emb_size_edge
     return Case(
         [randn(edges.num_edges, 2 * M), randn(edges.num_edges, M)],
-        lambda x, a: swap_add(x, edges.swap, a),
+        lambda x, a, backend: swap_add(x, edges.swap, a, backend=backend),
         lambda x, a: reference.swap_add(x, edges.swap, a),
     )
 
@@ -199,7 +210,7 @@ def backward(function, inputs):
     """Return a call of the gradients alone."""
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     out = function(*inputs)
-    grad = randn(*out.shape)
+    grad = randn(*out.shape).to(out)
     return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
 
 
@@ -207,9 +218,9 @@ def second(function, inputs):
     """Return a call of the gradients' gradients alone."""
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     out = function(*inputs)
-    grad = randn(*out.shape).requires_grad_()
+    grad = randn(*out.shape).to(out).requires_grad_()
     first = torch.autograd.grad(out, inputs, grad, create_graph=True)
-    along = [randn(*g.shape) for g in first]
+    along = [randn(*g.shape).to(g) for g in first]
     connected = [(g, u) for g, u in zip(first, along, strict=True) if g.requires_grad]
     if not connected:
         pytest.skip("the op is linear: there is no second derivative")
@@ -289,6 +300,8 @@ def grow_pair(graph):
 @pytest.mark.parametrize("make", [grow_edge_to_edge, grow_quadruplet, grow_pair], ids=lambda f: f.__name__)
 def bench_growth(benchmark, provenance, make, num_atoms):
     """Cost per atom at constant density."""
+    from bench_graph import sodium_chloride
+
     graph = ejmp.build_graph(sodium_chloride(num_atoms), 12.0, 30)
     benchmark.pedantic(make(graph), rounds=5, warmup_rounds=1)
     microseconds = 1e6 * benchmark.stats.stats.median

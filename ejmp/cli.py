@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_bench(commands.add_parser("bench", help="throughput, FLOPs and memory by number of blocks"))
+    _add_profile(commands.add_parser("profile", help="FLOPs and time by module and op, and utilisation"))
     doctor = commands.add_parser("doctor", help="which implementation serves which op, device and type, and why")
     doctor.set_defaults(run=_doctor)
     data.add_commands(commands.add_parser("data", help="convert, check and describe datasets"))
@@ -46,12 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_bench)
-    built_in = ("framework", "molecules", "slab")
-    parser.add_argument("--workload", choices=built_in, help="a built-in workload (default: framework)")
-    parser.add_argument("--structures", type=Path, metavar="PATH", help="a file ase.io reads, a zip or a folder")
-    parser.add_argument("--select", default="*", metavar="GLOB", help="files of the zip or folder to take")
-    parser.add_argument("--batch", type=int, default=1, help="structures of PATH in the batch (default: 1)")
-    parser.add_argument("--cutoff", type=float, help="A; default: that of the dataset the structures are like")
+    _add_workload(parser)
     parser.add_argument("--blocks", type=int, nargs="+", help="default: 6 5 4 3 2, for JMP-S 4 3 2")
     parser.add_argument(
         "--precision", nargs="+", choices=("fp32", "tf32", "bf16", "fp16"), help="default: all there are"
@@ -62,6 +58,15 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="auto", choices=("auto", "reference", "native", "triton"))
     parser.add_argument("--compare", action="store_true", help="also time the reference backend, in the same rounds")
     parser.add_argument("--output", type=Path, metavar="JSON", help="write the results, and a picture beside them")
+
+
+def _add_workload(parser: argparse.ArgumentParser) -> None:
+    built_in = ("framework", "molecules", "slab", "rocksalt")
+    parser.add_argument("--workload", choices=built_in, help="a built-in workload (default: framework)")
+    parser.add_argument("--structures", type=Path, metavar="PATH", help="a file ase.io reads, a zip or a folder")
+    parser.add_argument("--select", default="*", metavar="GLOB", help="files of the zip or folder to take")
+    parser.add_argument("--batch", type=int, default=1, help="structures of PATH in the batch (default: 1)")
+    parser.add_argument("--cutoff", type=float, help="A; default: that of the dataset the structures are like")
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -90,6 +95,45 @@ def _bench(options: argparse.Namespace) -> int:
         picture = options.output.with_suffix(".png")
         report.picture(result, picture)
         print(f"\n{options.output} {picture}")
+    return 0
+
+
+def _add_profile(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_profile)
+    _add_workload(parser)
+    parser.add_argument("--blocks", type=int, default=4, help="default: 4")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16", "fp16"), help="default: fp32")
+    parser.add_argument("--device", help="default: cuda if there is one, or else cpu")
+    parser.add_argument("--small", action="store_true", help="JMP-S instead of JMP-L")
+    parser.add_argument("--backend", default="auto", choices=("auto", "reference", "native", "triton"))
+    parser.add_argument("--rounds", type=int, default=3, help="passes whose median counts (default: 3)")
+    parser.add_argument("--no-fvcore", action="store_true", help="leave fvcore's table out")
+    parser.add_argument("--output", type=Path, metavar="JSON", help="write the results")
+
+
+def _profile(options: argparse.Namespace) -> int:
+    import torch  # noqa: PLC0415
+
+    from ejmp import profile, profile_report  # noqa: PLC0415
+
+    for name in ("blocks", "rounds"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name}: expected 1 or more, got {getattr(options, name)}")
+    plan = profile.Plan(
+        workload=_workload(options),
+        blocks=options.blocks,
+        precision=options.precision,
+        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        backend=options.backend,
+        small=options.small,
+        rounds=options.rounds,
+        fvcore=not options.no_fvcore,
+    )
+    result = profile.run(plan)
+    print(profile_report.text(result))
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 

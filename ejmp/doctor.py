@@ -1,10 +1,11 @@
 """Say which implementation serves each op on each device and type, and why."""
 
+import importlib
 import platform
 
 import torch
 
-from ejmp.backend import missing, resolve
+from ejmp.backend import Kernels, missing
 from ejmp_kernels import extension, gemm
 
 OPS = (
@@ -21,6 +22,7 @@ OPS = (
 )
 STORED = ("atom_sum", "gather_add", "activate", "swap_add", "matmul")
 """Ops that also exist in bfloat16; the others run in float32 then."""
+KERNELS: tuple[Kernels, ...] = ("reference", "native", "triton")
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -31,22 +33,44 @@ def examine() -> str:
         f"torch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads",
         f"native ops: {'not there: ' + reason if reason else 'compiled, kernels for ' + torch.ops.ejmp.isa()}",
         f"CUDA: {_cuda()}",
-        f"triton backend: {missing('triton')}",
+        f"triton backend: {_triton()}",
         "",
         'backend="auto" takes:',
     ]
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for device in devices:
-        for dtype in TYPES:
-            why = missing("native", device, dtype)
-            chosen = resolve("reference" if why else "auto", device, dtype)
-            lines.append(f"  {device:4} {_name(dtype):8} {chosen}{f': {why}' if why else ''}")
+    lines += [f"  {device:4} {_name(dtype):8} {_choice(device, dtype)}" for device in devices for dtype in TYPES]
+    lines += ["", "backends:"]
+    for backend in KERNELS:
+        lines += [f"  {backend:10} {device:4} {missing(backend, device) or 'yes'}" for device in devices]
     lines += ["", f"{'op on the CPU':30} {'float32':10} {'float64':10} {'bfloat16':22} float16"]
     for title, op in OPS:
         lines.append(
             f"{title:30} " + " ".join(f"{_serves(op, d):{w}}" for d, w in zip(TYPES, (10, 10, 22, 0), strict=True))
         )
     return "\n".join([*lines, "", *_products(reason)])
+
+
+def _choice(device: str, dtype: torch.dtype) -> str:
+    """Name what "auto" takes, and why not what comes before it."""
+    backends: tuple[Kernels, ...] = ("triton", "native", "reference") if device == "cuda" else ("native", "reference")
+    reasons = {backend: missing(backend, device, dtype) for backend in backends}
+    chosen = next(backend for backend, reason in reasons.items() if reason is None)
+    before = [f"{backend}: {reason}" for backend, reason in reasons.items() if reason is not None]
+    return "; ".join([chosen, *before])
+
+
+def _triton() -> str:
+    """Say which Triton there is and where it runs, or why it does not."""
+    reason = missing("triton")
+    if reason:
+        return f"not there: {reason}"
+    version = importlib.import_module("triton").__version__
+    if extension.interpreted():
+        return f"Triton {version} in its interpreter, for tests (TRITON_INTERPRET=1)"
+    if torch.cuda.is_available():
+        reason = missing("triton", "cuda")
+        return f"Triton {version}, " + (f"not on this GPU: {reason}" if reason else "compiles for this GPU")
+    return f"Triton {version}, unused: torch finds no CUDA device"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,8 +1,9 @@
 """The forward pass on fused ops: the same model as `interactions` and `model` spell out, from the same parameters.
 
-It runs on the native or the Triton kernels, which have the same ops. Nothing here lists a triplet, pads a table or waits for the device. Scale factors are folded into the small weights
-beside them, activations, filters, residuals and scalings are one pass after each product, and of a layer on [h_source,
-h_target, m] only the part of m runs on edges. Tested to give what the reference backend gives.
+It runs on the native or the Triton kernels, which have the same ops. Nothing here lists a triplet, pads a table or
+waits for the device. Scale factors are folded into the small weights beside them, activations, filters, residuals and
+scalings are one pass after each product (in Triton its epilogue), and of a layer on [h_source, h_target, m] only the
+part of m runs on edges. Tested to give what the reference backend gives.
 """
 
 import torch
@@ -21,8 +22,8 @@ from ejmp.interactions import (
 from ejmp.layers import INV_SQRT_2, INV_SQRT_3, Dense, Plain, Residual, ScaleFactor
 from ejmp_kernels.activation import activate, swap_add
 from ejmp_kernels.atom_sum import atom_sum
-from ejmp_kernels.edge_embedding import gather_add
 from ejmp_kernels.dense import linear_activate
+from ejmp_kernels.edge_embedding import gather_add
 from ejmp_kernels.library import Backend
 from ejmp_kernels.linear import linear
 from ejmp_kernels.pair import pair

@@ -1,6 +1,8 @@
 """Instruments: timing, matrix-product rates, memory in use, and where and on what a number was measured."""
 
 import datetime as dt
+import functools
+import itertools
 import math
 import os
 import platform
@@ -85,23 +87,57 @@ class StoragePeak(TorchDispatchMode):
         self.held -= size
 
 
-def gemm_rates(rows: int, precisions: Sequence[Precision], device: torch.device, repeats: int = 3) -> dict[str, float]:
-    """Measure the machine's matrix products at (rows, 1024, 1024) with every library at hand, in GFLOP/s.
+def repeated_seconds(call: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
+    """Return the seconds of each of several calls, after one that is not counted.
+
+    On CUDA by events on a queue that stays full, so that what a launch or a wait costs on the host is not in them.
+    """
+    call()
+    if device.type != "cuda":
+        return [time_call(call, device) for _ in range(repeats)]
+    with torch.cuda.device(device):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        events[0].record()
+        for event in events[1:]:
+            call()
+            event.record()
+        torch.cuda.synchronize(device)
+    return [1e-3 * before.elapsed_time(after) for before, after in itertools.pairwise(events)]
+
+
+def gemm_rates(
+    rows: int,
+    precisions: Sequence[Precision],
+    device: torch.device,
+    repeats: int | None = None,
+    *,
+    sizes: tuple[int, int] = (1024, 1024),
+) -> dict[str, float]:
+    """Measure the machine's matrix products with every library at hand, in GFLOP/s.
 
     torch's float32 product goes to MKL, which is slow on AMD CPUs; the oneDNN in the same torch is often twice as fast.
+
+    Args:
+        rows: of the left factor.
+        precisions: one product each.
+        device: where.
+        repeats: the median of how many counts; by default 3, on CUDA 20.
+        sizes: (out, in), the shape of the weight; the model's edge layers have (1024, 1024).
     """
     rates = {}
+    width_out, width_in = sizes
     for precision in precisions:
         dtype = LOW_PRECISION.get(precision, torch.float32)
-        x = torch.randn(rows, 1024, device=device, dtype=dtype)
-        w = torch.randn(1024, 1024, device=device, dtype=dtype)
+        x = torch.randn(rows, width_in, device=device, dtype=dtype)
+        w = torch.randn(width_out, width_in, device=device, dtype=dtype)
         libraries: dict[str, Callable[..., Tensor]] = {"torch": torch.nn.functional.linear}
         if device.type == "cpu" and precision == "fp32" and torch.backends.mkldnn.is_available():
             libraries["onednn"] = lambda x, w: gemm.LIBRARIES["onednn"](x, w.mT)
         for library, product in libraries.items():
             with tf32_products() if precision == "tf32" else nullcontext():
-                seconds = [time_call(lambda p=product, a=x, b=w: p(a, b), device) for _ in range(repeats + 1)][1:]
-            rates[f"{precision} {library}"] = 2e-9 * rows * 1024 * 1024 / statistics.median(seconds)
+                call = functools.partial(product, x, w)
+                seconds = repeated_seconds(call, device, repeats or (20 if device.type == "cuda" else 3))
+            rates[f"{precision} {library}"] = 2e-9 * rows * width_out * width_in / statistics.median(seconds)
     return rates
 
 
@@ -109,7 +145,7 @@ def copy_rate(device: torch.device, size: int = 1 << 28, repeats: int = 5) -> fl
     """Measure how fast memory is copied, in GB/s read and written together."""
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    seconds = min(time_call(lambda: target.copy_(source), device) for _ in range(repeats))
+    seconds = min(repeated_seconds(lambda: target.copy_(source), device, repeats))
     return 2e-9 * size / seconds
 
 

@@ -1,10 +1,10 @@
 """JMP: embed atoms and edges, run the blocks, read each block out, and turn that into energies and forces."""
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,17 @@ from ejmp.layers import Dense, Residual, ScaledSiLU
 from ejmp_kernels import reference
 
 if TYPE_CHECKING:
+    from ejmp.compiled import Compiled, Mode
     from ejmp.fused import Fused
+    from ejmp.padding import Buckets
 
 LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@torch.compiler.assume_constant_result
+def _resolve(backend: Backend, device: str, dtype: torch.dtype) -> Kernels:
+    """Call `resolve`; torch.compile does it once, while it traces, and does not look inside."""
+    return resolve(backend, device, dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +156,25 @@ class JMP(nn.Module):
         self.backbone = Backbone(config)
         self.output = Heads(config)
 
+    compiled: "Compiled | None" = None
+    """What `compile` made; never copied or saved."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what was compiled."""
+        return {name: value for name, value in super().__getstate__().items() if name != "compiled"}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002 - torch's
+        """Move or convert the parameters, as torch calls it; CUDA graphs of the old ones are of no use then."""
+        if self.compiled is not None:
+            self.compiled.forget()
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        """Load as torch does, and forget CUDA graphs, whose parameters may be others now."""
+        if self.compiled is not None:
+            self.compiled.forget()
+        return super().load_state_dict(*args, **options)
+
     @property
     def dtype(self) -> torch.dtype:
         """The type of the parameters."""
@@ -161,7 +188,33 @@ class JMP(nn.Module):
     @property
     def backend(self) -> Kernels:
         """What runs the model where it is, at its precision."""
-        return resolve(self.requested_backend, self.device.type, LOW_PRECISION.get(self.precision, self.dtype))
+        return _resolve(self.requested_backend, self.device.type, LOW_PRECISION.get(self.precision, self.dtype))
+
+    def compile(
+        self, mode: "Mode" = "throughput", *, buckets: "Buckets | None" = None, compiler: str | None = "inductor"
+    ) -> None:
+        """Make `model(graph)` and `gradient_forces` fast, for batches of a few shapes; the one switch for it.
+
+        Graphs are padded to the next shape of a ladder with atoms and edges that change nothing, and results cut back,
+        so they are those of the plain model to rounding. Parameters and state dict stay as they are. Training goes on
+        working: what autograd records is compiled too, to first derivatives; `gradient_forces(create_graph=True)` and
+        `features` run plainly. Copies and pickles of the model are plain ones. Weights may change in place; after
+        replacing a parameter by hand, compile again.
+
+        Args:
+            mode: "throughput" compiles the forward pass, once per shape; "latency" also records it as a CUDA graph per
+                shape, which one call replays without launching kernel by kernel (where autograd records, and for
+                gradients of positions that the caller wants, it does as "throughput"); "off" returns to the plain model.
+            buckets: the ladder; default: one that grows with the graphs that come.
+            compiler: torch.compile's backend; None leaves only padding and CUDA graphs.
+
+        Raises:
+            ValueError: for an unknown mode; and, when called, for a graph that fits in none of the buckets.
+            RuntimeError: for "latency" without a GPU.
+        """
+        from ejmp.compiled import Compiled  # noqa: PLC0415 - only for those who ask
+
+        self.compiled = None if mode == "off" else Compiled(self, mode, buckets, compiler)
 
     def forward(self, graph: AtomGraph, *, direct_forces: bool = True) -> Output:
         """Predict energies and, if the model has them, direct forces.
@@ -173,11 +226,15 @@ class JMP(nn.Module):
         Raises:
             ValueError: if the graph's dtype or device is not the model's.
         """
+        return (self.compiled or self.plain)(graph, direct_forces=direct_forces)
+
+    def plain(self, graph: AtomGraph, *, direct_forces: bool = True) -> Output:
+        """Do what `forward` does where the model is not compiled."""
         return self.heads(self.features(graph, direct_forces=direct_forces), graph)
 
     def features(self, graph: AtomGraph, *, direct_forces: bool = True) -> Features:
         """Run everything but the heads; `heads` turns the result into an `Output`. Arguments as for `forward`."""
-        self._check(graph)
+        self.check(graph)
         forces = direct_forces and self.config.direct_forces
         if self.backend != "reference":
             return self._fused_features(graph, forces=forces)
@@ -256,22 +313,27 @@ class JMP(nn.Module):
         forces = reference.segment_sum(magnitude * graph.main.vector[:, None], graph.main.target, graph.num_atoms)
         return Output(energy=energy, forces=forces)
 
-    def _check(self, graph: AtomGraph) -> None:
+    def check(self, graph: AtomGraph) -> None:
+        """Do nothing if the model can run on a graph.
+
+        Raises:
+            ValueError: if the graph's dtype or device is not the model's, or the model's precision not to be had.
+        """
         if graph.dtype != self.dtype:
             raise ValueError(f"graph: expected dtype {self.dtype} (the model's), got {graph.dtype}; use graph.to()")
         if graph.device != self.device:
             raise ValueError(f"graph: expected device {self.device} (the model's), got {graph.device}")
+        if self.precision == "fp32" or torch.compiler.is_compiling():
+            return
+        if self.dtype != torch.float32:
+            raise ValueError(f"precision={self.precision!r} needs float32 parameters, the model has {self.dtype}")
+        check_precision(self.precision, graph.device)
 
     def _linear_precision(self, device: torch.device) -> AbstractContextManager:
         """Return a context for the linear maps; the fused ops take their type from their operands instead."""
-        if self.precision == "fp32":
-            return nullcontext()
-        if self.dtype != torch.float32:
-            raise ValueError(f"precision={self.precision!r} needs float32 parameters, the model has {self.dtype}")
-        check_precision(self.precision, device)
-        if self.precision == "tf32":
-            return tf32_products()
-        if self.backend != "reference":
+        if self.precision == "tf32":  # no compiler can look into it: `Compiled` sets it around what is traced
+            return nullcontext() if torch.compiler.is_compiling() else tf32_products()
+        if self.precision == "fp32" or self.backend != "reference":
             return nullcontext()
         return torch.autocast(device.type, dtype=LOW_PRECISION[self.precision])
 
@@ -313,8 +375,11 @@ def gradient_forces(model: JMP, graph: AtomGraph, task: int = 0, *, create_graph
     """
     if not 0 <= task < model.config.num_tasks:
         raise ValueError(f"task: expected 0..{model.config.num_tasks - 1}, got {task}")
+    if model.compiled is not None and not create_graph:
+        return model.compiled.gradient_forces(graph, task)
+    run = model if model.compiled is None else model.plain  # torch.compile differentiates once only
     with torch.enable_grad():
         positions = graph.positions if graph.positions.requires_grad else graph.positions.detach().requires_grad_()
-        energy = model(graph.with_positions(positions), direct_forces=False).energy[:, task].sum()
+        energy = run(graph.with_positions(positions), direct_forces=False).energy[:, task].sum()
         (gradient,) = torch.autograd.grad(energy, positions, create_graph=create_graph)
     return -gradient.to(model.dtype)

@@ -1,4 +1,4 @@
-"""Structures to measure on: three built in, or anything ase.io reads."""
+"""Structures to measure on: four built in, or anything ase.io reads."""
 
 import fnmatch
 import tempfile
@@ -6,6 +6,10 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ejmp.structure import Structure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,7 +68,31 @@ def slab() -> Workload:
     return Workload(name="slab", structures=[atoms], cutoff=12.0, max_neighbors=[30])
 
 
-BUILT_IN = {"framework": framework, "molecules": molecules, "slab": slab}
+def rocksalt(structures: int = 1, *, repeats: int = 2) -> Workload:
+    """Return rattled crystals of sodium chloride, 8 repeats^3 atoms each, at OC20's settings; needs no ase.
+
+    Args:
+        structures: how many, each rattled differently.
+        repeats: of the cubic cell of 5.64 A, along each axis.
+    """
+    cell = np.array([[0, 0, 0], [0, 1, 1], [1, 0, 1], [1, 1, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]]) / 2
+    places = np.stack(np.meshgrid(*[np.arange(repeats)] * 3, indexing="ij"), axis=-1).reshape(-1, 1, 3)
+    ideal = 5.64 * (places + cell).reshape(-1, 3)
+    numbers = np.tile([11] * 4 + [17] * 4, repeats**3)
+    rng = np.random.default_rng(0)
+    found = [
+        Structure(
+            numbers=numbers,
+            positions=ideal + rng.normal(0, 0.05, ideal.shape),
+            cell=5.64 * repeats * np.eye(3),
+            pbc=True,
+        )
+        for _ in range(structures)
+    ]
+    return Workload(name="rocksalt", structures=found, cutoff=12.0, max_neighbors=[30] * structures)
+
+
+BUILT_IN = {"framework": framework, "molecules": molecules, "slab": slab, "rocksalt": rocksalt}
 
 
 def read_structures(path: Path, *, select: str = "*", most: int = 1) -> list[Any]:

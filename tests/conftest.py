@@ -1,7 +1,10 @@
 """Shared inputs: the golden outputs and real data beside the project."""
 
-import json
 import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported; a run on a GPU sets it to 0
+
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +14,11 @@ import pytest
 import torch
 
 import ejmp
-from ejmp_kernels import extension
+from ejmp_kernels import extension, library
 
-SHARED = Path(__file__).parents[2] / "shared"
+SHARED = next((p for p in Path(__file__).parents[2:0:-1] if (p / "shared").is_dir()), Path(__file__).parents[2]) / "shared"
 BACKENDS = ("native", "reference")
+TRITON_DEVICE = "cpu" if extension.interpreted() else "cuda"
 GOLDEN_CASES = ("ethanol", "oxide", "slab", "triclinic", "batch")
 
 
@@ -95,6 +99,15 @@ def require_native():
         if os.environ.get("CI") == "true" and any(map(shutil.which, ("c++", "g++", "clang++"))):
             pytest.fail(f"there is a compiler, but {reason}")
         pytest.skip(reason)
+
+
+def require_triton():
+    reason = library.unavailable("triton", TRITON_DEVICE)
+    if reason is not None:
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    library.load("triton")
 
 
 @pytest.fixture(params=BACKENDS)

@@ -13,8 +13,8 @@ HEAVY = {"ase", "lmdb", "deepspeed", "fvcore", "h5py", "mpi4py", "matplotlib", "
 # Each module may import those before it, not those after it.
 ORDER = (
     "graph", "config", "structure", "build", "backend", "layers", "geometry", "bases", "interactions", "fused",
-    "model", "scaling", "pruning", "checkpoint", "flops", "workloads", "machine", "bench", "report", "doctor",
-    "relevance", "data.formats", "data.info", "data.units", "data.source", "data.pickle_names", "data.unpickle",
+    "model", "scaling", "pruning", "checkpoint", "flops", "workloads", "cards", "machine", "bench", "profile",
+    "profile_report", "report", "doctor", "relevance", "data.formats", "data.info", "data.units", "data.source", "data.pickle_names", "data.unpickle",
     "data.lmdb_pages", "data.oc", "data.xyz", "data.ase_files", "data.oc_text", "data.hdf5", "data.md", "data.qm9",
     "data.qmof", "data.read", "data.record", "data.durable", "data.shard", "data.manifest", "data.store",
     "data.splits", "data.stats", "data.ranks", "data.convert", "data.describe", "data.fetch", "data.permutation",

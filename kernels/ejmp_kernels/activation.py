@@ -43,8 +43,9 @@ def activate(
         ValueError: if shapes, types or devices do not fit together.
     """
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, factor, add))
+    in_place = in_place and not recorded and x.is_contiguous() and not torch.compiler.is_compiling()
     space = ops(backend)
-    op = space.activate_ if in_place and not recorded and x.is_contiguous() else space.activate
+    op = space.activate_ if in_place else space.activate
     return op(x, factor, add, scale * SCALED_SILU, add_scale)
 
 
@@ -116,7 +117,9 @@ def _register(namespace: str) -> None:
     register_fake(f"{namespace}::activate")(lambda x, factor, add, alpha, beta: torch.empty_like(x))
     register_fake(f"{namespace}::activate_")(lambda x, factor, add, alpha, beta: x)
     register_fake(f"{namespace}::activate_backward")(lambda grad, x, factor, alpha: (*like(x), or_nothing(x, factor)))
-    register_fake(f"{namespace}::activate_double")(lambda u, v, grad, x, factor, alpha: (*like(x, x), or_nothing(x, factor)))
+    register_fake(f"{namespace}::activate_double")(
+        lambda u, v, grad, x, factor, alpha: (*like(x, x), or_nothing(x, factor))
+    )
     register_autograd(f"{namespace}::activate", backward, setup_context=setup)
     register_autograd(f"{namespace}::activate_backward", double, setup_context=setup_backward)
     register_autograd(f"{namespace}::activate_double", third_derivative, setup_context=lambda ctx, inputs, output: None)

@@ -35,15 +35,13 @@ def triton_unavailable(device: str | None = None) -> str | None:
     if device is None or interpreted():
         return None
     if device == "cpu":
-        return "Triton runs on the CPU in its interpreter only (set TRITON_INTERPRET=1 before it is imported; very slow)"
-    if device != "cuda":
-        return f"there are Triton kernels for cuda, not for {device}"
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device"
-    capability = torch.cuda.get_device_capability()
-    if capability < (8, 0):
-        return f"Triton has no tensor cores below compute capability 8.0, this device has {capability[0]}.{capability[1]}"
-    return None
+        return "Triton runs on the CPU in its interpreter only (TRITON_INTERPRET=1 before it is imported; very slow)"
+    if device != "cuda" or not torch.cuda.is_available():
+        return f"there are Triton kernels for CUDA devices, not for {device}"
+    major, minor = torch.cuda.get_device_capability()
+    return (
+        None if major >= 8 else f"Triton needs compute capability 8.0 for tensor cores, the device has {major}.{minor}"
+    )
 
 
 def interpreted() -> bool:

@@ -29,7 +29,7 @@ class _Missing:
     """Stands for the ops of a backend that is not loaded; asking for one raises the reason."""
 
     def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+        self._backend: Backend = backend
 
     def __getattr__(self, name: str) -> Any:
         reason = unavailable(self._backend)

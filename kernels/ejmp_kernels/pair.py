@@ -52,7 +52,9 @@ def _register(namespace: str) -> None:
         to_grad = own.pair(u_h, radial, *edges) + own.pair(h, u_radial, *edges)
         return (to_grad, *own.pair_backward(grad, u_h, u_radial, *edges), None, None)
 
-    register_fake(f"{namespace}::pair")(lambda h, radial, ptr, source: h.new_empty(h.shape[0], radial.shape[1] * h.shape[1]))
+    register_fake(f"{namespace}::pair")(
+        lambda h, radial, ptr, source: h.new_empty(h.shape[0], radial.shape[1] * h.shape[1])
+    )
     register_fake(f"{namespace}::pair_backward")(lambda grad, h, radial, ptr, source: like(h, radial))
     register_autograd(f"{namespace}::pair", backward, setup_context=setup)
     register_autograd(f"{namespace}::pair_backward", double, setup_context=setup)

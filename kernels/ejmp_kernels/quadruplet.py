@@ -94,7 +94,7 @@ def quadruplet_linear(
     """
     inputs = (x, filters, weight, main.vector, middle.vector)
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, mix))
-    if recorded or not x.is_cpu or backend != "native":
+    if recorded or not x.is_cpu or backend != "native" or torch.compiler.is_compiling():
         return linear(quadruplet(x, filters, weight, main, middle, backend=backend), mix, backend=backend)
     arguments = (*inputs, main.ptr, main.source, main.image, middle.ptr, middle.source, middle.image)
     rows = max(1, PIECE_BYTES // (weight.shape[1] * x.shape[1] * x.element_size()))

@@ -73,8 +73,12 @@ def _register(namespace: str) -> None:
         to_distance = slope(ctx, grad, x) if ctx.needs_input_grad[0] else None
         return (to_distance, None, None, own.radial(distance, offset, temps, grad, *ctx.options), None, None, None)
 
-    register_fake(f"{namespace}::radial")(lambda d, offset, temps, weight, *_: weight.new_empty(d.shape[0], weight.shape[1]))
-    register_fake(f"{namespace}::radial_transposed")(lambda d, offset, temps, x, *_: x.new_empty(offset.shape[0], x.shape[1]))
+    register_fake(f"{namespace}::radial")(
+        lambda d, offset, temps, weight, *_: weight.new_empty(d.shape[0], weight.shape[1])
+    )
+    register_fake(f"{namespace}::radial_transposed")(
+        lambda d, offset, temps, x, *_: x.new_empty(offset.shape[0], x.shape[1])
+    )
     register_autograd(f"{namespace}::radial", backward, setup_context=setup)
     register_autograd(f"{namespace}::radial_transposed", transposed_backward, setup_context=setup)
     register_flop_formula([own.radial, own.radial_transposed])(

@@ -5,4 +5,26 @@ derivatives `ejmp_kernels.library` registers for both. Accumulation and geometry
 features may be float16 or bfloat16.
 """
 
+from ejmp_kernels.triton_kernels import (
+    activation,
+    edge_embedding,
+    gemm,
+    pair,
+    quadruplet,
+    quadruplet_backward,
+    radial,
+    sums,
+    triplet,
+)
 
+__all__ = [
+    "activation",
+    "edge_embedding",
+    "gemm",
+    "pair",
+    "quadruplet",
+    "quadruplet_backward",
+    "radial",
+    "sums",
+    "triplet",
+]

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 from torch.library import Library
 
 LIBRARY = Library("ejmp_triton", "DEF")
 LOW = (torch.float16, torch.bfloat16)
 REAL = (torch.float32, torch.float64, *LOW)
+OVERRIDES: dict[str, dict[str, Any]] = {}
+"""Settings by kernel that come before those of the table; for `tune`."""
 
 
 def define(schema: str) -> Callable[[Callable], Callable]:
@@ -22,7 +25,7 @@ def define(schema: str) -> Callable[[Callable], Callable]:
     def decorate(function: Callable) -> Callable:
         LIBRARY.define(schema)
         for device in ("CUDA", "CPU"):  # the latter for Triton's interpreter
-            LIBRARY.impl(schema.split("(")[0], function, device)
+            LIBRARY.impl(schema.split("(", maxsplit=1)[0], function, device)
         return function
 
     return decorate
@@ -59,6 +62,11 @@ def sums_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def accumulator(x: Tensor) -> tl.dtype:
+    """Return the type of sums in Triton."""
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
 def dot_precision(x: Tensor) -> str:
     """Return how matrix products of float32 numbers run beside features x.
 
@@ -76,7 +84,8 @@ def power_of_2(n: int, least: int = 1) -> int:
 
 def config(kernel: str, x: Tensor) -> dict[str, Any]:
     """Return block sizes, num_warps and num_stages of a kernel for the device of x, from the committed table."""
-    return dict(_table(_architecture(x.device), str(x.dtype).removeprefix("torch."))[kernel])
+    table = _table(architecture(x.device), str(x.dtype).removeprefix("torch."))
+    return table[kernel] | OVERRIDES.get(kernel, {})
 
 
 @functools.cache
@@ -91,8 +100,21 @@ def _table(architecture: str, dtype: str) -> dict[str, dict[str, Any]]:
 
 
 @functools.cache
-def _architecture(device: torch.device) -> str:
+def architecture(device: torch.device) -> str:
+    """Return the section of configs.json that a device's settings are in."""
     if device.type != "cuda":
         return "interpreter"
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has; in the interpreter a few, so that programs take several tiles."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def by_source(source: Tensor, num_atoms: int) -> tuple[Tensor, Tensor]:
+    """Return CSR pointers [N + 1] over sources and the edges [E] in that order; equal ones keep theirs."""
+    ascending, order = torch.sort(source, stable=True)
+    return torch.searchsorted(ascending, torch.arange(num_atoms + 1, device=source.device)), order

@@ -1,0 +1,55 @@
+"""Triton's ops touch nothing beside their tensors: each runs with pages around them that end the process."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import require_triton
+from op_cases import CASES, OP_OF_CASE
+
+from ejmp_kernels import library
+
+SCRIPT = Path(__file__).with_name("guard_pages.py")
+GROUPS = {
+    "triplet": (["edge_to_edge", "atom_to_edge", "edge_to_atom"], {"triplet", "triplet_backward", "triplet_double"}),
+    "quadruplet": (["quadruplet"], {"quadruplet", "quadruplet_backward", "quadruplet_double"}),
+    "simple": (
+        [name for name in CASES if name not in OP_OF_CASE and name != "linear"],
+        {
+            *("pair", "pair_backward", "radial", "radial_transposed", "atom_sum", "atom_sum_backward", "gather_add"),
+            *("edge_sum", "activate", "activate_", "activate_backward", "activate_double"),
+            *("swap_add", "swap_add_backward", "swap_add_double"),
+        },
+    ),
+}
+"""Cases, and the ops that they must run."""
+
+
+def run(side, *names):
+    command = [sys.executable, str(SCRIPT), side, *names]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("side", ["end", "start"])
+@pytest.mark.parametrize("group", GROUPS)
+def test_within_bounds(group, side):
+    require_triton()
+    names, ops = GROUPS[group]
+    if not all(hasattr(library.ops("triton"), op) for op in ops):
+        pytest.skip(f"the triton backend has no {group} yet")
+    done = run(side, *names)
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
+    assert ops <= set(done.stdout.split())
+
+
+@pytest.mark.parametrize("side", ["end", "start"])
+@pytest.mark.parametrize("name", ["wrong_load", "wrong_store"])
+def test_a_mask_wrong_by_one_is_noticed(name, side):
+    require_triton()
+    done = run(side, name)
+    assert done.stdout == "right\n", done.stderr[-2000:]
+    assert done.returncode == -signal.SIGSEGV

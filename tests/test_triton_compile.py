@@ -1,0 +1,80 @@
+"""Every Triton kernel compiles for GPUs that are not here, fits into them and keeps its numbers in registers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = Path(__file__).with_name("triton_compile_script.py")
+TYPES = {80: ("float32", "bfloat16", "float64"), 90: ("float32", "bfloat16", "float16")}
+"""What is compiled here for each compute capability; the script's default, all types for both, takes longer."""
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
+"""What one block may take (CUDA C++ programming guide, compute capabilities)."""
+STACK_BYTES = 256
+"""Spilled registers of a thread, but for float64, which is for tests."""
+
+
+@pytest.fixture(scope="module")
+def rows_by_architecture(tmp_path_factory):
+    """All kernels, compiled anew and both architectures at once; the interpreter would leave nothing to compile."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    runs = {}
+    for architecture, types in TYPES.items():
+        folder = tmp_path_factory.mktemp(f"sm_{architecture}")
+        command = [sys.executable, SCRIPT, "--architectures", str(architecture), "--json", folder / "rows.json"]
+        settings = {"TRITON_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            [*command, "--types", *types],
+            env=environment | settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        runs[architecture] = process, folder / "rows.json"
+    found = {}
+    for architecture, (process, file) in runs.items():
+        printed, errors = process.communicate()
+        assert process.returncode == 0, errors[-4000:]
+        sys.stdout.write("\n" + printed)
+        found[architecture] = json.loads(file.read_text())["kernels"]
+    return found
+
+
+@pytest.fixture(params=TYPES)
+def compiled(request, rows_by_architecture):
+    rows = rows_by_architecture[request.param]
+    assert {row["architecture"] for row in rows} == {f"sm_{request.param}"}
+    assert {row["dtype"] for row in rows} == set(TYPES[request.param])
+    return request.param, rows
+
+
+def named(row):
+    return " ".join(str(row[key]) for key in ("dtype", "op", "kernel", "shared", "registers", "stack"))
+
+
+def test_kernels_fit_into_shared_memory(compiled):
+    architecture, rows = compiled
+    assert not [named(row) for row in rows if row["shared"] > SHARED_BYTES[architecture]]
+
+
+def test_kernels_keep_their_numbers_in_registers(compiled):
+    _, rows = compiled
+    assert not [named(row) for row in rows if row["stack"] > STACK_BYTES and row["dtype"] != "float64"]
+
+
+def test_products_run_on_tensor_cores(compiled):
+    architecture, rows = compiled
+    products = [row for row in rows if row["op"] == "linear_activate" and row["dtype"] != "float64"]
+    instructions = {row["tensor_cores"] for row in products}
+    assert instructions == {"wgmma" if architecture == 90 else "mma.sync"}
+
+
+def test_the_large_product_goes_through_the_memory_accelerator_of_sm_90(compiled):
+    architecture, rows = compiled
+    kernels = {row["kernel"] for row in rows if row["op"] == "linear_activate" and row["dtype"] == "bfloat16"}
+    assert ("gemm._by_descriptors" in kernels) == (architecture == 90)

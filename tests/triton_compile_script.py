@@ -1,0 +1,237 @@
+"""Compile every Triton kernel of the package for GPUs that are not here, through the code that launches them.
+
+python tests/triton_compile_script.py [--json FILE] [--architectures 80 90] [--types float32 ...]
+
+Each op of torch.ops.ejmp_triton is called with JMP-L's widths on CPU tensors, while Triton believes in a GPU and only
+compiles what it would launch. Prints shared memory, registers and stack (spilled registers) of each kernel.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction
+
+import ejmp
+from ejmp.model import tf32_products
+from ejmp_kernels import library
+
+library.load("triton")
+from ejmp_kernels.triton_kernels import gemm, launch  # noqa: E402 - defines ops, which the line above registers
+
+PROCESSORS = {80: 108, 90: 132}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TYPES = ("float32", "bfloat16", "float16", "float64")
+ALPHA = 1 / 0.6
+
+
+class Driver:
+    """Stands for a GPU; its number is its compute capability, so that Triton keeps the kernels of each apart."""
+
+    capability = 80
+
+    def get_current_device(self):
+        return self.capability
+
+    def get_current_stream(self, _device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+
+class Compiler:
+    """The ops by name, none of which launches anything: they compile, and what came of it is noted."""
+
+    def __init__(self):
+        self.driver, self.dtype, self.op, self.called, self.rows = Driver(), None, "", set(), []
+        self._seen = set()
+        triton.runtime.driver.set_active(self.driver)
+        run = JITFunction.run
+
+        def compile_only(function, *args, grid, **settings):
+            settings.pop("warmup")
+            kernel = run(function, *args, grid=grid, warmup=True, **settings)
+            if kernel.hash not in self._seen:
+                self._seen.add(kernel.hash)
+                self.rows.append(self._note(function, kernel, settings))
+            return kernel
+
+        JITFunction.run = compile_only
+        launch.architecture = lambda device: f"sm_{self.driver.capability}"
+        launch.processors = lambda device: PROCESSORS[self.driver.capability]
+        gemm.fuses = lambda x: True
+
+    def __getattr__(self, name):
+        self.op = name
+        self.called.add(name)
+        return getattr(torch.ops.ejmp_triton, name)
+
+    def features(self, *shape):
+        return torch.zeros(*shape, dtype=self.dtype)
+
+    def wide(self, *shape):
+        """Geometry and bases."""
+        return torch.zeros(*shape, dtype=real(self.dtype))
+
+    def _note(self, function, kernel, settings):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+            usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))
+        return {
+            "architecture": f"sm_{self.driver.capability}",
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "op": self.op,
+            "kernel": f"{function.__module__.rpartition('.')[2]}.{function.__name__}",
+            "settings": {key: x if isinstance(x, int | str) else str(x) for key, x in settings.items()},
+            "shared": kernel.metadata.shared,
+            "registers": registers,
+            "stack": stack,
+            "tensor_cores": next((name for name in ("wgmma", "mma.sync") if name in kernel.asm["ptx"]), None),
+        }
+
+
+def real(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def make_graph(dtype):
+    """Four atoms: enough for quadruplets."""
+    positions = [[0, 0, 0], [1.2, 0.1, 0.2], [-0.6, 0.9, 0.3], [-0.5, -0.8, 1.0]]
+    return ejmp.build_graph([ejmp.Structure(numbers=[6, 8, 1, 7], positions=positions)], 5.0, 30, dtype=real(dtype))
+
+
+def triplet(ops, graph, out="main", into="main", *, to_atoms=False):
+    out, into = getattr(graph, out), getattr(graph, into)
+    ids = (out.ptr, out.source, out.image, into.ptr, into.source, into.image)
+    inputs = (ops.features(into.num_edges, 64), ops.wide(out.num_edges, 16, 7), out.vector, into.vector)
+    grad = ops.triplet(*inputs, *ids, to_atoms)
+    ops.triplet_backward(grad, *inputs, *ids, to_atoms)
+    ops.triplet_double(*inputs, grad, *inputs, *ids, to_atoms)
+
+
+def triplet_to_atoms(ops, graph):
+    triplet(ops, graph, "atom_edges", "main", to_atoms=True)
+
+
+def quadruplet(ops, graph):
+    main, middle = graph.main, graph.quad_edges
+    weight, filters = ops.wide(main.num_edges, 64, 49), ops.wide(middle.num_edges, 7, 64)
+    inputs = (ops.features(main.num_edges, 64), filters, weight, main.vector, middle.vector)
+    ids = (main.ptr, main.source, main.image, middle.ptr, middle.source, middle.image, 1e-4, main.max_degree)
+    grad = ops.quadruplet(*inputs, *ids)
+    ops.quadruplet_backward(grad, *inputs, *ids)
+    ops.quadruplet_double(*inputs, grad, *inputs, *ids)
+
+
+def pair(ops, graph):
+    edges = graph.atom_pairs
+    inputs = (ops.features(graph.num_atoms, 64), ops.wide(edges.num_edges, 32), edges.ptr, edges.source)
+    ops.pair_backward(ops.pair(*inputs), *inputs)
+
+
+def radial(ops, graph):
+    distance, centres = graph.main.distance, ops.wide(128)
+    for width, order in ((32, 0), (384, 0), (384, 1), (384, 2)):
+        ops.radial(distance, centres, centres, ops.features(128, width), 12.0, 5, order)
+        ops.radial_transposed(distance, centres, centres, ops.features(len(distance), width), 12.0, 5, order)
+
+
+def activate(ops, graph):
+    x = ops.features(graph.main.num_edges, 1024)
+    for factor in (None, x):
+        for add in (None, x):
+            ops.activate(x, factor, add, ALPHA, 1.0)
+            ops.activate_(x.clone(), factor, add, ALPHA, 1.0)
+        ops.activate_backward(x, x, factor, ALPHA)
+        ops.activate_double(x, factor, x, x, factor, ALPHA)
+
+
+def swap_add(ops, graph):
+    x, swap = ops.features(graph.main.num_edges, 2048), graph.main.swap
+    grad = ops.swap_add(x, swap, None, ALPHA)
+    ops.swap_add(x, swap, grad, ALPHA)
+    ops.swap_add_backward(grad, x, swap, ALPHA)
+    ops.swap_add_double(x, grad, x, swap, ALPHA)
+
+
+def sums(ops, graph):
+    main, m, rows = graph.main, ops.features(graph.main.num_edges, 1024), ops.wide(graph.num_atoms, 1024)
+    for x in (m, None):
+        ops.gather_add(x, rows, rows, main.source, main.swap, main.ptr)
+    for order in (None, main.swap):
+        ops.edge_sum(m, order, main.ptr)
+    ops.atom_sum_backward(ops.atom_sum(m, m, main.ptr), m, m, main.ptr)
+
+
+def linear_activate(ops, _graph):
+    """Large and small products, and rows that are not aligned; those of float32 are the vendor's without TF32."""
+    both, neither = (True, True), (False, False)
+    for m, n, k, given in (
+        (8192, 1024, 1024, neither),
+        (8192, 1024, 1024, both),
+        (64, 1024, 1024, both),
+        (64, 30, 41, both),
+    ):
+        x, weight, out = ops.features(m, k), ops.features(n, k), ops.features(m, n)
+        with tf32_products():
+            ops.linear_activate(x, weight, *(out if there else None for there in given), ALPHA, 1.0)
+
+
+CASES = (
+    triplet, triplet_to_atoms, quadruplet, pair, radial, activate, swap_add, sums, linear_activate,
+)  # fmt: skip
+
+
+def compile_all(architectures, types):
+    """Return a row per kernel; an op that no case calls is an error."""
+    ops = Compiler()
+    for ops.driver.capability in architectures:
+        for ops.dtype in [getattr(torch, name) for name in types]:
+            graph = make_graph(ops.dtype)
+            for case in CASES:
+                case(ops, graph)
+    prefix = "ejmp_triton::"
+    there = {name.removeprefix(prefix) for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix)}
+    if missing := there - ops.called:
+        raise SystemExit(f"no case compiles {', '.join(sorted(missing))}")
+    return ops.rows
+
+
+def table(rows):
+    lines = [f"{'GPU':6} {'type':9} {'op':21} {'kernel':34} shared registers stack warps stages tensor cores"]
+    for row in rows:
+        warps, stages = (row["settings"].get(name, default) for name, default in (("num_warps", 4), ("num_stages", 3)))
+        lines.append(
+            f"{row['architecture']:6} {row['dtype']:9} {row['op']:21} {row['kernel']:34} {row['shared']:6} "
+            f"{row['registers']:9} {row['stack']:5} {warps:5} {stages:6} {row['tensor_cores'] or '-'}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--architectures", type=int, nargs="+", default=[80, 90], choices=PROCESSORS)
+    parser.add_argument("--types", nargs="+", default=TYPES, choices=TYPES)
+    arguments = parser.parse_args()
+    with torch.no_grad():
+        rows = compile_all(arguments.architectures, arguments.types)
+    sys.stdout.write(table(rows))
+    if arguments.json:
+        versions = {"triton": triton.__version__, "torch": torch.__version__}
+        arguments.json.write_text(json.dumps({"versions": versions, "kernels": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
