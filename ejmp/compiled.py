@@ -43,7 +43,9 @@ class Compiled:
         compiler: of torch.compile, or None for none.
     """
 
-    def __init__(self, model: JMP, mode: Mode, buckets: Buckets | None = None, compiler: str | None = "inductor") -> None:
+    def __init__(
+        self, model: JMP, mode: Mode, buckets: Buckets | None = None, compiler: str | None = "inductor"
+    ) -> None:
         if mode not in get_args(Mode):
             raise ValueError(f"mode: expected one of {get_args(Mode)}, got {mode!r}")
         self.record: Recorder | None = None
@@ -176,7 +178,8 @@ class Replay:
     def __call__(self, graph: AtomGraph) -> Result:
         """Return the function's result for a graph, in new memory."""
         with torch.no_grad():
-            torch._foreach_copy_(self._inputs, list(_tensors(graph)))  # noqa: SLF001 - a copy each would take longer
+            # one launch per type; a copy each would take longer than the replay
+            torch._foreach_copy_(self._inputs, list(_tensors(graph)))  # pyright: ignore[reportPrivateImportUsage]
             self._launch()
             return tuple(value.clone() for value in self._outputs)
 

@@ -126,7 +126,8 @@ class JMP(nn.Module):
     Args:
         config: sizes; see `jmp_s`, `jmp_l`, `JMPConfig`.
         backend: "reference" is plain torch; "native" the C++ and CUDA kernels; "triton" those in Triton; "auto" takes
-            the first that serves device and precision of: on a GPU triton, native; on the CPU native; reference. State dict and results (to rounding) do not depend on it.
+            the first that serves device and precision of: on a GPU triton, native; on the CPU native; reference. State
+            dict and results (to rounding) do not depend on it.
         precision: type of the linear maps. "fp32" computes in the parameters' own dtype (also float64); "bf16" and
             "fp16" run the linear maps of embedding, blocks and final MLP in the low type and geometry, bases,
             neighbour sums, heads and the atoms' residual stream in float32 (the edges' stream is in the low type);
@@ -163,7 +164,7 @@ class JMP(nn.Module):
         """Leave out what was compiled."""
         return {name: value for name, value in super().__getstate__().items() if name != "compiled"}
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002 - torch's
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or convert the parameters, as torch calls it; CUDA graphs of the old ones are of no use then."""
         if self.compiled is not None:
             self.compiled.forget()
@@ -202,9 +203,10 @@ class JMP(nn.Module):
         replacing a parameter by hand, compile again.
 
         Args:
-            mode: "throughput" compiles the forward pass, once per shape; "latency" also records it as a CUDA graph per
-                shape, which one call replays without launching kernel by kernel (where autograd records, and for
-                gradients of positions that the caller wants, it does as "throughput"); "off" returns to the plain model.
+            mode: "throughput" compiles the forward pass, once per shape; "latency" also records it, and the gradient
+                forces, as a CUDA graph per shape, which a call replays without launching kernel by kernel (what
+                autograd records goes as in "throughput", so predict under torch.no_grad()); "off" returns to the plain
+                model.
             buckets: the ladder; default: one that grows with the graphs that come.
             compiler: torch.compile's backend; None leaves only padding and CUDA graphs.
 

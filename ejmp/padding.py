@@ -157,7 +157,7 @@ class Buckets:
         Args:
             num_atoms: most atoms of a batch, one rung each.
             num_structures: of a batch.
-            max_neighbors: of the graphs. Main edges per atom are taken to be as many, at most twice as many at one atom.
+            max_neighbors: of the graphs. Main edges are taken to be as many per atom, and twice as many at one atom.
             pairs_per_atom: at most, within the cutoff.
         """
         shapes = []

@@ -16,7 +16,9 @@ import torch
 import ejmp
 from ejmp_kernels import extension, library
 
-SHARED = next((p for p in Path(__file__).parents[2:0:-1] if (p / "shared").is_dir()), Path(__file__).parents[2]) / "shared"
+SHARED = (
+    next((p for p in Path(__file__).parents[2:0:-1] if (p / "shared").is_dir()), Path(__file__).parents[2]) / "shared"
+)
 BACKENDS = ("native", "reference")
 TRITON_DEVICE = "cpu" if extension.interpreted() else "cuda"
 GOLDEN_CASES = ("ethanol", "oxide", "slab", "triclinic", "batch")

@@ -26,11 +26,16 @@ class Setup:
 
     backend: str
     dtype: torch.dtype
-    graph: str = "full"  # or "tiny", "lone"
+    graph: str = "full"  # or "small", "tiny", "lone"
 
     @property
     def tiny(self):
-        return self.graph != "full"
+        return self.graph in {"tiny", "lone"}
+
+    @property
+    def slow(self):
+        """Whether Triton's interpreter runs it: a full quadruplet would take a minute."""
+        return self.backend == "triton" and extension.interpreted()
 
     @property
     def real(self):
@@ -58,10 +63,15 @@ class Setup:
         )
         four = ejmp.Structure(numbers=bent.numbers[:4], positions=bent.positions[:4])
         lone = ejmp.Structure(numbers=[2], positions=[[0.0, 0, 0]])
-        tiny = [four] if self.backend == "triton" else [bent, lone]  # the interpreter is slow
-        structures = {"full": [crystal, lone, bent], "tiny": tiny, "lone": [lone]}[self.graph]
-        cutoff, most = (5.0, 30) if self.tiny else (6.0, 18 if self.backend == "triton" else 12)
-        return ejmp.build_graph(structures, cutoff, most, dtype=self.real, device=self.device)
+        one = dataclasses.replace(crystal, numbers=[12], positions=[[0.1, 0.2, 0]], tags=[1])
+        many = 18 if self.backend == "triton" else 12  # more than a tile of the interpreter's
+        structures, most = {
+            "full": ([crystal, lone, bent], many),
+            "small": ([one, lone, four], [many, many, 4]),
+            "tiny": ([four], 4) if self.slow else ([bent, lone], 30),
+            "lone": ([lone], many),
+        }[self.graph]
+        return ejmp.build_graph(structures, 5.0 if self.tiny else 6.0, most, dtype=self.real, device=self.device)
 
 
 @dataclasses.dataclass
@@ -98,6 +108,7 @@ def make_triplet(out, into, to_atoms, at):
 
 
 def make_quadruplet(at):
+    at = dataclasses.replace(at, graph="small") if at.slow and at.graph == "full" else at
     graph = at.make_graph()
     main, middle = graph.main, graph.quad_edges
     C, A, S = (2, 1, 3) if at.tiny else (20, 14, 7)
@@ -209,7 +220,6 @@ CASES = {
     "swap_add_to": functools.partial(make_swap_add, 1),
     "linear": make_linear,
 }
-OP_OF_CASE = dict.fromkeys(("edge_to_edge", "atom_to_edge", "edge_to_atom"), "triplet") | {"quadruplet": "quadruplet"}
 """The op that a backend may lack yet."""
 
 

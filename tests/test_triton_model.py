@@ -1,4 +1,4 @@
-"""The model on Triton's kernels, in their interpreter unless there is a GPU: golden outputs, derivatives, precisions."""
+"""The model on Triton's kernels, interpreted unless there is a GPU: golden outputs, derivatives, precisions."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_training_on_gradient_forces(models):
     graph = ejmp.build_graph(HYDROGEN_PEROXIDE, 8.0, dtype=torch.float64, device=DEVICE)
     found = []
     for model in models:
-        parameters = [p for name, p in model.double().named_parameters() if "_F" not in name and "out_forces" not in name]
+        parameters = list(model.double().parameters())
         forces = ejmp.gradient_forces(model, graph, create_graph=True)
         gradients = torch.autograd.grad(forces.square().sum(), parameters, allow_unused=True)
         found.append([forces.detach(), *(g for g in gradients if g is not None)])

@@ -62,9 +62,9 @@ def load(backend: Backend) -> None:
         unfused.register()
     else:
         importlib.import_module("ejmp_kernels.triton_kernels")
-    _ops[backend] = getattr(torch.ops, NAMESPACES[backend])
     for register in _registrations:
         register(NAMESPACES[backend])
+    _ops[backend] = getattr(torch.ops, NAMESPACES[backend])
 
 
 def ops(backend: Backend) -> Any:

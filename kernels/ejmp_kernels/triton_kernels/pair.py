@@ -118,6 +118,5 @@ def pair_backward(grad: Tensor, h: Tensor, radial: Tensor, ptr: Tensor, source: 
         with launch.on_device(h):
             grid = (num_atoms, options["SPLIT"])
             _backward_kernel[grid](grad.contiguous(), *tensors, by_edge, to_radial, channels, num_radial, **options)
-    by_source, order = torch.sort(source, stable=True)
-    source_ptr = torch.searchsorted(by_source, torch.arange(num_atoms + 1, device=h.device))
+    source_ptr, order = launch.by_source(source, num_atoms)
     return edge_sum(by_edge, order, source_ptr).to(h.dtype), to_radial
