@@ -16,11 +16,7 @@ GROUPS = {
     "triplet": (["edge_to_edge", "edge_to_atom"], {"triplet", "triplet_backward", "triplet_double"}),
     "quadruplet": (["quadruplet"], {"quadruplet", "quadruplet_backward", "quadruplet_double"}),
     "simple": (
-        [
-            name
-            for name in CASES
-            if "edge_to" not in name and "to_edge" not in name and name not in ("quadruplet", "linear")
-        ],
+        [name for name in CASES if name not in ANGULAR and name != "linear"],
         {
             *("pair", "pair_backward", "radial", "radial_transposed", "atom_sum", "atom_sum_backward", "gather_add"),
             *("edge_sum", "activate", "activate_", "activate_backward", "activate_double"),
