@@ -248,7 +248,7 @@ def test_make_has_a_target_per_step():
     if make is None:
         pytest.skip("there is no make")
     names = ["gpu", "gpu-dry", *(f"gpu-{step}" for step in gpu_campaign.SECONDS)]
-    command = [make, "-n", "RESULTS=/tmp/x", "BUDGET=9", *names]
+    command = [make, "-n", "--no-print-directory", "RESULTS=/tmp/x", "BUDGET=9", *names]
     lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     assert len(lines) == len(names)
     assert all("--out /tmp/x --seconds 9" in line and ".venv" not in line for line in lines)
