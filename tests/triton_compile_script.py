@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
 import ejmp
+from ejmp.machine import provenance
 from ejmp.model import tf32_products
 from ejmp_kernels import library
 
@@ -229,8 +230,8 @@ def main():
         rows = compile_all(arguments.architectures, arguments.types)
     sys.stdout.write(table(rows))
     if arguments.json:
-        versions = {"triton": triton.__version__, "torch": torch.__version__}
-        arguments.json.write_text(json.dumps({"versions": versions, "kernels": rows}, indent=1) + "\n")
+        made = provenance(torch.device("cpu")) | {"triton": triton.__version__}
+        arguments.json.write_text(json.dumps({"provenance": made, "kernels": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
