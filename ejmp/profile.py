@@ -129,13 +129,13 @@ def profile_model(model: JMP, graph: AtomGraph, *, rounds: int = 3) -> dict[str,
     executed = counter.get_total_flops()
     times = [by_part(model, graph, Clock(device)) for _ in range(rounds)]
     macs = analytic(model.config, sizes)
-    rows = []
-    total = sum(sum(t.values()) for t in times) / rounds
-    for part in dict.fromkeys((*macs, *work)):
-        took = statistics.median(t.get(part, 0.0) for t in times)
+    parts = dict.fromkeys((*macs, *work, *itertools.chain(*times)))
+    took = {part: statistics.median(t.get(part, 0.0) for t in times) for part in parts}
+    total, rows = sum(took.values()), []
+    for part in parts:
         gmac = 1e-9 * macs.get(part, 0)
         row = {"module": part, "gmac": gmac, "gflop": 2 * gmac, "run_gflop": 1e-9 * work.get(part, 0)}
-        rows.append(row | {"ms": 1e3 * took, "share": took / total})
+        rows.append(row | {"ms": 1e3 * took[part], "share": took[part] / total})
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "backend": model.backend,
