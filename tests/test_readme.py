@@ -62,6 +62,15 @@ def test_aspirin_table_is_the_committed_result():
     assert table(rows) in README
 
 
+def test_compiled_kernels_are_the_committed_result():
+    result = json.loads((RESULTS / "triton_compile.json").read_text())
+    kernels, text = result["kernels"], " ".join(README.split())
+    spilled = max(row["stack"] for row in kernels if row["dtype"] != "float64")
+    assert f"{len(kernels)} kernels, by type" in text
+    assert f"spills more than {spilled} bytes" in text
+    assert "dirty" not in result["provenance"]["commit"]
+
+
 def test_data_table_is_the_committed_result():
     assert report.data_table(json.loads((RESULTS / "data_cpu.json").read_text())) in README
 
