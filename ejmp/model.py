@@ -18,6 +18,7 @@ from ejmp.graph import AtomGraph
 from ejmp.interactions import BlockInputs, InteractionBlock, OutputBlock
 from ejmp.layers import Dense, Residual, ScaledSiLU
 from ejmp_kernels import reference
+from ejmp_kernels.edge_embedding import edge_sum
 
 if TYPE_CHECKING:
     from ejmp.compiled import Compiled, Mode
@@ -305,15 +306,22 @@ class JMP(nn.Module):
         """Turn the last layer of the final MLP into energies and direct forces, in the parameters' dtype."""
         atoms = features.mlp_E[-1].to(self.dtype)
         per_atom = torch.cat([head(atoms) for head in self.output.out_energy], dim=1)
-        energy = reference.segment_sum(per_atom, graph.batch, graph.num_structures)
+        energy = self._sum(per_atom, graph.batch, graph.ptr)
         if self.config.energy_reduction == "mean":
             energy = energy / graph.ptr.diff()[:, None]
         if not features.mlp_F:
             return Output(energy=energy, forces=None)
         edges = features.mlp_F[-1].to(self.dtype)
         magnitude = torch.stack([head(edges) for head in self.output.out_forces], dim=1)
-        forces = reference.segment_sum(magnitude * graph.main.vector[:, None], graph.main.target, graph.num_atoms)
+        parts = (magnitude * graph.main.vector[:, None]).flatten(1)
+        forces = self._sum(parts, graph.main.target, graph.main.ptr).unflatten(1, (-1, 3))
         return Output(energy=energy, forces=forces)
+
+    def _sum(self, x: Tensor, target: Tensor, ptr: Tensor) -> Tensor:
+        """Sum rows by target, [E, M] to [N, M]; by the kernels' sums, because torch's on a GPU differ in every run."""
+        if self.backend == "reference":
+            return reference.segment_sum(x, target, len(ptr) - 1)
+        return edge_sum(x, ptr, backend=self.backend)
 
     def check(self, graph: AtomGraph) -> None:
         """Do nothing if the model can run on a graph.

@@ -60,3 +60,12 @@ def test_precisions(models, precision, tolerance):
         expected = models[0].double()(graph.to(dtype=torch.float64)).energy
     assert energy.dtype == torch.float32
     assert relative_error(energy, expected) <= tolerance
+
+
+def test_same_bits_every_run(models):
+    """No atomics in a forward pass; the interpreter proves it of the program, a GPU of the hardware."""
+    graph = ejmp.build_graph(HYDROGEN_PEROXIDE, 8.0, device=DEVICE)
+    with torch.no_grad():
+        first, second = models[1](graph), models[1](graph)
+    assert torch.equal(first.energy, second.energy)
+    assert torch.equal(first.forces, second.forces)

@@ -45,6 +45,23 @@ def gather_add(
     return ops(backend).gather_add(x, source_rows, target_rows, source, swap, ptr)
 
 
+def edge_sum(x: Tensor, ptr: Tensor, *, backend: Backend = "native") -> Tensor:
+    """Sum rows into what they belong to, in a fixed order.
+
+    Args:
+        x: [E, M], float32, float64 or bfloat16.
+        ptr: [N + 1] int64, CSR pointers of the rows.
+        backend: whose kernels.
+
+    Returns:
+        [N, M], float64 if x is, or else float32.
+
+    Raises:
+        ValueError: if shapes, types or devices do not fit together.
+    """
+    return ops(backend).edge_sum(x, None, ptr)
+
+
 @for_each_backend
 def _register(namespace: str) -> None:
     own = getattr(torch.ops, namespace)
