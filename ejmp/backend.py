@@ -37,6 +37,13 @@ def check(backend: Backend) -> Backend:
     return backend
 
 
+def candidates(backend: Backend, device: str) -> tuple[Kernels, ...]:
+    """Return what may run on a type of device, the fastest first; for "auto" there is always the reference."""
+    if backend != "auto":
+        return (backend,)
+    return ("triton", "native", "reference") if device == "cuda" else ("native", "reference")
+
+
 @functools.cache
 def resolve(backend: Backend, device: str, dtype: torch.dtype) -> Kernels:
     """Return what runs linear maps of a dtype on a type of device; "auto" is the fastest there is. Its ops are loaded.
@@ -44,11 +51,8 @@ def resolve(backend: Backend, device: str, dtype: torch.dtype) -> Kernels:
     Raises:
         RuntimeError: if an explicit backend cannot do it, with the reason.
     """
-    candidates: tuple[Kernels, ...] = (backend,) if backend != "auto" else ("native", "reference")
-    if backend == "auto" and device == "cuda":
-        candidates = ("triton", *candidates)
     reasons = []
-    for candidate in candidates:
+    for candidate in candidates(backend, device):
         reason = missing(candidate, device, dtype)
         if reason is None:
             if candidate != "reference":

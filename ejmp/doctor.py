@@ -2,10 +2,11 @@
 
 import importlib
 import platform
+from typing import get_args
 
 import torch
 
-from ejmp.backend import Kernels, missing
+from ejmp.backend import Kernels, candidates, missing
 from ejmp_kernels import extension, gemm
 
 OPS = (
@@ -22,7 +23,6 @@ OPS = (
 )
 STORED = ("atom_sum", "gather_add", "activate", "swap_add", "matmul")
 """Ops that also exist in bfloat16; the others run in float32 then."""
-KERNELS: tuple[Kernels, ...] = ("reference", "native", "triton")
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -40,7 +40,7 @@ def examine() -> str:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     lines += [f"  {device:4} {_name(dtype):8} {_choice(device, dtype)}" for device in devices for dtype in TYPES]
     lines += ["", "backends:"]
-    for backend in KERNELS:
+    for backend in get_args(Kernels):
         lines += [f"  {backend:10} {device:4} {missing(backend, device) or 'yes'}" for device in devices]
     lines += ["", f"{'op on the CPU':30} {'float32':10} {'float64':10} {'bfloat16':22} float16"]
     for title, op in OPS:
@@ -52,8 +52,7 @@ def examine() -> str:
 
 def _choice(device: str, dtype: torch.dtype) -> str:
     """Name what "auto" takes, and why not what comes before it."""
-    backends: tuple[Kernels, ...] = ("triton", "native", "reference") if device == "cuda" else ("native", "reference")
-    reasons = {backend: missing(backend, device, dtype) for backend in backends}
+    reasons = {backend: missing(backend, device, dtype) for backend in candidates("auto", device)}
     chosen = next(backend for backend, reason in reasons.items() if reason is None)
     before = [f"{backend}: {reason}" for backend, reason in reasons.items() if reason is not None]
     return "; ".join([chosen, *before])

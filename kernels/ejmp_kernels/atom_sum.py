@@ -43,7 +43,7 @@ def _register(namespace: str) -> None:
         return (*own.atom_sum_backward(grad, *ctx.saved_tensors), None)
 
     def double(ctx: Any, u_m: Tensor | None, u_filters: Tensor | None) -> tuple:
-        """The op is linear in both inputs, so its gradient's gradient is made of both own."""
+        """The op is linear in both inputs, so its gradient's gradient is made of both ops."""
         grad, m, filters, ptr = ctx.saved_tensors
         u_m, u_filters = zeros_for((u_m, u_filters), (m, filters))
         to_grad = own.atom_sum(u_m, filters, ptr) + own.atom_sum(m, u_filters, ptr)

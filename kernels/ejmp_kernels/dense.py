@@ -44,13 +44,11 @@ def linear_activate(
     Raises:
         ValueError: if shapes, types or devices do not fit together.
     """
-    if add is not None and add.dtype != x.dtype:  # the atoms' residual stream stays in float32
-        out = linear(x, weight, backend=backend).to(add.dtype)
-        return activate(out, factor, add, scale=scale, add_scale=add_scale, in_place=True, backend=backend)
+    dtype = x.dtype if add is None else add.dtype  # the atoms' residual stream stays in float32
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, factor, add))
-    if backend == "triton" and not recorded:
+    if backend == "triton" and dtype == x.dtype and not recorded:
         return ops(backend).linear_activate(x, weight, factor, add, scale * SCALED_SILU, add_scale)
-    out = linear(x, weight, backend=backend)
+    out = linear(x, weight, backend=backend).to(dtype)
     return activate(out, factor, add, scale=scale, add_scale=add_scale, in_place=True, backend=backend)
 
 
@@ -74,7 +72,7 @@ def _register(namespace: str) -> None:
         to_add = grad * ctx.beta if ctx.has_add and ctx.needs_input_grad[3] else None
         return to_x, to_weight, to_factor if factor else None, to_add, None, None
 
-    def flops(x: torch.Size, weight: torch.Size, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    def flops(x: torch.Size, weight: torch.Size, *_: Any, out_shape: Any = None) -> int:
         return 2 * x[0] * x[1] * weight[0]
 
     name = f"{namespace}::linear_activate"

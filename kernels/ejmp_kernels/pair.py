@@ -46,7 +46,7 @@ def _register(namespace: str) -> None:
         return (*own.pair_backward(grad, *ctx.saved_tensors), None, None)
 
     def double(ctx: Any, u_h: Tensor | None, u_radial: Tensor | None) -> tuple:
-        """The op is linear in both inputs, so its gradient's gradient is made of both own."""
+        """The op is linear in both inputs, so its gradient's gradient is made of both ops."""
         grad, h, radial, *edges = ctx.saved_tensors
         u_h, u_radial = zeros_for((u_h, u_radial), (h, radial))
         to_grad = own.pair(u_h, radial, *edges) + own.pair(h, u_radial, *edges)

@@ -234,7 +234,7 @@ _ARGUMENTS = (
 @launch.define(f"triplet({_ARGUMENTS}) -> Tensor")
 def triplet(*arguments: Any) -> Tensor:
     """Sum input edges over triplets, see `ejmp_kernels.triplet.triplet`."""
-    tensors, options, num_atoms = _prepare("triplet", *arguments)
+    tensors, options, num_atoms = _prepare(*arguments)
     x, weight = tensors[:2]
     out = x.new_empty(num_atoms if options["TO_ATOMS"] else weight.shape[0], weight.shape[1] * x.shape[1])
     _run(_triplet_kernel, "triplet", [*tensors, out], options, num_atoms)
@@ -259,7 +259,7 @@ def triplet_double(
 
 
 def _gradients(along: tuple[Tensor, ...] | None, grad: Tensor, arguments: tuple) -> tuple[Tensor, ...]:
-    tensors, options, num_atoms = _prepare("triplet", *arguments)
+    tensors, options, num_atoms = _prepare(*arguments)
     inputs, edges = tensors[:4], tensors[4:]
     rows = num_atoms if options["TO_ATOMS"] else inputs[1].shape[0]
     launch.check("triplet", grad.device, grad=(grad, (inputs[0].dtype,), (rows, options["A"] * options["C"])))
@@ -274,18 +274,18 @@ def _gradients(along: tuple[Tensor, ...] | None, grad: Tensor, arguments: tuple)
     return to_grad, to_x, to_w, to_out, to_in
 
 
-def _prepare(op: str, *arguments: Any) -> tuple[list[Tensor], dict, int]:
+def _prepare(*arguments: Any) -> tuple[list[Tensor], dict, int]:
     """Check the arguments; return them contiguous, the options of all kernels, and the number of atoms."""
     *tensors, to_atoms = arguments
     x, weight, v_out, v_in, out_ptr, out_source, out_image, in_ptr, in_source, in_image = tensors
     num_out, num_in, num_atoms = out_source.shape[0], in_source.shape[0], max(out_ptr.numel() - 1, 0)
     if x.ndim != 2 or weight.ndim != 3:
         raise ValueError(
-            f"{op}: x must have shape [E_in, C] and weight [E_out, A, S], got {x.ndim} and {weight.ndim} axes"
+            f"triplet: x must have shape [E_in, C] and weight [E_out, A, S], got {x.ndim} and {weight.ndim} axes"
         )
     real, ids = (launch.sums_dtype(x),), (torch.int64,)
     launch.check(
-        op,
+        "triplet",
         x.device,
         x=(x, launch.REAL, (num_in, x.shape[1])),
         weight=(weight, real, (num_out, *weight.shape[1:])),
