@@ -8,10 +8,10 @@
 import pytest
 import torch
 
-from ejmp import bench
-from ejmp.flops import graph_sizes
-from ejmp.machine import gemm_rates
-from ejmp.model import gradient_forces
+from ejmp.measure import bench
+from ejmp.measure.flops import graph_sizes
+from ejmp.measure.instruments import gemm_rates
+from ejmp.model.jmp import gradient_forces
 
 
 @pytest.mark.parametrize("blocks", [6, 5, 4, 3, 2])

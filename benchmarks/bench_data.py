@@ -18,13 +18,13 @@ import pytest
 import torch
 from ase.build import add_adsorbate, bulk, fcc111
 
-from ejmp.data.balance import assign_ranks
-from ejmp.data.batch import make_batch, pack
 from ejmp.data.info import DatasetInfo
-from ejmp.data.loader import Loader
-from ejmp.data.mix import InOrder, MixSampler
-from ejmp.data.permutation import permute
-from ejmp.structure import Structure
+from ejmp.data.sampling.balance import assign_ranks
+from ejmp.data.sampling.batch import make_batch, pack
+from ejmp.data.sampling.loader import Loader
+from ejmp.data.sampling.mix import InOrder, MixSampler
+from ejmp.data.sampling.permutation import permute
+from ejmp.graph.structure import Structure
 
 H200_TFLOPS = 0.45 * 989
 """Assumed rate of training: 45% of dense bf16."""

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import ejmp
-from ejmp import workloads
-from ejmp.bench import workload_graph
-from ejmp.data.batch import Batch
-from ejmp.distill import DistillConfig
-from ejmp.machine import time_call
+from ejmp.compress.distill import DistillConfig
+from ejmp.data.sampling.batch import Batch
+from ejmp.measure import workloads
+from ejmp.measure.bench import workload_graph
+from ejmp.measure.instruments import time_call
 from ejmp.train.demo import demo_config
 from ejmp.train.objective import Distillation
 from ejmp.train.task import Task, Tasks

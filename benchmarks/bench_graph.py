@@ -5,8 +5,8 @@ import torch
 from ase.build import bulk
 
 import ejmp
-from ejmp import bench
-from ejmp.graph import EDGE_SETS
+from ejmp.graph.graph import EDGE_SETS
+from ejmp.measure import bench
 
 
 def rows(graph):

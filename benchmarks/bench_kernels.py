@@ -18,9 +18,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import ejmp
-from ejmp import bench
-from ejmp.machine import StoragePeak, copy_rate, gemm_rates, time_call
-from ejmp_kernels import angles, reference
+from ejmp.measure import bench
+from ejmp.measure.instruments import StoragePeak, copy_rate, gemm_rates, time_call
+from ejmp_kernels import specification
 from ejmp_kernels.activation import activate, swap_add
 from ejmp_kernels.atom_sum import atom_sum
 from ejmp_kernels.edge_embedding import gather_add
@@ -62,7 +62,7 @@ def make_triplet(out, into, *, to_atoms=False):
         a, b = getattr(graph, out), getattr(graph, into)
         x = randn(b.num_edges, SIZES.emb_size_trip_in)
         w = randn(a.num_edges, SIZES.emb_size_cbf, SIZES.num_spherical)
-        found = angles.triplets(a, b, SIZES.num_spherical)
+        found = specification.triplets(a, b, SIZES.num_spherical)
 
         def call(function):
             def run(x, w, v_out, v_in, **backend):
@@ -72,11 +72,11 @@ def make_triplet(out, into, *, to_atoms=False):
             return run
 
         def shared(x, w, angular):
-            summed = reference.triplet_sum(x, w, found.table, angular)
-            return reference.segment_sum(summed, a.target, graph.num_atoms) if to_atoms else summed
+            summed = specification.triplet_sum(x, w, found.table, angular)
+            return specification.segment_sum(summed, a.target, graph.num_atoms) if to_atoms else summed
 
         inputs = [x, w, a.vector, b.vector]
-        return Case(inputs, call(triplet), call(angles.triplet), shared, [x, w, found.angular])
+        return Case(inputs, call(triplet), call(specification.triplet), shared, [x, w, found.angular])
 
     return make
 
@@ -85,7 +85,7 @@ def make_quadruplet(graph):
     main, middle, S = graph.main, graph.quad_edges, SIZES.num_spherical
     x, filters = randn(main.num_edges, SIZES.emb_size_quad_in), randn(middle.num_edges, S, SIZES.emb_size_quad_in)
     w = randn(main.num_edges, SIZES.emb_size_sbf, S**2)
-    found = angles.quadruplets(main, middle, S)
+    found = specification.quadruplets(main, middle, S)
 
     def call(function):
         def run(x, filters, w, v, v_middle, **backend):
@@ -95,24 +95,24 @@ def make_quadruplet(graph):
         return run
 
     def shared(x, filters, w, circular, angular):
-        values = reference.gather(x, found.inputs) * (circular.mT @ filters) * found.inputs_valid[..., None]
-        return reference.quadruplet_sum(values, w, found.middles, angular)
+        values = specification.gather(x, found.inputs) * (circular.mT @ filters) * found.inputs_valid[..., None]
+        return specification.quadruplet_sum(values, w, found.middles, angular)
 
     inputs = [x, filters, w, main.vector, middle.vector]
     ready = [x, filters, w, found.circular.contiguous(), found.angular]
-    return Case(inputs, call(quadruplet), call(angles.quadruplet), shared, ready)
+    return Case(inputs, call(quadruplet), call(specification.quadruplet), shared, ready)
 
 
 def make_pair(graph):
     edges = graph.atom_pairs
     inputs = [randn(graph.num_atoms, SIZES.emb_size_pair_in), randn(edges.num_edges, SIZES.emb_size_rbf)]
-    table = reference.neighbor_table(
+    table = specification.neighbor_table(
         torch.arange(graph.num_atoms, device=edges.ptr.device), edges.ptr, edges.max_degree
     )
     return Case(
         inputs,
         lambda h, r, backend: pair(h, r, edges.ptr, edges.source, backend=backend),
-        lambda h, r: reference.pair_sum(h, r, edges.source, table),
+        lambda h, r: specification.pair_sum(h, r, edges.source, table),
     )
 
 
@@ -124,7 +124,7 @@ def make_radial(graph):
     return Case(
         [graph.atom_pairs.distance, randn(R, SIZES.emb_size_rbf)],
         lambda d, w, backend: radial(d, offset, temps, w, 12.0, 5, backend=backend),
-        lambda d, w: reference.gaussian_basis(d, offset, temps, 12.0, 5) @ w,
+        lambda d, w: specification.gaussian_basis(d, offset, temps, 12.0, 5) @ w,
     )
 
 
@@ -143,7 +143,7 @@ def make_atom_sum(graph):
     return Case(
         [randn(edges.num_edges, M), randn(edges.num_edges, M)],
         lambda m, f, backend: atom_sum(m, f, edges.ptr, backend=backend),
-        lambda m, f: reference.atom_sum(m, f, edges.target, graph.num_atoms),
+        lambda m, f: specification.atom_sum(m, f, edges.target, graph.num_atoms),
     )
 
 
@@ -152,7 +152,7 @@ def make_gather_add(graph):
     return Case(
         [randn(edges.num_edges, M), randn(graph.num_atoms, M), randn(graph.num_atoms, M)],
         lambda x, a, b, backend: gather_add(x, a, b, edges.source, edges.swap, edges.ptr, backend=backend),
-        lambda x, a, b: reference.gather_add(x, a, b, edges.source, edges.target),
+        lambda x, a, b: specification.gather_add(x, a, b, edges.source, edges.target),
     )
 
 
@@ -162,7 +162,7 @@ def make_activate(graph):
     return Case(
         [randn(*shape), randn(*shape)],
         lambda x, r, backend: activate(x, add=r, scale=0.7, add_scale=0.7, backend=backend),
-        lambda x, r: reference.activate(x, add=r, scale=0.7, add_scale=0.7),
+        lambda x, r: specification.activate(x, add=r, scale=0.7, add_scale=0.7),
     )
 
 
@@ -171,7 +171,7 @@ def make_swap_add(graph):
     return Case(
         [randn(edges.num_edges, 2 * M), randn(edges.num_edges, M)],
         lambda x, a, backend: swap_add(x, edges.swap, a, backend=backend),
-        lambda x, a: reference.swap_add(x, edges.swap, a),
+        lambda x, a: specification.swap_add(x, edges.swap, a),
     )
 
 

@@ -17,9 +17,9 @@ import torch
 from ase.build import molecule
 
 import ejmp
-from ejmp import bench, workloads
-from ejmp.graph import EDGE_SETS
-from ejmp.machine import StoragePeak, gemm_rates, precisions_of, time_call
+from ejmp.graph.graph import EDGE_SETS
+from ejmp.measure import bench, workloads
+from ejmp.measure.instruments import StoragePeak, gemm_rates, precisions_of, time_call
 
 CPU = torch.device("cpu")
 

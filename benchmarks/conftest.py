@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ejmp import bench, workloads
-from ejmp.machine import precisions_of
-from ejmp.machine import provenance as describe_machine
+from ejmp.measure import bench, workloads
+from ejmp.measure.instruments import precisions_of
+from ejmp.provenance import provenance as describe_machine
 
 
 def pytest_addoption(parser):

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ejmp.checkpoint import load
 from ejmp.data import DatasetInfo, Statistics, read
-from ejmp.machine import provenance
+from ejmp.model.checkpoint import load
+from ejmp.provenance import provenance
 from ejmp.train import config
 from ejmp.train.adapt import for_finetuning
 from ejmp.train.demo import demo_teacher, new_model

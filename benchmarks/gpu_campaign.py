@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
+from ejmp_kernels import availability
+
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = {
     "build": 240, "test": 90, "sanitize": 60, "ceilings": 20, "ops": 60, "chain": 25, "blocks": 60, "compare": 130,
@@ -71,7 +73,7 @@ def run_build(setting) -> None:
         command = [sys.executable, "setup.py", "build_ext", "--inplace", "--force"]
         status, log = run_command(command, HARD - 60, MAX_JOBS=jobs, NVCC_APPEND_FLAGS="--threads 3")
         row.update({"ms": 1e3 * (time.perf_counter() - start), "status": status, "log_tail": log[-3000:]})
-        code = "from ejmp_kernels import extension; print(extension.unavailable('cuda') or 'there')"
+        code = "from ejmp_kernels import availability; print(availability.unavailable('cuda') or 'there')"
         row["native_on_cuda"] = run_command([sys.executable, "-c", code], 60)[1].strip().splitlines()[-1]
         if row["native_on_cuda"] != "there":
             raise RuntimeError(f"the CUDA extension is not there, Triton's kernels are: {row['native_on_cuda']}")
@@ -158,15 +160,13 @@ def run_sanitize(setting) -> None:
     """Watch the native kernels with compute-sanitizer, where it exists."""
     from gpu_common import Skip, Step
 
-    from ejmp_kernels import extension
-
     step = Step("sanitize", setting)
     script = [sys.executable, "benchmarks/gpu_native.py", "--device", setting.device.type]
     script += ["--tiny"] if setting.dry else []
     with step.row(tool="none") as row:
         step.check()
-        if extension.unavailable(setting.device.type) is not None:
-            raise Skip(f"no native kernels: {extension.unavailable(setting.device.type)}")
+        if availability.unavailable(setting.device.type) is not None:
+            raise Skip(f"no native kernels: {availability.unavailable(setting.device.type)}")
         start = time.perf_counter()
         status, log = run_command(script, setting.seconds)
         row.update({"ms": 1e3 * (time.perf_counter() - start), "status": status, "log_tail": log[-2000:]})

@@ -23,11 +23,12 @@ from typing import Any
 import torch
 
 import ejmp
-from ejmp import bench, cards, workloads
-from ejmp.backend import missing
-from ejmp.flops import GraphSizes, count_macs, graph_sizes
-from ejmp.machine import copy_rate, gemm_rates, precisions_of, provenance, synchronize, time_call
-from ejmp_kernels import extension, library
+from ejmp.measure import bench, datasheets, workloads
+from ejmp.measure.flops import GraphSizes, count_macs, graph_sizes
+from ejmp.measure.instruments import copy_rate, gemm_rates, precisions_of, synchronize, time_call
+from ejmp.model.backend import missing
+from ejmp.provenance import provenance
+from ejmp_kernels import availability, registry
 
 FORMAT = 1
 NAMED = ("fp32", "tf32", "fp16", "bf16")
@@ -202,7 +203,7 @@ def backends(setting: Setting) -> dict[str, str | None]:
     for name in ("native", "triton"):
         if found[name] is None:
             try:
-                library.load(name)
+                registry.load(name)
             except Exception as error:  # noqa: BLE001 - whatever a backend does, the others are measured
                 found[name] = f"does not load: {type(error).__name__}: {error}"
     return found
@@ -290,8 +291,8 @@ def ceilings(setting: Setting, rows: int, precisions: list[str] | None = None) -
         "gemm_shape": [rows, width, width],
         "gemm_tflops": best,
         "copy_gbytes_per_s": copy_rate(setting.device, size),
-        "datasheet_tflops": {p: cards.peak_tflops(setting.device, p) for p in best},
-        "datasheet_gbytes_per_s": None if (card := cards.card_of(setting.device)) is None else card.gbytes_per_s,
+        "datasheet_tflops": {p: datasheets.peak_tflops(setting.device, p) for p in best},
+        "datasheet_gbytes_per_s": None if (card := datasheets.card_of(setting.device)) is None else card.gbytes_per_s,
         "card": card.name if card else "unknown",
     }
 
@@ -341,7 +342,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     found = provenance(device) | {
         "triton": (_version("triton") or _version("pytorch-triton")) if triton else None,
         "triton_interpreter": os.environ.get("TRITON_INTERPRET") == "1",
-        "native": extension.unavailable(device.type) or "there",
+        "native": availability.unavailable(device.type) or "there",
         "nvidia_smi": nvidia_smi(device),
     }
     if device.type == "cuda":

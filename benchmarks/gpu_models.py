@@ -23,10 +23,10 @@ from gpu_common import (
 )
 
 import ejmp
-from ejmp import bench
-from ejmp.flops import count_macs
-from ejmp.machine import synchronize
-from ejmp.model import tf32_products
+from ejmp.measure import bench
+from ejmp.measure.flops import count_macs
+from ejmp.measure.instruments import synchronize
+from ejmp.model.jmp import tf32_products
 
 CHECKED = 4
 """Structures whose energies are compared with float64."""

@@ -15,8 +15,8 @@ import torch
 from gpu_common import Setting, error_of
 from gpu_ops import ORDERS, Inputs
 
-from ejmp import bench, workloads
-from ejmp_kernels import extension, library
+from ejmp.measure import bench, workloads
+from ejmp_kernels import availability, registry
 
 
 def main() -> int:
@@ -25,11 +25,11 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="sizes of the dry run instead of JMP-L's")
     options = parser.parse_args()
     device = torch.device(options.device)
-    reason = extension.unavailable(device.type)
+    reason = availability.unavailable(device.type)
     if reason is not None:
         print(reason)
         return 3
-    library.load("native")
+    registry.load("native")
     setting = Setting(device=device, dry=options.tiny, out=Path(), seconds=0)
     graph = setting.graph(1) if options.tiny else bench.workload_graph(workloads.rocksalt(repeats=1), device=device)
     host = (

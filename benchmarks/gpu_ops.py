@@ -25,11 +25,11 @@ from gpu_common import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from ejmp import cards
-from ejmp.backend import missing
-from ejmp.layers import INV_SQRT_2, Residual
-from ejmp.machine import copy_rate, gemm_rates
-from ejmp.model import LOW_PRECISION, tf32_products
+from ejmp.measure import datasheets
+from ejmp.measure.instruments import copy_rate, gemm_rates
+from ejmp.model.backend import missing
+from ejmp.model.jmp import LOW_PRECISION, tf32_products
+from ejmp.model.layers import INV_SQRT_2, Residual
 from ejmp_kernels.dense import linear_activate
 
 FEATURES = {
@@ -62,7 +62,7 @@ def run_ceilings(setting: Setting) -> None:
                     step.check()
                     found = gemm_rates(rows, [precision], setting.device, sizes=(out, width))
                     tflops = 1e-3 * max(found.values())
-                    peak = cards.peak_tflops(setting.device, precision)
+                    peak = datasheets.peak_tflops(setting.device, precision)
                     row.update({"tflops": tflops, "ms": 2e-9 * rows * out * width / tflops, "gemm_share": 1.0})
                     row.update(
                         {"mfu": None if peak is None else tflops / peak, "error": product_error(setting, precision)}
@@ -71,7 +71,7 @@ def run_ceilings(setting: Setting) -> None:
         step.check()
         size = 1 << 22 if setting.dry else 1 << 31
         found = copy_rate(setting.device, size)
-        card = cards.card_of(setting.device)
+        card = datasheets.card_of(setting.device)
         row.update({"gbytes_per_s": found, "ms": 2e-6 * size / found, "copy_share": 1.0, "error": 0.0})
         row["share_of_datasheet"] = None if card is None else found / card.gbytes_per_s
 

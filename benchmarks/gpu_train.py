@@ -23,9 +23,9 @@ from gpu_models import Exact, peak_mib
 from torch.utils.flop_counter import FlopCounterMode
 
 import ejmp
-from ejmp import profile, profile_report
-from ejmp.data.batch import Batch
-from ejmp.distill import DistillConfig
+from ejmp.compress.distill import DistillConfig
+from ejmp.data.sampling.batch import Batch
+from ejmp.measure import profile, profile_report
 from ejmp.train.objective import Distillation
 from ejmp.train.task import Task, Tasks
 

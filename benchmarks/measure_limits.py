@@ -18,8 +18,8 @@ from ase import Atoms
 from ase.build import bulk, molecule
 
 import ejmp
-from ejmp.graph import EDGE_SETS
-from ejmp.machine import provenance
+from ejmp.graph.graph import EDGE_SETS
+from ejmp.provenance import provenance
 
 
 def make_model(graph):

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ejmp import data as data
     from ejmp import train as train
-    from ejmp.build import build_graph, graph_from_edges
-    from ejmp.checkpoint import load, save
-    from ejmp.config import JMPConfig, jmp_l, jmp_s
-    from ejmp.graph import AtomGraph, EdgeSet
-    from ejmp.model import JMP, Features, Output, gradient_forces
-    from ejmp.pruning import prune
-    from ejmp.relevance import block_relevance
-    from ejmp.scaling import fit_scale_factors
-    from ejmp.structure import Structure
+    from ejmp.compress.pruning import prune
+    from ejmp.compress.relevance import block_relevance
+    from ejmp.graph.build import build_graph, graph_from_edges
+    from ejmp.graph.graph import AtomGraph, EdgeSet
+    from ejmp.graph.structure import Structure
+    from ejmp.model.checkpoint import load, save
+    from ejmp.model.config import JMPConfig, jmp_l, jmp_s
+    from ejmp.model.jmp import JMP, Features, Output, gradient_forces
+    from ejmp.model.scale_factors import fit_scale_factors
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,15 +40,15 @@ __all__ = [
     "save",
 ]
 _MODULES = {
-    "build": ("build_graph", "graph_from_edges"),
-    "checkpoint": ("load", "save"),
-    "config": ("JMPConfig", "jmp_l", "jmp_s"),
-    "graph": ("AtomGraph", "EdgeSet"),
-    "model": ("JMP", "Features", "Output", "gradient_forces"),
-    "pruning": ("prune",),
-    "relevance": ("block_relevance",),
-    "scaling": ("fit_scale_factors",),
-    "structure": ("Structure",),
+    "graph.build": ("build_graph", "graph_from_edges"),
+    "model.checkpoint": ("load", "save"),
+    "model.config": ("JMPConfig", "jmp_l", "jmp_s"),
+    "graph.graph": ("AtomGraph", "EdgeSet"),
+    "model.jmp": ("JMP", "Features", "Output", "gradient_forces"),
+    "compress.pruning": ("prune",),
+    "compress.relevance": ("block_relevance",),
+    "model.scale_factors": ("fit_scale_factors",),
+    "graph.structure": ("Structure",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

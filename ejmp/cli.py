@@ -12,7 +12,7 @@ from ejmp.data import cli as data
 from ejmp.train import main as launch
 
 if TYPE_CHECKING:
-    from ejmp.workloads import Workload
+    from ejmp.measure.workloads import Workload
 
 _EXTRAS = {"mpi4py": "mpi", "tblite": "demo"}
 """What brings a module that the command's own extra does not."""
@@ -72,13 +72,13 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
 def _bench(options: argparse.Namespace) -> int:
     import torch  # noqa: PLC0415
 
-    from ejmp import bench, machine, report  # noqa: PLC0415
+    from ejmp.measure import bench, instruments, report  # noqa: PLC0415
 
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     plan = bench.Plan(
         workload=_workload(options),
         blocks=tuple(options.blocks or ((4, 3, 2) if options.small else (6, 5, 4, 3, 2))),
-        precisions=tuple(options.precision or machine.precisions_of(device)),
+        precisions=tuple(options.precision or instruments.precisions_of(device)),
         device=str(device),
         seconds=options.seconds,
         small=options.small,
@@ -114,7 +114,7 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
 def _profile(options: argparse.Namespace) -> int:
     import torch  # noqa: PLC0415
 
-    from ejmp import profile, profile_report  # noqa: PLC0415
+    from ejmp.measure import profile, profile_report  # noqa: PLC0415
 
     for name in ("blocks", "rounds"):
         if getattr(options, name) < 1:
@@ -138,7 +138,7 @@ def _profile(options: argparse.Namespace) -> int:
 
 
 def _doctor(_options: argparse.Namespace) -> int:
-    from ejmp import doctor  # noqa: PLC0415
+    from ejmp.measure import doctor  # noqa: PLC0415
 
     print(doctor.examine())
     return 0
@@ -160,7 +160,7 @@ def _prune(options: argparse.Namespace) -> int:
     import torch  # noqa: PLC0415
 
     import ejmp  # noqa: PLC0415
-    from ejmp.pruning import parse_blocks  # noqa: PLC0415
+    from ejmp.compress.pruning import parse_blocks  # noqa: PLC0415
 
     torch.manual_seed(options.seed)
     keep = None if options.keep is None else parse_blocks(options.keep)
@@ -187,7 +187,7 @@ def _add_relevance(parser: argparse.ArgumentParser) -> None:
 
 def _relevance(options: argparse.Namespace) -> int:
     import ejmp  # noqa: PLC0415
-    from ejmp import report  # noqa: PLC0415
+    from ejmp.measure import report  # noqa: PLC0415
     from ejmp.train.sources import demo_mix, from_stores, with_tasks_of  # noqa: PLC0415
     from ejmp.train.survey import survey  # noqa: PLC0415
 
@@ -213,7 +213,7 @@ def _relevance(options: argparse.Namespace) -> int:
 
 
 def _workload(options: argparse.Namespace) -> "Workload":
-    from ejmp import workloads  # noqa: PLC0415
+    from ejmp.measure import workloads  # noqa: PLC0415
 
     if options.structures is not None:
         if options.workload is not None:

@@ -11,11 +11,11 @@ import sys
 import time
 from pathlib import Path
 
-from ejmp import report
-from ejmp.checkpoint import load
-from ejmp.machine import provenance
-from ejmp.model import JMP
-from ejmp.pruning import prune
+from ejmp.compress.pruning import prune
+from ejmp.measure import report
+from ejmp.model.checkpoint import load
+from ejmp.model.jmp import JMP
+from ejmp.provenance import provenance
 from ejmp.train import config
 from ejmp.train.adapt import for_finetuning
 from ejmp.train.commands import terms_of

@@ -1,73 +1,21 @@
-"""Shared inputs: the golden outputs and real data beside the project."""
+"""Fixtures of all tests."""
 
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported; a run on a GPU sets it to 0
 
 import json
-import shutil
-from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from support.inputs import BACKENDS, GOLDEN_CASES, load_golden, require_native, shared_file
 
 import ejmp
-from ejmp_kernels import extension, library
-
-SHARED = (
-    next((p for p in Path(__file__).parents[2:0:-1] if (p / "shared").is_dir()), Path(__file__).parents[2]) / "shared"
-)
-BACKENDS = ("native", "reference")
-TRITON_DEVICE = "cpu" if extension.interpreted() else "cuda"
-GOLDEN_CASES = ("ethanol", "oxide", "slab", "triclinic", "batch")
-
-
-def shared_file(name):
-    """A file of ../shared: required in CI, and a skip with the reason elsewhere."""
-    path = SHARED / name
-    if not path.exists():
-        reason = f"{path} is missing"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return path
 
 
 @pytest.fixture(scope="session")
 def shared():
     return shared_file
-
-
-@dataclass(frozen=True)
-class Golden:
-    """One npz of golden outputs and the structures they belong to."""
-
-    values: dict
-    structures: list
-
-    def graph(self, dtype=torch.float64, **options):
-        cutoff, most = self.values["cutoff"].tolist(), self.values["max_neighbors"].tolist()
-        return ejmp.build_graph(self.structures, cutoff, most, dtype=dtype, **options)
-
-
-def load_golden(case):
-    with np.load(shared_file(f"golden/{case}.npz")) as file:
-        values = dict(file)
-    structures = []
-    for b in range(len(values["cell"])):
-        atoms = values["batch"] == b
-        structures.append(
-            ejmp.Structure(
-                numbers=values["numbers"][atoms],
-                positions=values["positions"][atoms],
-                cell=values["cell"][b],
-                pbc=bool(values["pbc"][b]),
-                tags=values["tags"][atoms],
-            )
-        )
-    return Golden(values, structures)
 
 
 @pytest.fixture(params=GOLDEN_CASES)
@@ -93,23 +41,6 @@ def tiny(tiny_config, tiny_weights):
     model = ejmp.JMP(tiny_config)
     model.load_state_dict(tiny_weights)
     return model.double()
-
-
-def require_native():
-    reason = extension.unavailable()
-    if reason is not None:
-        if os.environ.get("CI") == "true" and any(map(shutil.which, ("c++", "g++", "clang++"))):
-            pytest.fail(f"there is a compiler, but {reason}")
-        pytest.skip(reason)
-
-
-def require_triton():
-    reason = library.unavailable("triton", TRITON_DEVICE)
-    if reason is not None:
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    library.load("triton")
 
 
 @pytest.fixture(params=BACKENDS)

@@ -20,11 +20,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
 import ejmp
-from ejmp.machine import provenance
-from ejmp.model import tf32_products
-from ejmp_kernels import library
+from ejmp.model.jmp import tf32_products
+from ejmp.provenance import provenance
+from ejmp_kernels import registry
 
-library.load("triton")
+registry.load("triton")
 from ejmp_kernels.triton_kernels import gemm, launch  # noqa: E402 - defines ops, which the line above registers
 
 PROCESSORS = {80: 108, 90: 132}

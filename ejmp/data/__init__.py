@@ -1,16 +1,16 @@
 """Datasets: readers, one record store, and how a mix of them is sampled."""
 
-from ejmp.data.batch import Batch, make_batch
-from ejmp.data.convert import convert
 from ejmp.data.embedded import DEMO_DOWNSTREAM, DEMO_MIX, demo
-from ejmp.data.formats import Format, Part
 from ejmp.data.info import Dataset, DatasetInfo, Statistics
-from ejmp.data.loader import Loader
-from ejmp.data.mix import InOrder, MixSampler
-from ejmp.data.read import FORMATS, read
-from ejmp.data.record import DamagedRecord
-from ejmp.data.store import Store, open_store, verify
-from ejmp.structure import Structure
+from ejmp.data.readers.format import Format, Part
+from ejmp.data.readers.registry import FORMATS, read
+from ejmp.data.sampling.batch import Batch, make_batch
+from ejmp.data.sampling.loader import Loader
+from ejmp.data.sampling.mix import InOrder, MixSampler
+from ejmp.data.store.conversion import convert
+from ejmp.data.store.dataset import Store, open_store, verify
+from ejmp.data.store.record import DamagedRecord
+from ejmp.graph.structure import Structure
 
 __all__ = [
     "DEMO_DOWNSTREAM",

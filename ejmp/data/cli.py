@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from ejmp.data.convert import SHARD_SIZE, convert
-from ejmp.data.describe import Histogram, describe
 from ejmp.data.fetch import SOURCES, fetch
 from ejmp.data.info import DatasetInfo, Statistics
-from ejmp.data.ranks import Ranks
-from ejmp.data.store import open_store, verify
+from ejmp.data.store.conversion import SHARD_SIZE, convert
+from ejmp.data.store.dataset import open_store, verify
+from ejmp.data.store.describe import Histogram, describe
+from ejmp.data.store.ranks import Ranks
 
 _BAR = 40
 _SECONDS_BETWEEN_LINES = 10

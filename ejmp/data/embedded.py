@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from ejmp.data.info import DatasetInfo, Statistics
-from ejmp.structure import Structure
+from ejmp.graph.structure import Structure
 
 DEMO_MIX = ("oc20", "oc22", "ani1x", "transition1x")
 """To pre-train on."""

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ejmp.structure import Structure
+from ejmp.graph.structure import Structure
 
 SCHEMA_VERSION = 1
 

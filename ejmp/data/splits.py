@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ejmp.data.formats import Part
+from ejmp.data.readers.format import Part
 
 SEED = 42
 ANI1X_FRAMES = 495_600

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from ejmp.model import JMP
+from ejmp.model.jmp import JMP
 
 
 def for_finetuning(

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ejmp.checkpoint import load as load_model
-from ejmp.checkpoint import write_files
-from ejmp.data.durable import hash_file, sync, written
-from ejmp.model import JMP
+from ejmp.data.store.durable import hash_file, sync, written
+from ejmp.model.checkpoint import load as load_model
+from ejmp.model.checkpoint import write_files
+from ejmp.model.jmp import JMP
 from ejmp.train.distributed import broadcast
 from ejmp.train.engine import Engine
 from ejmp.train.moments import optimizer_state, optimizer_steps, set_optimizer_state

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
-from ejmp.checkpoint import load
-from ejmp.config import Precision, jmp_l, jmp_s
-from ejmp.distill import DistillConfig
-from ejmp.model import JMP
-from ejmp.pruning import parse_blocks, prune
+from ejmp.compress.distill import DistillConfig
+from ejmp.compress.pruning import parse_blocks, prune
+from ejmp.model.checkpoint import load
+from ejmp.model.config import Precision, jmp_l, jmp_s
+from ejmp.model.jmp import JMP
 from ejmp.train import config
 from ejmp.train.adapt import for_finetuning
 from ejmp.train.config import TrainConfig

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from ejmp.config import Precision
+from ejmp.model.config import Precision
 
 MAX_STEPS = 10**9
 TERMS = "forces=1,node=1,edge=1"

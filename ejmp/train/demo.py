@@ -12,17 +12,17 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
-from ejmp.config import JMPConfig
 from ejmp.data import MixSampler
-from ejmp.data.durable import hash_file, hash_text
-from ejmp.model import JMP
-from ejmp.scaling import fit_scale_factors
+from ejmp.data.store.durable import hash_file, hash_text
+from ejmp.model.config import JMPConfig
+from ejmp.model.jmp import JMP
+from ejmp.model.scale_factors import fit_scale_factors
 from ejmp.train import config
 from ejmp.train.distributed import Ranks
 from ejmp.train.loop import FINAL, Run, train
 from ejmp.train.objective import Supervised
 from ejmp.train.sources import Source, demo_mix, loader_of, tasks_of
-from ejmp_kernels.gemm import cache_root
+from ejmp_kernels.cache import cache_root
 
 SETTINGS = config.demo("pretrain")
 

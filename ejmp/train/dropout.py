@@ -7,10 +7,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ejmp.build import neighbor_limits
-from ejmp.graph import AtomGraph, EdgeSet, edge_geometry, make_edge_set
-from ejmp.interactions import OutputBlock
-from ejmp.model import JMP
+from ejmp.graph.build import neighbor_limits
+from ejmp.graph.graph import AtomGraph, EdgeSet, edge_geometry, make_edge_set
+from ejmp.model.interactions import OutputBlock
+from ejmp.model.jmp import JMP
 from ejmp_kernels.neighbors import csr_pointers, symmetrise
 
 QUAD_TAG = 1

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ejmp.data.batch import Batch
+from ejmp.compress.losses import Losses
+from ejmp.data.sampling.batch import Batch
 from ejmp.train.config import TrainConfig
 from ejmp.train.distributed import Ranks, sum_over_ranks
-from ejmp.train.loss import Losses
 
 LOG = logging.getLogger(__name__)
 MAX_SKIPPED = 20

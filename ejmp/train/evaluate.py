@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ejmp.data import InOrder
-from ejmp.model import JMP
+from ejmp.model.jmp import JMP
 from ejmp.train.distributed import Ranks, sum_over_ranks
 from ejmp.train.metrics import Maes
 from ejmp.train.objective import predict

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ejmp.model import JMP
+from ejmp.model.jmp import JMP
 
 INT_BLOCK = re.compile(r"backbone\.int_blocks\.(\d+)\.")
 OUT_BLOCK = re.compile(r"backbone\.out_blocks\.(\d+)\.")

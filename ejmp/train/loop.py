@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ejmp.checkpoint import save
 from ejmp.data import MixSampler
-from ejmp.machine import provenance
-from ejmp.model import JMP
+from ejmp.model.checkpoint import save
+from ejmp.model.jmp import JMP
+from ejmp.provenance import provenance
 from ejmp.train import checkpoint
 from ejmp.train.config import TrainConfig
 from ejmp.train.distributed import Preemption, Ranks

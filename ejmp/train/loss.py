@@ -1,25 +1,14 @@
 """The multi-task loss of JMP's pre-training and fine-tuning."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from ejmp.data.batch import Batch
+from ejmp.compress.losses import Losses
+from ejmp.data.sampling.batch import Batch
 from ejmp.train.task import Tasks
 
 FORCE_OFFSET = 1e-6
 """Upstream adds it to each component of the difference of forces, in units of force_std."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Losses:
-    """What a training step differentiates, and what it logs."""
-
-    total: Tensor
-    """Scalar."""
-    parts: dict[str, Tensor]
-    """Detached scalars by name."""
 
 
 def multitask_loss(energy: Tensor, forces: Tensor | None, batch: Batch, tasks: Tasks) -> Losses:

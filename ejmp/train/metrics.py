@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ejmp.data.batch import Batch
+from ejmp.data.sampling.batch import Batch
 from ejmp.train.task import Tasks
 
 ENERGY, ENERGY_PER_ATOM, STRUCTURES, FORCES, COMPONENTS = range(5)

@@ -7,11 +7,12 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from ejmp.data.batch import Batch
-from ejmp.distill import DistillConfig, combine, distill_loss
-from ejmp.model import JMP
+from ejmp.compress.distill import DistillConfig, combine, distill_loss
+from ejmp.compress.losses import Losses
+from ejmp.data.sampling.batch import Batch
+from ejmp.model.jmp import JMP
 from ejmp.train.dropout import drop_edges, scaled_outputs
-from ejmp.train.loss import Losses, multitask_loss
+from ejmp.train.loss import multitask_loss
 from ejmp.train.task import Tasks
 
 

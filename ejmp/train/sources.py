@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 
 from ejmp.data import DEMO_DOWNSTREAM, DEMO_MIX, Dataset, Loader, demo, open_store
-from ejmp.data.mix import Sampler
-from ejmp.model import JMP
+from ejmp.data.sampling.mix import Sampler
+from ejmp.model.jmp import JMP
 from ejmp.train.task import PRETRAIN_STATISTICS, Task, Tasks, pretrain_tasks
 
 GRAPHS = {

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from ejmp.data.batch import Batch, make_batch
-from ejmp.model import JMP, Output
-from ejmp.relevance import block_relevance, magnitude
+from ejmp.compress.relevance import block_relevance, magnitude
+from ejmp.data.sampling.batch import Batch, make_batch
+from ejmp.model.jmp import JMP, Output
 from ejmp.train.loss import multitask_loss
 from ejmp.train.sources import Source
 from ejmp.train.task import Tasks

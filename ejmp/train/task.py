@@ -7,9 +7,9 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from ejmp.data.batch import Batch
 from ejmp.data.info import DatasetInfo
-from ejmp.structure import MAX_ATOMIC_NUMBER
+from ejmp.data.sampling.batch import Batch
+from ejmp.graph.structure import MAX_ATOMIC_NUMBER
 
 FORCE_WEIGHT = 100.0
 """JMP's for fine-tuning on forces."""

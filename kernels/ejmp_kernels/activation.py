@@ -3,8 +3,8 @@
 activate(x, factor, add) = scale ScaledSiLU(x) factor + add_scale add, which is an activation, a radial filter, a
 residual and a scaling at once; swap_add(x) adds, for each edge, the activated message to the edge and the one to its
 counter-edge. ScaledSiLU(x) = silu(x) / 0.6 (GemNet, arXiv 2106.08903). Each array is read or written once: 4 bytes per
-element in float32, 2 in bfloat16, which is computed with in float32. Specification: `reference.activate`,
-`reference.swap_add`.
+element in float32, 2 in bfloat16, which is computed with in float32. Specification: `specification.activate`,
+`specification.swap_add`.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake
 
-from ejmp_kernels.library import Backend, for_each_backend, like, ops, third_derivative, zeros_for
+from ejmp_kernels.registry import Backend, for_each_backend, like, ops, third_derivative, zeros_for
 
 SCALED_SILU = 1 / 0.6
 

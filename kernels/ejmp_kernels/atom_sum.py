@@ -1,7 +1,7 @@
 """Sum edges into atoms through a filter: out[n, c] = sum of m[e, c] filters[e, c] over edges e into n.
 
 Reads m and filters once, writes out once, in a fixed order and without atomics: 8 E M + 4 N M bytes in float32. Sums
-are in float32 also for bfloat16 inputs. Specification: `reference.atom_sum`. Source: GemNet-OC (arXiv 2204.02782), atom
+are in float32 also for bfloat16 inputs. Specification: `specification.atom_sum`. Source: GemNet-OC (arXiv 2204.02782), atom
 update.
 """
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake
 
-from ejmp_kernels.library import Backend, for_each_backend, like, ops, wide, zeros_for
+from ejmp_kernels.registry import Backend, for_each_backend, like, ops, wide, zeros_for
 
 
 def atom_sum(m: Tensor, filters: Tensor, ptr: Tensor, *, backend: Backend = "native") -> Tensor:

@@ -2,7 +2,7 @@
 
 out = scale ScaledSiLU(x weight^T) factor + add_scale add. The native backend makes the product and a pass after it. So
 does Triton's where derivatives will be asked for, which need the product itself; elsewhere it has one op, 2 m n k FLOP,
-that makes both at once where that is faster. Specification: `reference.activate` of torch.nn.functional.linear.
+that makes both at once where that is faster. Specification: `specification.activate` of torch.nn.functional.linear.
 """
 
 from typing import Any
@@ -13,8 +13,8 @@ from torch.library import register_autograd, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from ejmp_kernels.activation import SCALED_SILU, activate
-from ejmp_kernels.library import NAMESPACES, Backend, for_each_backend, ops
 from ejmp_kernels.linear import linear
+from ejmp_kernels.registry import NAMESPACES, Backend, for_each_backend, ops
 
 
 def linear_activate(

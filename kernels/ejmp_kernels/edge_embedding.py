@@ -3,7 +3,7 @@
 A linear layer of [h_source, h_target, m] is three: two on atoms, N rows instead of E, and one on edges; this adds them.
 Reads x, writes out: 8 E M bytes in float32. `edge_sum`, its transpose, sums edges into atoms in a fixed order, without
 atomics: because main edges are closed under swapping, the edges from an atom are the counter-edges of those into it.
-Specification: `reference.gather_add`, `reference.segment_sum`.
+Specification: `specification.gather_add`, `specification.segment_sum`.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake
 
-from ejmp_kernels.library import Backend, by_atom, for_each_backend, like, ops, wide
+from ejmp_kernels.registry import Backend, by_atom, for_each_backend, like, ops, wide
 
 
 def gather_add(

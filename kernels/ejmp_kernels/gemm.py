@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ejmp_kernels.cache import cache_root
+
 WORTH_MEASURING = 5e6
 """Multiply-adds from which on the choice matters; below, torch's own product is taken."""
 _ROUNDS, _SECONDS = 5, 0.1
@@ -95,11 +97,6 @@ def _layout(x: Tensor) -> str:
 def _bucket(size: int) -> int:
     """Round to the nearest power of two: one measurement serves a range of sizes."""
     return 2 ** round(math.log2(size))
-
-
-def cache_root() -> Path:
-    """Return the folder of everything ejmp keeps between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ejmp"
 
 
 def cache_file() -> Path:

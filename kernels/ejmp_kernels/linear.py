@@ -14,7 +14,7 @@ from torch.library import Library, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from ejmp_kernels.gemm import product
-from ejmp_kernels.library import NAMESPACES, Backend, for_each_backend, ops
+from ejmp_kernels.registry import NAMESPACES, Backend, for_each_backend, ops
 
 _LIBRARY = Library("ejmp", "IMPL")
 

@@ -2,7 +2,7 @@
 
 Reads radial once and h from the cache, writes out once: 4 (E R + N C + N R C) bytes in float32; 2 E R C FLOP. The sums
 run as small matrix products over pieces of 64 neighbours; the gradient for h walks the edges by source. The 128
-Gaussians of a pair are never stored: `radial` projects them on the fly. Specification: `angles.pair`. Source:
+Gaussians of a pair are never stored: `radial` projects them on the fly. Specification: `specification.pair`. Source:
 GemNet-OC (arXiv 2204.02782), atom to atom.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.library import register_autograd, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
-from ejmp_kernels.library import Backend, for_each_backend, like, ops, zeros_for
+from ejmp_kernels.registry import Backend, for_each_backend, like, ops, zeros_for
 
 
 def pair(h: Tensor, radial: Tensor, ptr: Tensor, source: Tensor, *, backend: Backend = "native") -> Tensor:

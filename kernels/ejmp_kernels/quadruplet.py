@@ -12,7 +12,7 @@ once per pair. Where p or n is shorter than eps (three atoms on a line) it is di
 Reads x, filter, weight and the vectors and writes out once: 4 (E C + Q S C + E A S^2 + E A C) bytes in float32. Work: 2
 T S C + 2 P S^2 C + 2 E A S^2 C FLOP for P pairs (e, q) and T triples (e, q, d). The backward also keeps the gradients
 of the values, one row per pair (q, d), until they are summed by atom b; on a GPU the forward keeps the values too.
-Specification: `angles.quadruplet`. Source of the sum: GemNet-OC (arXiv 2204.02782); the dihedral as a product of
+Specification: `specification.quadruplet`. Source of the sum: GemNet-OC (arXiv 2204.02782); the dihedral as a product of
 normals: vector identity.
 """
 
@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.library import register_fake
 from torch.utils.flop_counter import register_flop_formula
 
-from ejmp_kernels.angles import collinear_eps
 from ejmp_kernels.edges import Edges
-from ejmp_kernels.library import NAMESPACES, Backend, for_each_backend, ops, register_nonlinear
 from ejmp_kernels.linear import linear
+from ejmp_kernels.registry import NAMESPACES, Backend, for_each_backend, ops, register_nonlinear
+from ejmp_kernels.specification import collinear_eps
 
 PIECE_BYTES = 1 << 24
 """How large a piece of the sums `quadruplet_linear` makes at a time: what the C library reuses, in a large cache."""

@@ -1,7 +1,7 @@
 """Radial basis functions projected on the fly: out[e, j] = sum_k b_k(distance[e]) weight[k, j].
 
 b_k(d) = u(x) exp(-temps[k] (x - offset[k])^2) with x = d / cutoff and the polynomial envelope u (DimeNet, arXiv
-2003.03123), as `reference.gaussian_basis`. The [E, R] basis is never stored, and Gaussians that are zero to rounding
+2003.03123), as `specification.gaussian_basis`. The [E, R] basis is never stored, and Gaussians that are zero to rounding
 are never summed: about 20 of 128 remain. All projections of one graph that share distances go through one call, their
 weights side by side. Writes 4 E J bytes in float32; 2 E R J FLOP as a dense product counts them.
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import register_autograd, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
-from ejmp_kernels.library import Backend, for_each_backend, ops
+from ejmp_kernels.registry import Backend, for_each_backend, ops
 
 
 def radial(

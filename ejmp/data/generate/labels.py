@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ejmp.structure import Structure
+from ejmp.graph.structure import Structure
 
 Method = Literal["EMT", "GFN1-xTB", "GFN2-xTB"]
 MAX_FORCE = 50.0

@@ -11,7 +11,7 @@ from ejmp.data.generate.molecules import aspirin, clashes, fingerprint, peptide,
 from ejmp.data.generate.paths import along_bonds, hydrogen_shift
 from ejmp.data.generate.slabs import metal_slab, oxide_slab
 from ejmp.data.generate.thermal import strained, thermal
-from ejmp.structure import Structure
+from ejmp.graph.structure import Structure
 
 Recipe = Callable[[np.random.Generator], Iterator[Structure | None]]
 """Yields structures without end; None where one got no label."""

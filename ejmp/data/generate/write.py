@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ejmp.build import build_graph
 from ejmp.data.embedded import SPLITS
 from ejmp.data.info import DatasetInfo, Statistics
-from ejmp.structure import Structure
+from ejmp.graph.build import build_graph
+from ejmp.graph.structure import Structure
 
 EDGE_CUTOFF, EDGE_NEIGHBORS = 12.0, 30
 

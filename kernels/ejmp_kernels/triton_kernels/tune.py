@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ejmp_kernels import extension, library
+from ejmp_kernels import availability, registry
 from ejmp_kernels.triton_kernels import launch
 from ejmp_kernels.triton_kernels.tune_calls import Sizes, calls_by_kernel
 
@@ -133,8 +133,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="file of tables to write the winners to (default: only print)")
     parser.add_argument("--dry", action="store_true", help="tiny sizes, once: whether it works at all")
     options = parser.parse_args(arguments)
-    library.load("triton")
-    device = torch.device("cpu" if extension.interpreted() else "cuda")
+    registry.load("triton")
+    device = torch.device("cpu" if availability.interpreted() else "cuda")
     sizes = Sizes(rows=64, wide=32, atoms=2, degree=3, channels=16) if options.dry else Sizes()
     kernels = [k for k in json.loads(COMMITTED.read_text())["default"] if k.startswith(tuple(options.kernels))]
     for name in options.types:

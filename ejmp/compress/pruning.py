@@ -1,0 +1,88 @@
+"""Block reduction: keep some interaction blocks of a model and the final MLP's columns that read them."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from ejmp.model.jmp import JMP
+from ejmp.model.layers import he_orthogonal_
+
+FIRST_LAYER = re.compile(r"backbone\.out_mlp_[EF]\.out_mlp\.0\.linear\.weight")
+
+
+def prune(
+    model: JMP,
+    *,
+    blocks: int | None = None,
+    keep: Sequence[int] | None = None,
+    final_mlp: Literal["sliced", "random"] = "sliced",
+) -> JMP:
+    """Return a copy of the model with fewer interaction blocks (Ghunaim et al., block reduction).
+
+    The output block of the embedding always stays. The model's config records which of the unpruned model's blocks
+    were kept.
+
+    Args:
+        model: left as it is.
+        blocks: keep this many, the first ones.
+        keep: or keep exactly these, numbered from 0, ascending.
+        final_mlp: "sliced" keeps the surviving input columns of the final MLP's first layer (of both branches),
+            "random" initialises that layer anew at the smaller size.
+
+    Raises:
+        ValueError: unless exactly one of blocks and keep is given and names at least one existing block.
+    """
+    have = model.config.blocks
+    if (blocks is None) == (keep is None):
+        raise ValueError("prune: give either blocks= or keep=")
+    kept = list(range(blocks)) if blocks is not None else list(keep or ())
+    if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= have:
+        raise ValueError(f"prune: expected between 1 and {have} different blocks of 0..{have - 1} in order, got {kept}")
+    if final_mlp not in ("sliced", "random"):
+        raise ValueError(f'final_mlp: expected "sliced" or "random", got {final_mlp!r}')
+    origin = model.config.kept_blocks or tuple(range(have))
+    config = dataclasses.replace(model.config, blocks=len(kept), kept_blocks=tuple(origin[i] for i in kept))
+    with torch.device("meta"):
+        small = JMP(config, model.requested_backend, model.precision)
+    old = model.state_dict()
+    state = {}
+    for name, expected in small.state_dict().items():
+        value = old[_old_name(name, kept)]
+        if FIRST_LAYER.fullmatch(name):
+            columns = value.unflatten(1, (have + 1, -1))
+            value = columns[:, [0, *(i + 1 for i in kept)]].flatten(1)
+            if final_mlp == "random":
+                he_orthogonal_(value)
+        if value.shape != expected.shape:
+            raise ValueError(f"prune: {name}: expected {list(expected.shape)}, got {list(value.shape)}")
+        state[name] = value.clone()
+    small.load_state_dict(state, assign=True)
+    return small.train(model.training)
+
+
+def parse_blocks(text: str) -> list[int]:
+    """Return the block numbers of a flag --keep.
+
+    Raises:
+        ValueError: if they are not numbers with commas.
+    """
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--keep: expected numbers with commas, such as 0,1,2, got {text!r}") from None
+
+
+def _old_name(name: str, kept: list[int]) -> str:
+    """Return the unpruned model's name of a tensor: block i was block kept[i], output block i + 1 was kept[i] + 1."""
+    match = re.match(r"backbone\.(int|out)_blocks\.(\d+)\.(.*)", name)
+    if match is None:
+        return name
+    kind, number, rest = match[1], int(match[2]), match[3]
+    if kind == "int":
+        number = kept[number]
+    elif number > 0:
+        number = kept[number - 1] + 1
+    return f"backbone.{kind}_blocks.{number}.{rest}"

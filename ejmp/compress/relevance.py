@@ -1,0 +1,93 @@
+"""How much each block's output matters to a loss: Grad-CAM on what the final MLP reads."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from ejmp.graph.graph import AtomGraph
+from ejmp.model.jmp import JMP, Output
+
+
+class HasGraph(Protocol):
+    """A batch."""
+
+    @property
+    def graph(self) -> AtomGraph:
+        """Its structures."""
+        ...
+
+
+Item = TypeVar("Item", bound=AtomGraph | HasGraph)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relevance:
+    """Scores of the output blocks, the embedding's first, then one per interaction block."""
+
+    energy: Tensor
+    """[blocks + 1] float64, of the energy branch."""
+    forces: Tensor | None
+    """[blocks + 1] float64, of the force branch; None without one."""
+
+    @property
+    def combined(self) -> Tensor:
+        """The mean of each branch's shares of its own sum, [blocks + 1]; their scores as such differ in scale."""
+        branches = [self.energy] if self.forces is None else [self.energy, self.forces]
+        return torch.stack([scores / scores.sum().clamp_min(1e-300) for scores in branches]).mean(0)
+
+
+def magnitude(output: Output, _item: object) -> Tensor:
+    """Return sum |energy| + sum |direct forces| over all heads: a loss that needs no labels."""
+    total = output.energy.abs().sum()
+    return total if output.forces is None else total + output.forces.abs().sum()
+
+
+def block_relevance(
+    model: JMP, graphs: Iterable[Item], *, loss: Callable[[Output, Item], Tensor] = magnitude
+) -> Relevance:
+    """Score the output blocks of a model: the mean of ReLU(x * dL/dx) over atoms (edges) and channels.
+
+    Source: Ghunaim et al., section 3.2, who take the loss of training on labelled data for L.
+
+    Args:
+        model: left as it is.
+        graphs: graphs or batches; scores are means over all of their atoms and edges.
+        loss: L of an output and the graph or batch it belongs to. One with labels is
+            `lambda out, batch: multitask_loss(out.energy, out.forces, batch, tasks).total`. Where L is a mean over
+            structures, give batches of one size, so that all structures count alike.
+
+    Raises:
+        ValueError: if there are no graphs, or the loss or a score is not finite.
+    """
+    sums: list[Tensor] = []
+    counts = torch.zeros(2, dtype=torch.float64)
+    for i, item in enumerate(graphs):
+        graph = item if isinstance(item, AtomGraph) else item.graph
+        found = _batch_scores(model, graph, lambda output, item=item: loss(output, item))
+        sums = [new + old for new, old in zip(found, sums, strict=True)] if sums else found
+        counts += torch.tensor([graph.num_atoms * model.config.emb_size_atom, graph.main.num_edges])
+        if not all(branch.isfinite().all() for branch in found):
+            raise ValueError(f"graphs: batch {i}: the gradient of the loss is not finite")
+    if not sums:
+        raise ValueError("graphs: expected at least one, got none")
+    counts[1] *= model.config.emb_size_edge
+    means = [branch.cpu() / count.clamp_min(1) for branch, count in zip(sums, counts, strict=False)]
+    return Relevance(energy=means[0], forces=means[1] if len(means) > 1 else None)
+
+
+def _batch_scores(model: JMP, graph: AtomGraph, loss: Callable[[Output], Tensor]) -> list[Tensor]:
+    """Return for each branch [blocks + 1] sums of ReLU(x * dL/dx)."""
+    with torch.enable_grad():
+        features = model.features(graph)
+        value = loss(model.heads(features, graph))
+        branches = [x for x in (features.x_E, features.x_F) if x]
+        blocks = [x for branch in branches for x in branch]
+        gradients = torch.autograd.grad(value, blocks, allow_unused=True)
+    scores = [
+        torch.zeros((), dtype=torch.float64, device=graph.device) if g is None else (x * g).relu().double().sum()
+        for x, g in zip(blocks, gradients, strict=True)
+    ]
+    return list(torch.stack(scores).detach().view(len(branches), -1))

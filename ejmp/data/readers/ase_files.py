@@ -1,0 +1,171 @@
+"""Files that ase.io reads, taken to be in eV and A: a file or a folder of them.
+
+Read are extxyz and xyz, ASE's traj and databases (db, json), CIF and VASP's POSCAR and CONTCAR; text also as .xz and
+.gz. Other formats of ASE are not: some of them are pickles.
+
+- Energy: the calculator's "energy", else the first of ENERGY_KEYS in `info` (for databases: keys and data of the row).
+  Forces: the calculator's "forces", constraints not applied, else the first of FORCES_KEYS among the arrays.
+- Every other single number in `info` becomes a target of that name, in the unit it has there.
+- FixAtoms becomes `fixed`; other constraints are left out.
+- Tags that are all 0, 1 or 2 are kept. ASE itself gives them no meaning (its slab builders number layers with them), so
+  where one is anything else, all are left out.
+
+Ids are `<file>:<frame>`.
+"""
+
+import io
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ejmp.data.readers.format import Format, Part
+from ejmp.data.readers.source import SourceError, check, file_in, list_files, optional, parse_slice, reading, slices
+from ejmp.data.readers.xyz import iter_frames, read_frames, split_part, xyz_parts
+from ejmp.graph.structure import TAGS, Structure
+
+ENERGY_KEYS = ("energy", "Energy", "REF_energy")
+FORCES_KEYS = ("forces", "REF_forces")
+XYZ = (".xyz", ".extxyz")
+DATABASES = (".db", ".json")
+TEXT = {".cif": "cif", ".vasp": "vasp", ".poscar": "vasp", ".contcar": "vasp", "": "vasp"}
+ENDINGS = (*XYZ, ".cif", ".vasp", ".POSCAR", ".CONTCAR")
+PATTERNS = (
+    *(f"*{ending}{packed}" for ending in ENDINGS for packed in ("", ".xz", ".gz")),
+    *("*.traj", "*.db", "*.json", "POSCAR*", "CONTCAR*"),
+)
+
+
+def from_atoms(atoms: Any, place: str, more: Mapping[str, Any] = {}) -> Structure:
+    """Return ASE atoms, with labels, as a structure.
+
+    Args:
+        atoms: ase.Atoms.
+        place: the structure's id.
+        more: labels beside those of the atoms themselves.
+    """
+    info = {**more, **atoms.info}
+    results = atoms.calc.results if atoms.calc is not None else {}
+    energies = [results.get("energy"), *(info.get(key) for key in ENERGY_KEYS)]
+    forces = [results.get("forces"), *(atoms.arrays.get(key) for key in FORCES_KEYS)]
+    tags = atoms.get_tags() if atoms.has("tags") and np.isin(atoms.get_tags(), TAGS).all() else None
+    held = [constraint.index for constraint in atoms.constraints if type(constraint).__name__ == "FixAtoms"]
+    fixed = np.isin(np.arange(len(atoms)), np.concatenate(held)) if held else None
+    return Structure(
+        numbers=atoms.numbers,
+        positions=atoms.positions,
+        cell=atoms.cell.array if atoms.pbc.any() else None,
+        pbc=atoms.pbc,
+        tags=tags,
+        fixed=fixed,
+        energy=next((float(np.reshape(value, ())) for value in energies if value is not None), None),
+        forces=next((value for value in forces if value is not None), None),
+        targets={name: value for name, value in _scalars(info) if name not in ENERGY_KEYS},
+        id=place,
+    )
+
+
+def _scalars(info: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in info.items():
+        if isinstance(value, int | float | np.ndarray | np.generic) and not isinstance(value, bool):
+            array = np.asarray(value)
+            if array.size == 1 and array.dtype.kind in "iuf":
+                yield str(name), float(array.reshape(()))
+
+
+def parse_frame(lines: list[str]) -> Any:
+    """Return one frame of an extxyz file as ASE atoms."""
+    for layout in re.findall(r"""properties\s*=\s*["']?([^\s"']+)""", lines[1], re.IGNORECASE):
+        # ASE would make room for any number of columns.
+        if sum(map(int, layout.split(":")[2::3])) > len(lines[2].split()):
+            raise ValueError(f"more columns in {layout[:100]} than in the line of the first atom")
+    return next(optional("ase.io.extxyz").read_xyz(io.StringIO("".join(lines)), 0))
+
+
+def read_text(file: Path) -> list[Any]:
+    """Return what is in a CIF, a POSCAR or a compressed text file as ASE atoms."""
+    with reading(file), optional("ase.io.formats").open_with_compression(str(file), "r") as lines:
+        inner = Path(file.stem) if file.suffix in (".xz", ".gz") else file
+        if inner.suffix in XYZ:
+            return [parse_frame(frame) for frame in iter_frames(io.BytesIO(lines.read().encode()), file)]
+        kind = TEXT.get(inner.suffix.lower())
+        if kind is None or (not inner.suffix and not inner.name.startswith(("POSCAR", "CONTCAR"))):
+            known = ", ".join((*XYZ, ".traj", *DATABASES, ".cif", "POSCAR"))
+            raise SourceError(file, "", f"expected one of {known}, got {inner.suffix or inner.name}")
+        text = lines.read()
+        if kind == "vasp":
+            _check_poscar(text.splitlines())
+        return list(optional("ase.io").iread(io.StringIO(text), index=":", format=kind))
+
+
+def _check_poscar(lines: list[str]) -> None:
+    """Refuse a POSCAR that announces more atoms than it has lines, for which ASE would make room first."""
+    for line in lines[5:7]:  # counts, after the elements or without them
+        if sum(int(word) for word in line.split() if word.isdecimal()) > len(lines):
+            raise ValueError(f"{line.strip()[:100]!r} atoms in {len(lines)} lines")
+
+
+def _trajectory(file: Path) -> Any:
+    with file.open("rb") as raw:
+        if raw.read(8) != b"- of Ulm":  # the format before it was a pickle
+            raise SourceError(file, "", "not a traj file, or one of before 2016, which ase.io converts")
+    return optional("ase.io.trajectory").TrajectoryReader(file)
+
+
+def _parts(path: Path) -> list[Part]:
+    parts = []
+    for file in list_files(path, PATTERNS):
+        with reading(file):
+            if file.suffix in XYZ:
+                parts += xyz_parts(file)
+            elif file.suffix == ".traj":
+                with _trajectory(file) as frames:
+                    parts += slices(file.name, len(frames))
+            elif file.suffix in DATABASES:
+                parts += slices(file.name, optional("ase.db").connect(file, use_lock_file=False).count())
+            else:
+                count = len(read_text(file))
+                parts.append(Part(name=f"{file.name}:0-{count}", count=count))
+    if not sum(part.count for part in parts):
+        raise SourceError(path, "", "no structures")
+    return parts
+
+
+def _read(path: Path, part: Part) -> Iterator[Structure]:
+    prefix, start, stop = parse_slice(part)
+    if "@" in prefix and prefix.rpartition("@")[0].endswith(XYZ):
+        file = file_in(path, split_part(part)[0])
+        frames = ((parse_frame(lines), {}) for _, lines in read_frames(file, part))
+    else:
+        file = file_in(path, prefix)
+        frames = _frames(file, start, stop)
+    k = start
+    while True:
+        with reading(file, f"frame {k}"):
+            found = next(frames, None)
+            if found is None:
+                break
+            structure = from_atoms(found[0], f"{file.name}:{k}", found[1])
+        yield check(structure, file, f"frame {k}")
+        k += 1
+    if k != stop:
+        raise SourceError(file, f"frame {k}", "not there")
+
+
+def _frames(file: Path, start: int, stop: int) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+    """Yield ASE atoms, and the labels that are kept beside them."""
+    if file.suffix == ".traj":
+        with _trajectory(file) as frames:
+            for k in range(start, stop):
+                yield frames[k], {}
+    elif file.suffix in DATABASES:
+        for row in optional("ase.db").connect(file, use_lock_file=False).select(offset=start, limit=stop - start):
+            yield row.toatoms(), {**row.data, **row.key_value_pairs}
+    else:
+        for atoms in read_text(file):
+            yield atoms, {}
+
+
+ASE = Format(parts=_parts, read=_read)

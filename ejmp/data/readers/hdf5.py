@@ -1,0 +1,165 @@
+"""ANI-1x, Transition-1x and SPICE: HDF5 files of groups of conformations of one molecule.
+
+- ANI-1x: a group per formula, wB97x/6-31G(d), Hartree. Frames without energy or forces (NaN) are skipped, groups of
+  fewer than MIN_ATOMS atoms are dropped.
+- Transition-1x: split / formula / reaction, wB97x/6-31G(d), eV. The splits are train, val and test; a file with none
+  of them is read from `data`, without splits. Systems of fewer than MIN_ATOMS atoms are kept, and marked by an id that
+  ends in `:small`.
+- SPICE: a group per molecule, bohr, Hartree, and gradients, which are minus the forces. `formation_energy` (eV) is a
+  target.
+
+Ids are `<group>:<frame>`, the frame's number in its group.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ejmp.data.readers.format import Format, Part
+from ejmp.data.readers.source import (  # fmt: skip
+    MAX_ATOMS,
+    Layout,
+    SourceError,
+    check,
+    list_files,
+    optional,
+    parse_slice,
+    reading,
+    slices,
+)
+from ejmp.data.readers.units import BOHR, HARTREE
+from ejmp.graph.structure import Structure
+
+MIN_ATOMS = 4
+MAX_FRAMES = 10_000_000
+"""Most conformations of one molecule; HDF5 files can claim any number that is not stored."""
+SLICE_ATOMS = 1_000_000
+"""Most atoms of all structures in one part."""
+SPLITS = ("train", "val", "test")
+
+ANI1X_LAYOUT = Layout(
+    numbers="atomic_numbers", positions="coordinates", energy="wb97x_dz.energy", forces="wb97x_dz.forces",
+    per_energy=HARTREE, per_force=HARTREE,
+)  # fmt: skip
+TRANSITION1X_LAYOUT = Layout(
+    numbers="atomic_numbers", positions="positions", energy="wB97x_6-31G(d).energy", forces="wB97x_6-31G(d).forces",
+)  # fmt: skip
+SPICE_LAYOUT = Layout(
+    numbers="atomic_numbers", positions="conformations", energy="dft_total_energy", forces="dft_total_gradient",
+    length=BOHR, per_energy=HARTREE, per_force=-HARTREE / BOHR, targets={"formation_energy": HARTREE},
+)  # fmt: skip
+
+
+def _all_groups(file: Any) -> list[tuple[str, str | None]]:
+    """Return every group with atoms, at any depth: a "/" in the SMILES of SPICE makes one more level."""
+    found: list[tuple[str, str | None]] = []
+
+    def visit(name: str, item: Any) -> None:
+        if hasattr(item, "keys") and "atomic_numbers" in item:  # a group
+            found.append((name, None))
+
+    file.visititems(visit)
+    return found
+
+
+def _reactions(file: Any) -> list[tuple[str, str | None]]:
+    splits: Sequence[str] = [name for name in SPLITS if name in file] or ["data"]
+    return [
+        (f"{split}/{formula}/{reaction}", None if split == "data" else split)
+        for split in splits
+        for formula in sorted(file[split])
+        for reaction in sorted(file[f"{split}/{formula}"])
+    ]
+
+
+def _array(group: Any, name: str, shape: tuple[int | None, ...]) -> Any:
+    """Return an array of a group by name, unread, if it is one of numbers with that shape."""
+    if name not in group:
+        raise ValueError(f"no {name}; it has {', '.join(sorted(group))[:200]}")
+    array = group[name]
+    found = getattr(array, "shape", None)
+    fits = (
+        found is not None
+        and len(found) == len(shape)
+        and all(b in (None, a) for a, b in zip(found, shape, strict=True))
+    )
+    if not fits or array.dtype.kind not in "fiu" or array.dtype.subdtype:
+        expected = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: expected numbers [{expected}], got {found} {getattr(array, 'dtype', 'a group')}")
+    return array
+
+
+def _arrays(group: Any, layout: Layout) -> dict[str, Any]:
+    """Return the arrays of a group, unread but for the atomic numbers, once their shapes agree."""
+    count = _array(group, layout.numbers, (None,))
+    if not 1 <= len(count) <= MAX_ATOMS:
+        raise ValueError(f"{layout.numbers}: expected 1 to {MAX_ATOMS} atoms, got {len(count)}")
+    positions = _array(group, layout.positions, (None, len(count), 3))
+    if len(positions) > MAX_FRAMES:
+        raise ValueError(f"{layout.positions}: expected at most {MAX_FRAMES} frames, got {len(positions)}")
+    arrays = {name: _array(group, name, (len(positions),)) for name in (layout.energy, *layout.targets)}
+    forces = _array(group, layout.forces, positions.shape)
+    return {layout.numbers: count[:], layout.positions: positions, layout.forces: forces, **arrays}
+
+
+def _labelled(arrays: dict[str, Any], layout: Layout, start: int, stop: int) -> np.ndarray:
+    """Return which frames of a slice have an energy and all forces."""
+    energy, forces = (arrays[name][start:stop] for name in (layout.energy, layout.forces))
+    return np.isfinite(energy) & np.isfinite(forces).all((1, 2))
+
+
+def _parts(path: Path, layout: Layout, groups: Callable[[Any], list[tuple[str, str | None]]]) -> list[Part]:
+    h5py = optional("h5py")
+    (source,) = list_files(path, ())
+    parts = []
+    with reading(source), h5py.File(source, "r") as file:
+        for name, split in groups(file):
+            with reading(source, name):
+                arrays = _arrays(file[name], layout)
+                atoms, frames = len(arrays[layout.numbers]), len(arrays[layout.positions])
+                if layout == ANI1X_LAYOUT and atoms < MIN_ATOMS:
+                    continue
+                for part in slices(name, frames, SLICE_ATOMS // atoms):
+                    count = part.count
+                    if layout == ANI1X_LAYOUT:
+                        count = int(_labelled(arrays, layout, *parse_slice(part)[1:]).sum())
+                    parts.append(Part(name=part.name, count=count, split=split))
+    if not parts:
+        raise SourceError(source, "", "no group holds any conformations")
+    return parts
+
+
+def _read(path: Path, part: Part, layout: Layout) -> Iterator[Structure]:
+    h5py = optional("h5py")
+    name, start, stop = parse_slice(part)
+    with reading(path, name):
+        with h5py.File(path, "r") as file:
+            arrays = _arrays(file[name], layout)
+            keep = np.ones(stop - start, dtype=bool)
+            if layout == ANI1X_LAYOUT:
+                keep = _labelled(arrays, layout, start, stop)
+            numbers = arrays.pop(layout.numbers)
+            values = {key: np.asarray(array[start:stop]) for key, array in arrays.items()}
+        small = ":small" if layout == TRANSITION1X_LAYOUT and len(numbers) < MIN_ATOMS else ""
+    for k in keep.nonzero()[0].tolist():
+        structure = Structure(
+            numbers=numbers,
+            positions=values[layout.positions][k].astype(np.float64) * layout.length,
+            energy=float(values[layout.energy][k]) * layout.per_energy,
+            forces=values[layout.forces][k] * layout.per_force,
+            targets={key: float(values[key][k]) * unit for key, unit in layout.targets.items()},
+            id=f"{name}:{start + k}{small}",
+        )
+        yield check(structure, path, f"{name}, frame {start + k}")
+
+
+def _format(layout: Layout, groups: Callable[[Any], list[tuple[str, str | None]]]) -> Format:
+    return Format(parts=partial(_parts, layout=layout, groups=groups), read=partial(_read, layout=layout))
+
+
+ANI1X = _format(ANI1X_LAYOUT, _all_groups)
+TRANSITION1X = _format(TRANSITION1X_LAYOUT, _reactions)
+SPICE = _format(SPICE_LAYOUT, _all_groups)

@@ -1,0 +1,86 @@
+"""OC20 and OC22 as upstream's LMDB files of pickled PyG data: one file, or a folder of `data.NNNN.lmdb`.
+
+Energies are eV and forces eV/A there already. OC20's `y` has the slab and gas references subtracted; OC22's is the
+total energy, which some files call `y_relaxed`. Structures without either have no energy, as in the test splits. Ids
+are `<file>/<key>`, followed by `/<sid>` and `/<fid>` where the record has them.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ejmp.data.readers.format import Format, Part
+from ejmp.data.readers.lmdb_pages import LmdbFile
+from ejmp.data.readers.source import SourceError, check, file_in, list_files, parse_slice, reading, slices
+from ejmp.data.readers.unpickle import fields, loads
+from ejmp.graph.structure import Structure
+
+FIELDS = ("pos", "atomic_numbers", "cell", "natoms", "tags", "fixed", "y", "y_relaxed", "force", "sid", "fid")
+
+
+def _parts(path: Path) -> list[Part]:
+    parts = []
+    for file in list_files(path, ("*.lmdb",)):
+        with reading(file), LmdbFile(file) as records:
+            stored = records.get(b"length")
+            length = records.entries if stored is None else _integer(loads(stored), "length")
+            if not 0 <= length <= records.entries:
+                raise SourceError(file, "length", f"{length} records announced, {records.entries} entries")
+            parts += slices(file.name, length)
+    return parts
+
+
+def _read(path: Path, part: Part, energies: tuple[str, ...]) -> Iterator[Structure]:
+    name, start, stop = parse_slice(part)
+    file = file_in(path, name)
+    with reading(file), LmdbFile(file) as records:
+        for key in range(start, stop):
+            with reading(file, f"record {key}"):
+                raw = records.get(str(key).encode())
+                if raw is None:
+                    raise SourceError(file, f"record {key}", "not there")
+                structure = _structure(_flat(fields(loads(raw))), f"{file.name}/{key}", energies)
+            yield check(structure, file, f"record {key}")
+
+
+def _structure(values: Mapping[str, Any], place: str, energies: tuple[str, ...]) -> Structure:
+    missing = {"pos", "atomic_numbers", "cell"} - values.keys()
+    if missing:
+        raise ValueError(f"no {', '.join(sorted(missing))}; it has {', '.join(values)}")
+    natoms, numbers = values.get("natoms"), values["atomic_numbers"]
+    if natoms is not None and _integer(natoms, "natoms") != np.size(numbers):
+        raise ValueError(f"natoms is {_integer(natoms, 'natoms')}, but there are {np.size(numbers)} atomic numbers")
+    labels = [values[name] for name in energies if name in values]
+    return Structure(
+        numbers=numbers,
+        positions=values["pos"],
+        cell=np.reshape(values["cell"], (3, 3)),
+        pbc=True,
+        tags=values.get("tags"),
+        fixed=values.get("fixed"),
+        energy=np.reshape(labels[0], ()) if labels else None,  # pyright: ignore[reportArgumentType]
+        forces=values.get("force"),
+        id="/".join([place, *(str(np.reshape(values[name], ())) for name in ("sid", "fid") if name in values)]),
+    )
+
+
+def _flat(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what is read here, once it is flat: a few bytes of nested lists can stand for any number of values."""
+    kept = {name: values[name] for name in FIELDS if values.get(name) is not None}
+    wrong = [name for name, value in kept.items() if not isinstance(value, np.ndarray | np.generic | float | int | str)]
+    if wrong:
+        raise ValueError(f"{wrong[0]}: expected an array or a number, got {type(kept[wrong[0]]).__name__}")
+    return kept
+
+
+def _integer(value: Any, name: str) -> int:
+    if not isinstance(value, int | np.ndarray | np.generic) or np.size(value) != 1:
+        raise ValueError(f"{name}: expected an integer, got {type(value).__name__}")
+    return int(np.reshape(value, ()))
+
+
+OC20 = Format(parts=_parts, read=partial(_read, energies=("y",)))
+OC22 = Format(parts=_parts, read=partial(_read, energies=("y", "y_relaxed")))

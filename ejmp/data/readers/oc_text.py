@@ -1,0 +1,60 @@
+"""OC20 as published text: `N.extxyz` with total energies, `N.txt` with a line for each frame; both may be .xz.
+
+A line of the txt is "system,frame,reference energy". The energy that is yielded is the total less the reference, which
+is what upstream's LMDB files hold; where a line has no reference, it is the total. Forces are eV/A; atoms that
+`move_mask` holds are `fixed`. Ids are `<file>/<frame of the file>/<system>/<frame>`.
+"""
+
+import lzma
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from ejmp.data.readers.ase_files import from_atoms, parse_frame
+from ejmp.data.readers.format import Format, Part
+from ejmp.data.readers.source import SourceError, check, file_in, list_files, reading
+from ejmp.data.readers.xyz import iter_frames
+from ejmp.graph.structure import Structure
+
+
+def _lines(file: Path) -> list[list[str]]:
+    """Return the lines of the txt file that belongs to an extxyz file, split at commas."""
+    base = file.name.removesuffix(".xz").removesuffix(".extxyz")
+    found = [beside for ending in (".txt", ".txt.xz") if (beside := file.with_name(base + ending)).exists()]
+    if not found:
+        raise SourceError(file, "", f"{base}.txt or {base}.txt.xz should be beside it")
+    with reading(found[0]), _open(found[0]) as raw:
+        lines = [line.split(",") for line in raw.read().decode().split()]
+        if any(len(line) not in (2, 3) for line in lines):
+            raise SourceError(found[0], "", 'expected lines of "system,frame,reference energy"')
+        return lines
+
+
+def _open(file: Path) -> lzma.LZMAFile:
+    return lzma.open(file) if file.suffix == ".xz" else file.open("rb")  # pyright: ignore[reportReturnType]
+
+
+def _parts(path: Path) -> list[Part]:
+    files = list_files(path, ("*.extxyz", "*.extxyz.xz"))
+    return [Part(name=file.name, count=len(_lines(file))) for file in files]
+
+
+def _read(path: Path, part: Part) -> Iterator[Structure]:
+    file = file_in(path, part.name)
+    labels = _lines(file)
+    with reading(file), _open(file) as raw:
+        frames = iter_frames(raw, file)
+        for k, (system, frame, *reference) in enumerate(labels):
+            with reading(file, f"frame {k}"):
+                lines = next(frames, None)
+                if lines is None:
+                    raise SourceError(file, f"frame {k}", f"the txt file has {len(labels)} lines")
+                structure = from_atoms(parse_frame(lines), f"{file.name}/{k}/{system}/{frame}")
+                if reference and structure.energy is not None:
+                    structure = replace(structure, energy=structure.energy - float(reference[0]))
+            yield check(replace(structure, targets={}), file, f"frame {k}")
+        if next(frames, None) is not None:
+            raise SourceError(file, "", f"it has more frames than the {len(labels)} lines of the txt file")
+
+
+OC20_TEXT = Format(parts=_parts, read=_read)

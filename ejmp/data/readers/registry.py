@@ -1,0 +1,48 @@
+"""The formats by name, and `read`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ejmp.data.readers.ase_files import ASE
+from ejmp.data.readers.format import Format
+from ejmp.data.readers.hdf5 import ANI1X, SPICE, TRANSITION1X
+from ejmp.data.readers.md import MD22, RMD17
+from ejmp.data.readers.oc import OC20, OC22
+from ejmp.data.readers.oc_text import OC20_TEXT
+from ejmp.data.readers.qm9 import QM9
+from ejmp.data.readers.qmof import QMOF
+from ejmp.graph.structure import Structure
+
+FORMATS: dict[str, Format] = {
+    "oc20": OC20,
+    "oc22": OC22,
+    "oc20_text": OC20_TEXT,
+    "ani1x": ANI1X,
+    "transition1x": TRANSITION1X,
+    "spice": SPICE,
+    "rmd17": RMD17,
+    "md22": MD22,
+    "qm9": QM9,
+    "qmof": QMOF,
+    "ase": ASE,
+}
+
+
+def read(path: str | Path, *, format: str) -> Iterator[Structure]:  # noqa: A002, the word that convert has for it
+    """Yield the structures of a dataset in its original form, in eV and A, with ids unique in it.
+
+    Args:
+        path: a file or a folder, as the format's module in ejmp.data says.
+        format: one of FORMATS.
+
+    Raises:
+        ValueError: if there is no such format, or the source is damaged or not of that format; it names the file.
+        FileNotFoundError: if there is nothing at the path.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    source = Path(path)
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    chosen = FORMATS[format]
+    return (structure for part in chosen.parts(source) for structure in chosen.read(source, part))

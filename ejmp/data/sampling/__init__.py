@@ -1,0 +1,1 @@
+"""How a mix of stores is sampled, batched and loaded."""

@@ -1,0 +1,131 @@
+"""Batches from datasets, made by worker processes: reading, graph building and packing, in the sampler's order."""
+
+import multiprocessing
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from ejmp.data.info import Dataset
+from ejmp.data.sampling.batch import Batch, Packed, make_batch, pack
+from ejmp.data.sampling.mix import Pairs, Sampler
+
+Request = tuple[int, Pairs]
+"""A sampler's position after a batch, and what is in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loader:
+    """Make a sampler's batches.
+
+    With workers, torch's DataLoader runs them: at most `num_workers * prefetch` batches are made ahead, a worker that
+    dies is a RuntimeError, an exception in one is raised here with its message, and each computes on one thread. What
+    comes does not depend on the number of workers.
+    """
+
+    datasets: Sequence[Dataset]
+    sampler: Sampler
+    cutoff: float | Sequence[float] = 12.0
+    """A; one value, or one per dataset."""
+    max_neighbors: int | Sequence[int] = 30
+    """One value, or one per dataset."""
+    dtype: torch.dtype = torch.float32
+    """Of distances, vectors and forces."""
+    device: torch.device | str = "cpu"
+    """Where batches go. For CUDA they pass through pinned memory and are copied in the background."""
+    num_workers: int = 0
+    """0: batches are made in this process, when asked for."""
+    prefetch: int = 2
+    """Batches each worker makes ahead. They wait in shared memory, some 0.3 MB per 10 atoms of a slab."""
+    start_method: Literal["fork", "forkserver", "spawn"] = "fork"
+    """How workers start. "fork" takes milliseconds. Where this process has used OpenMP (GNU's), a forked one hangs as
+    soon as it uses more than one thread: a dataset must not call `torch.set_num_threads`. The others take seconds,
+    pickle the datasets and need a main module that can be imported; prefer them where an MPI library forbids forks."""
+
+    def __post_init__(self) -> None:
+        """Check that datasets, sampler and graph settings belong together.
+
+        Raises:
+            ValueError: naming the field that does not fit.
+        """
+        sizes = [len(dataset) for dataset in self.datasets]
+        if list(self.sampler.sizes) != sizes:
+            raise ValueError(f"sampler: expected the datasets' sizes {sizes}, got {list(self.sampler.sizes)}")
+        for name in ("cutoff", "max_neighbors"):
+            given = np.shape(getattr(self, name))
+            if given not in ((), (len(sizes),)):
+                raise ValueError(f"{name}: expected one value or one per dataset ({len(sizes)}), got shape {given}")
+        if self.start_method not in multiprocessing.get_all_start_methods():
+            methods = multiprocessing.get_all_start_methods()
+            raise ValueError(f"start_method: expected one of {methods}, got {self.start_method!r}")
+        for name, least in (("num_workers", 0), ("prefetch", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """Yield this rank's batches, one per step.
+
+        Args:
+            start: position to go on from: 0, or the last batch's `position`.
+            stop: no step begins at or after this position. None: the end of the epoch `start` is in.
+
+        Raises:
+            ValueError: if start is negative; from a dataset or a structure no graph can be built of.
+            RuntimeError: if a worker dies.
+        """
+        size, step = self.sampler.epoch_size, self.sampler.step_size
+        if start < 0:
+            raise ValueError(f"start: expected a position from 0 on, got {start}")
+        positions = range(start, (start // size + 1) * size if stop is None else stop, step)
+        requests = ((position + step, self.sampler.batch(position)) for position in positions)
+        device = torch.device(self.device)
+        workers = {"prefetch_factor": self.prefetch, "multiprocessing_context": self.start_method}
+        loaded = DataLoader(
+            _Maker(self),
+            batch_size=None,
+            sampler=(request for request in requests if len(request[1])),
+            num_workers=self.num_workers,
+            pin_memory=device.type == "cuda",
+            **workers if self.num_workers else {},
+        )
+        try:
+            for packed in loaded:
+                yield packed.to(device).unpack()
+        except Exception as error:
+            # The traceback holds the workers' queues in a cycle. Garbage collection would close the queues before it
+            # tells the workers to stop, and then wait 5 s for each.
+            traceback.clear_frames(error.__traceback__)
+            raise
+
+
+class _Maker(TorchDataset[Packed]):
+    """Makes the batch of a request; lives in the workers."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.datasets = list(loader.datasets)
+        self.cutoffs = np.broadcast_to(loader.cutoff, len(self.datasets)).tolist()
+        self.limits = np.broadcast_to(loader.max_neighbors, len(self.datasets)).tolist()
+        self.dtype = loader.dtype
+
+    def __getitem__(self, request: Request) -> Packed:
+        position, pairs = request
+        which = pairs[:, 0].tolist()
+        structures = [self.datasets[d][i] for d, i in pairs.tolist()]
+        try:
+            batch = make_batch(
+                structures,
+                which,
+                cutoff=[self.cutoffs[d] for d in which],
+                max_neighbors=[self.limits[d] for d in which],
+                dtype=self.dtype,
+                position=position,
+            )
+        except ValueError as error:
+            names = [f"{self.datasets[d].info.name}[{i}]" for d, i in pairs.tolist()]
+            raise ValueError(f"batch of {', '.join(names)}: {error}") from error
+        return pack(batch)

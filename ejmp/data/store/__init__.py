@@ -1,0 +1,1 @@
+"""The record store: one form for every dataset, made by conversion."""

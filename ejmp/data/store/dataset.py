@@ -1,0 +1,174 @@
+"""Reading a dataset of shards: any structure by its number, from any number of processes, and damage found."""
+
+import errno
+import operator
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from tokenize import TokenError
+from typing import Any, Literal
+
+import numpy as np
+
+from ejmp.data.store.durable import hash_file
+from ejmp.data.store.manifest import FILE_NAME, read_manifest
+from ejmp.data.store.record import DamagedRecord, decode
+from ejmp.data.store.shard import PLACE, Shard, estimate_edges, key_of
+from ejmp.graph.structure import Structure
+
+INDEX_FILES = {"num_atoms": np.dtype("<i4"), "num_edges": np.dtype("<i4"), "places": PLACE}
+"""One array each, of all shards one after the other, in `<name>.npy`."""
+OPEN_SHARDS = 64
+"""Shards a store keeps open; of 120 million structures there are thousands, more than a process may open."""
+
+
+def open_store(path: str | Path, *, on_error: Literal["raise", "skip"] = "raise") -> "Store":
+    """Open one split of a dataset for reading.
+
+    Args:
+        path: the folder that holds `dataset.json`.
+        on_error: what iterating does about a structure that cannot be read: raise, or leave it out and note it in
+            `Store.skipped`. Asking for it by its number raises `DamagedRecord` in any case: there is no other
+            structure of that number.
+
+    Raises:
+        ValueError: if there is no dataset, or `dataset.json` or the index is damaged.
+    """
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f'on_error: expected "raise" or "skip", got {on_error!r}')
+    return Store(Path(path), on_error)
+
+
+class Store:
+    """The structures of one split. It can be pickled, forked, and used by several threads."""
+
+    def __init__(self, path: Path, on_error: Literal["raise", "skip"]) -> None:
+        self.path = path
+        self.on_error: Literal["raise", "skip"] = on_error
+        self.manifest = read_manifest(path)
+        self.info = self.manifest.info
+        self._ends = np.cumsum([shard.count for shard in self.manifest.shards])
+        if len(self._ends) == 0 or self._ends[-1] != self.info.count:
+            raise ValueError(f"{path / FILE_NAME}: expected {self.info.count} structures in the shard table")
+        self.num_atoms, self.num_edges, self._places = (self._map(name) for name in INDEX_FILES)
+        self._files: dict[int, _File] = {}
+        self.skipped: dict[int, str] = {}
+        """Why a structure was left out, by its number."""
+
+    def __len__(self) -> int:
+        return self.info.count
+
+    def __getitem__(self, index: int) -> Structure:
+        """Read a structure.
+
+        Raises:
+            IndexError: if there is no structure of that number.
+            DamagedRecord: naming shard and key, if it is missing or not what was written.
+        """
+        number = operator.index(index)
+        number += len(self) if number < 0 else 0
+        if not 0 <= number < len(self):
+            raise IndexError(f"index: expected {-len(self)} to {len(self) - 1}, got {index}")
+        which = int(np.searchsorted(self._ends, number, side="right"))
+        try:
+            return decode(self._open(which).read(self._places[number]), number)
+        except (DamagedRecord, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.EIO):
+                raise  # too many open files or no permission is no damage, and not to be skipped
+            name = self.path / self.manifest.shards[which].name
+            raise DamagedRecord(f"{name}, key {key_of(number)}: {error}") from error
+
+    def __iter__(self) -> Iterator[Structure]:
+        for number in range(len(self)):
+            try:
+                structure = self[number]
+            except DamagedRecord as error:
+                if self.on_error == "raise":
+                    raise
+                self.skipped[number] = str(error)
+                continue
+            yield structure
+
+    def __getstate__(self) -> tuple[Path, Literal["raise", "skip"]]:
+        return self.path, self.on_error
+
+    def __setstate__(self, state: tuple[Path, Literal["raise", "skip"]]) -> None:
+        self.__init__(*state)
+
+    def _open(self, which: int) -> "_File":
+        file = self._files.get(which)
+        if file is None:
+            shard = self.manifest.shards[which]
+            file = self._files[which] = _File(self.path / shard.name, shard)
+            if len(self._files) > OPEN_SHARDS:
+                self._files.pop(next(iter(self._files)), None)
+        return file
+
+    def _map(self, name: str) -> np.ndarray[Any, Any]:
+        path, dtype = self.path / f"{name}.npy", INDEX_FILES[name]
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError, SyntaxError, TokenError) as error:
+            raise ValueError(f"{path}: missing or damaged: {error}") from error
+        if array.dtype != dtype or array.shape != (self.info.count,):
+            raise ValueError(f"{path}: expected {dtype} [{self.info.count}], got {array.dtype} {list(array.shape)}")
+        return array
+
+
+class _File:
+    """A shard open for reading. Closed when nothing uses it any more, so that threads need no lock."""
+
+    def __init__(self, path: Path, shard: Shard) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.bytes = os.fstat(self.descriptor).st_size
+        if self.bytes != shard.bytes:
+            raise DamagedRecord(f"expected a shard of {shard.bytes} bytes, got {self.bytes}: cut off or overwritten")
+
+    def read(self, place: Any) -> bytes:
+        offset, size = int(place["offset"]), int(place["size"])
+        if offset + size > self.bytes:
+            raise DamagedRecord(f"the index says byte {offset} to {offset + size} of a shard of {self.bytes}")
+        return os.pread(self.descriptor, size, offset)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+def verify(path: str | Path) -> Iterator[tuple[str, list[str]]]:
+    """Check every byte of a dataset: index and shards against their hashes, and that every record decodes.
+
+    Yields:
+        the name of each file as it is done, and what is wrong with it.
+
+    Raises:
+        ValueError: if there is no dataset, or `dataset.json` is damaged, or the index cannot be used.
+    """
+    store = open_store(path)
+    for name in INDEX_FILES:
+        file = store.path / f"{name}.npy"
+        right = hash_file(file) == store.manifest.index.get(file.name)
+        yield file.name, [] if right else [f"{file}: its hash is not that in {FILE_NAME}"]
+    first = 0
+    for shard in store.manifest.shards:
+        yield shard.name, _verify_shard(store, shard, range(first, first + shard.count))
+        first += shard.count
+
+
+def _verify_shard(store: Store, shard: Shard, numbers: range) -> list[str]:
+    path, problems = store.path / shard.name, []
+    if not path.is_file() or path.stat().st_size != shard.bytes:
+        return [f"{path}: missing, or not of {shard.bytes} bytes"]
+    if hash_file(path) != shard.hash:
+        problems.append(f"{path}: its hash is not that in {FILE_NAME}")
+    for number in numbers:
+        try:
+            structure = store[number]
+        except DamagedRecord as error:
+            problems.append(str(error))
+            continue
+        known = (store.num_atoms[number], store.num_edges[number])
+        if (len(structure.numbers), estimate_edges(structure)) != known:
+            problems.append(f"{path}, key {key_of(number)}: the index says {known[0]} atoms, {known[1]} edges")
+    return problems

@@ -1,0 +1,63 @@
+"""`dataset.json`: what a folder of shards holds. It is written last; without it there is no dataset in the folder."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ejmp.data.info import SCHEMA_VERSION, DatasetInfo, Statistics
+from ejmp.data.store.durable import hash_text, written
+from ejmp.data.store.shard import Shard
+
+FILE_NAME = "dataset.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The contents of `dataset.json`."""
+
+    info: DatasetInfo
+    shards: tuple[Shard, ...]
+    index: Mapping[str, str]
+    """Hash of each index file, by its name."""
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `dataset.json`, which makes the dataset visible."""
+    contents = {"info": asdict(manifest.info), "shards": [asdict(shard) for shard in manifest.shards]}
+    contents["index"] = dict(manifest.index)
+    contents = json.loads(json.dumps(contents))
+    contents["hash"] = hash_text(_canonical(contents))
+    with written(folder / FILE_NAME) as temporary:
+        temporary.write_text(json.dumps(contents, indent=1) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read `dataset.json`.
+
+    Raises:
+        ValueError: if it is missing, damaged, or of another schema.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder}: no {FILE_NAME}: not a dataset, or its conversion has not come to its end")
+    try:
+        contents = json.loads(path.read_bytes())
+        digest = contents.pop("hash")
+        info = contents["info"]
+        version = info["schema_version"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"{path}: expected schema_version {SCHEMA_VERSION}, got {version!r}")
+    if hash_text(_canonical(contents)) != digest:
+        raise ValueError(f"{path}: damaged: its hash does not match its contents")
+    info["linear_reference"] = {int(number): energy for number, energy in info["linear_reference"].items()}
+    info["statistics"] = {name: Statistics(**values) for name, values in info["statistics"].items()}
+    shards = tuple(Shard(**shard) for shard in contents["shards"])
+    return Manifest(info=DatasetInfo(**info), shards=shards, index=contents["index"])
+
+
+def _canonical(contents: dict[str, Any]) -> str:
+    return json.dumps(contents, sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,381 @@
+"""Where the work and the time of a forward pass go: by module, by op, and against what the machine could do.
+
+Two counts of work stand side by side. "model": what the model defines (`ejmp.measure.flops`), the same for every backend; rates
+and utilisation are of this one. "run": what the products and many-body sums that were run count themselves
+(torch.utils.flop_counter; ejmp's ops have formulas), which a backend can make less or more.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import ejmp.model.jmp
+from ejmp.graph.graph import AtomGraph
+from ejmp.measure import datasheets
+from ejmp.measure.bench import FLOP_CONVENTION, make_models, workload_graph
+from ejmp.measure.flops import GraphSizes, count_macs, graph_sizes
+from ejmp.measure.instruments import gemm_rates, repeated_seconds, synchronize
+from ejmp.measure.workloads import Workload
+from ejmp.model.backend import Backend
+from ejmp.model.bases import Bases, EdgeEmbedding
+from ejmp.model.config import JMPConfig, Precision
+from ejmp.model.interactions import (
+    AtomUpdate,
+    InteractionBlock,
+    OutputBlock,
+    PairInteraction,
+    QuadrupletInteraction,
+    TripletInteraction,
+)
+from ejmp.model.jmp import JMP, AtomEmbedding
+from ejmp.provenance import provenance
+
+OF_BLOCK = {
+    "trip_interaction": "edge_to_edge",
+    "quad_interaction": "quadruplets",
+    "atom_edge_interaction": "atom_to_edge",
+    "edge_atom_interaction": "edge_to_atom",
+    "atom_interaction": "atom_pairs",
+    "atom_update": "atom_updates",
+    "atom_emb_layers": "atom_updates",
+}
+"""Parts of an interaction block, by the name of the submodule; the rest are updates of edges."""
+PARTS = (*dict.fromkeys(OF_BLOCK.values()), "edge_updates")
+OTHER = "other"
+"""Between the parts: types changed, tensors joined."""
+METHODS: tuple[tuple[type, tuple[str, ...]], ...] = (
+    (JMP, ("final_mlp", "heads")),
+    (AtomEmbedding, ("forward",)),
+    (Bases, ("forward",)),
+    (EdgeEmbedding, ("forward",)),
+    (InteractionBlock, ("forward",)),
+    (TripletInteraction, ("inputs", "to_edges", "to_atoms")),
+    (QuadrupletInteraction, ("forward",)),
+    (PairInteraction, ("forward",)),
+    (AtomUpdate, ("forward",)),
+    (OutputBlock, ("energy", "forces")),
+    (nn.Sequential, ("forward",)),
+)
+"""Where the reference backend passes from one part to another; the fused ones do in the methods of `Fused`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to profile."""
+
+    workload: Workload
+    blocks: int = 4
+    precision: Precision = "fp32"
+    device: str = "cpu"
+    backend: Backend = "auto"
+    small: bool = False
+    """JMP-S instead of JMP-L."""
+    rounds: int = 3
+    fvcore: bool = True
+    """Also make fvcore's table, on the reference backend in fp32."""
+
+
+def run(plan: Plan) -> dict[str, Any]:
+    """Profile a scalar model with random weights; return everything found, ready for JSON.
+
+    Raises:
+        ModuleNotFoundError: if fvcore's table is wanted and fvcore is not installed.
+        ValueError: if the workload has no edges.
+    """
+    if plan.fvcore:
+        need_fvcore()
+    device = torch.device(plan.device)
+    graph = workload_graph(plan.workload, device=device)
+    if graph.main.num_edges == 0:
+        raise ValueError(f"{plan.workload.name}: no two atoms are within {plan.workload.cutoff} A: nothing to profile")
+    options: Any = {"small": plan.small, "device": device, "backend": plan.backend}
+    model = make_models([plan.blocks], **options)[plan.blocks]
+    model.precision = plan.precision
+    name = f"{'JMP-S' if plan.small else 'JMP-L'} scalar, {plan.blocks} blocks"
+    head = {"model": name, "workload": plan.workload.name, "provenance": provenance(device)}
+    found = profile_model(model, graph, rounds=plan.rounds)
+    return head | found | {"fvcore": fvcore_table(model, graph) if plan.fvcore else None}
+
+
+@torch.no_grad()
+def profile_model(model: JMP, graph: AtomGraph, *, rounds: int = 3) -> dict[str, Any]:
+    """Profile a model's forward pass at its precision, on its backend and device.
+
+    Args:
+        model: any.
+        graph: a batch with edges.
+        rounds: medians are of this many passes.
+
+    Returns:
+        "modules" and "ops" (lists of rows), "totals" and what was measured on; see `text`.
+    """
+    device, sizes = graph.device, graph_sizes(graph)
+    call = functools.partial(model, graph)
+    rates = gemm_rates(graph.main.num_edges, [model.precision], device)
+    seconds = statistics.median(repeated_seconds(call, device, rounds))
+    with FlopCounterMode(display=False) as counter:
+        work = by_part(model, graph, counter.get_total_flops)
+    executed = counter.get_total_flops()
+    times = [by_part(model, graph, Clock(device)) for _ in range(rounds)]
+    macs = analytic(model.config, sizes)
+    parts = dict.fromkeys((*macs, *work, *itertools.chain(*times)))
+    took = {part: statistics.median(t.get(part, 0.0) for t in times) for part in parts}
+    total, rows = sum(took.values()), []
+    for part in parts:
+        gmac = 1e-9 * macs.get(part, 0)
+        row = {"module": part, "gmac": gmac, "gflop": 2 * gmac, "run_gflop": 1e-9 * work.get(part, 0)}
+        rows.append(row | {"ms": 1e3 * took[part], "share": took[part] / total})
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "backend": model.backend,
+        "precision": model.precision,
+        "sizes": dataclasses.asdict(sizes),
+        "convention": FLOP_CONVENTION,
+        "modules": rows,
+        "ops": by_op(model, graph, counter.get_flop_counts()["Global"]),
+        "totals": totals(sum(macs.values()), executed, seconds, max(rates.values()), device, model.precision),
+    }
+
+
+def totals(
+    macs: int, executed: int, seconds: float, gemm_gflops: float, device: torch.device, precision: str
+) -> dict[str, Any]:
+    """Return the work of a pass in both conventions and its rate beside the datasheet's and the measured one."""
+    card, peak = datasheets.card_of(device), datasheets.peak_tflops(device, precision)
+    tflops = 2e-12 * macs / seconds
+    return {
+        "gmac": 1e-9 * macs,
+        "gflop": 2e-9 * macs,
+        "run_gflop": 1e-9 * executed,
+        "ms": 1e3 * seconds,
+        "tflops": tflops,
+        "gemm_tflops": 1e-3 * gemm_gflops,
+        "gemm_share": 1e3 * tflops / gemm_gflops,
+        "card": card.name if card else "unknown",
+        "peak_tflops": peak,
+        "peak_source": card.source if card else None,
+        "mfu": None if peak is None else tflops / peak,
+    }
+
+
+def analytic(config: JMPConfig, sizes: GraphSizes) -> dict[str, int]:
+    """Return the multiply-adds of one forward pass, by module; they add up to `count_macs`."""
+    parts = count_macs(config, sizes)
+    found = {name: parts[name] for name in ("bases", "angles", "edge_embedding")}
+    found["output block 0"] = parts["output_blocks"] // (config.blocks + 1)
+    for i in range(config.blocks):
+        found |= {f"block {i} {name}": parts[name] // config.blocks for name in PARTS}
+        found[f"output block {i + 1}"] = parts["output_blocks"] // (config.blocks + 1)
+    return found | {name: parts[name] for name in ("final_mlp", "heads")}
+
+
+# Which part of the model runs
+
+
+class Clock:
+    """Seconds since the last mark; on CUDA by events, which are read after the pass."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self) -> Any:
+        """Return a point in time."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def by_part(model: JMP, graph: AtomGraph, meter: Callable[[], Any]) -> dict[str, Any]:
+    """Run a forward pass and return what a meter advanced in each part of the model: a `Clock`, or a count.
+
+    What runs between two calls into the same part belongs to it too: methods hold sums between layers.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    stack, marks = [OTHER], []
+
+    def enter(part: str) -> None:
+        if part != stack[-1]:
+            marks.append((meter(), part))
+        stack.append(part)
+
+    def leave() -> None:
+        if stack.pop() != stack[-1]:
+            marks.append((meter(), stack[-1]))
+
+    synchronize(graph.device)
+    with _watched(names, enter, leave):
+        marks.append((meter(), OTHER))
+        model(graph)
+        marks.append((meter(), OTHER))
+    synchronize(graph.device)
+    parts = [part for _, part in marks[:-1]]
+    for i in range(1, len(parts) - 1):
+        if parts[i - 1] == parts[i + 1] and parts[i] in (OTHER, _rest_of(parts[i - 1])):
+            parts[i] = parts[i - 1]
+    advanced: dict[str, Any] = {}
+    for part, ((start, _), (end, _)) in zip(parts, itertools.pairwise(marks), strict=True):
+        step = 1e-3 * start.elapsed_time(end) if isinstance(start, torch.cuda.Event) else end - start
+        advanced[part] = advanced.get(part, 0) + step
+    return advanced
+
+
+def _rest_of(part: str) -> str:
+    return " ".join((*part.split()[:2], "edge_updates"))
+
+
+def part_of(method: str, name: str) -> str | None:
+    """Return the part of the model that a method of a module (by its name) runs, or None to stay in the present one."""
+    if method in ("final_mlp", "heads"):
+        return method
+    if method == "embed" or name.endswith("bases.edge_emb"):
+        return "edge_embedding"
+    place = name.removeprefix("backbone.").split(".")
+    if place[0] == "int_blocks":
+        part = "edge_to_atom" if method == "edges_to_atoms" else OF_BLOCK.get(".".join(place[2:3]), "edge_updates")
+        return f"block {place[1]} {part}"
+    if place[0] == "out_blocks":
+        return f"output block {place[1]}"
+    return place[0] if place[0] in ("bases", "embedding") else None
+
+
+@contextlib.contextmanager
+def _watched(names: dict[int, str], enter: Callable[[str], None], leave: Callable[[], None]) -> Iterator[None]:
+    """Tell of every passage from one part of the model to another, for a while."""
+
+    def watch(function: Callable, position: int, fixed: str | None = None) -> Callable:
+        @functools.wraps(function)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            part = fixed
+            if part is None and len(args) > position and id(args[position]) in names:
+                part = part_of(function.__name__, names[id(args[position])])
+            if part is None:
+                return function(*args, **kwargs)
+            enter(part)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                leave()
+
+        return watched
+
+    from ejmp.model.fused import Fused  # noqa: PLC0415 - defines ops, which the reference backend does without
+
+    methods = [(owner, name, 0) for owner, found in METHODS for name in found]
+    methods += [(Fused, name, 1) for name, value in vars(Fused).items() if callable(value) and name[0] != "_"]
+    with contextlib.ExitStack() as patches:
+        for owner, name, position in methods:
+            patches.enter_context(mock.patch.object(owner, name, watch(getattr(owner, name), position)))
+        angles = watch(ejmp.model.jmp.compute_geometry, 0, "angles")
+        patches.enter_context(mock.patch.object(ejmp.model.jmp, "compute_geometry", angles))
+        yield
+
+
+# Which op runs
+
+
+def by_op(model: JMP, graph: AtomGraph, flops: dict[Any, int]) -> list[dict[str, Any]]:
+    """Run a forward pass under torch's profiler; return calls, work and time of each op, the longest first.
+
+    What an op of ejmp's calls counts as its own.
+
+    Args:
+        model: any.
+        graph: a batch.
+        flops: of each op, from a `FlopCounterMode`.
+    """
+    cuda = graph.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities) as profiler:
+        model(graph)
+        synchronize(graph.device)
+    work = {str(op).replace(".", "::"): count for op, count in flops.items()}
+    found: dict[str, dict[str, Any]] = {}
+    on_device = 0.0
+    for event in profiler.events() or ():
+        if event.device_type.name != "CPU":
+            on_device += 1e-3 * event.self_device_time_total
+            continue
+        op = _own_op(event)
+        if "::" in op.name:
+            row = found.setdefault(op.name, {"op": op.name, "calls": 0, "ms": 0.0})
+            row["calls"] += op is event
+            row["ms"] += 1e-3 * (event.self_device_time_total if cuda else event.self_cpu_time_total)
+    for op in work:
+        found.setdefault(op, {"op": op, "calls": 0, "ms": 0.0})
+    missing = on_device - sum(row["ms"] for row in found.values())
+    if cuda and missing > 0:
+        found["rest"] = {"op": "kernels of no op", "calls": 0, "ms": missing}
+    total = sum(row["ms"] for row in found.values())
+    rows = [row | {"gflop": 1e-9 * work.get(op, 0), "share": row["ms"] / total} for op, row in found.items()]
+    rows = [row for row in rows if row["ms"] > 0 or row["gflop"] > 0]
+    return sorted(rows, key=lambda row: -row["ms"])
+
+
+def _own_op(event: Any) -> Any:
+    """Return the op of ejmp's that an op was called from, or the op itself."""
+    outermost, parent = event, event.cpu_parent
+    while parent is not None:
+        if parent.name.startswith(("ejmp::", "ejmp_triton::")):
+            outermost = parent
+        parent = parent.cpu_parent
+    return outermost
+
+
+# fvcore
+
+
+class ByNumbers(nn.Module):
+    """A model as a function of one tensor, which is what fvcore traces."""
+
+    def __init__(self, model: JMP, graph: AtomGraph) -> None:
+        super().__init__()
+        self.model, self.graph = model, graph
+
+    def forward(self, atomic_numbers: torch.Tensor) -> Any:
+        """Return energies, and direct forces if there are any."""
+        out = self.model(dataclasses.replace(self.graph, atomic_numbers=atomic_numbers))
+        return out.energy if out.forces is None else (out.energy, out.forces)
+
+
+def need_fvcore() -> None:
+    """Find out before a measurement whether fvcore's table can be made.
+
+    Raises:
+        ModuleNotFoundError: if fvcore is not installed.
+    """
+    import fvcore.nn  # noqa: F401, PLC0415
+
+
+@torch.no_grad()
+def fvcore_table(model: JMP, graph: AtomGraph, *, depth: int = 4) -> str:
+    """Return fvcore's table of parameters and multiply-adds by module, as the reference backend runs it in fp32.
+
+    That backend computes every place of its padded tables, so the total is above the model's own count.
+
+    Raises:
+        ModuleNotFoundError: if fvcore is not installed.
+    """
+    from fvcore.nn import FlopCountAnalysis, flop_count_table  # noqa: PLC0415
+
+    before = model.precision, model.requested_backend
+    model.precision, model.requested_backend = "fp32", "reference"
+    try:
+        analysis = FlopCountAnalysis(ByNumbers(model, graph), (graph.atomic_numbers,))
+        analysis.unsupported_ops_warnings(enabled=False).uncalled_modules_warnings(enabled=False)
+        return flop_count_table(analysis, max_depth=depth, show_param_shapes=False)
+    finally:
+        model.precision, model.requested_backend = before

@@ -1,0 +1,1 @@
+"""The JMP model: its layers, what executes them, compiled forms, checkpoints."""

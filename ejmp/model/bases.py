@@ -1,0 +1,171 @@
+"""Radial bases and their projections, shared by all interaction blocks, and the edge embedding."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ejmp.graph.graph import AtomGraph
+from ejmp.model.config import JMPConfig
+from ejmp.model.layers import Dense, Plain, he_orthogonal_
+from ejmp_kernels import specification
+
+
+class GaussianBasis(nn.Module):
+    """Centres and inverse widths of the Gaussians, with the float32 values that upstream stores."""
+
+    offset: Tensor
+    temps: Tensor
+
+    def __init__(self, num_radial: int) -> None:
+        super().__init__()
+        self.register_buffer("offset", torch.linspace(0, 1, num_radial))
+        self.register_buffer("temps", torch.full((num_radial,), 0.5 * (num_radial - 1) ** 2))
+
+
+class RadialBasis(nn.Module):
+    """Gaussians under a polynomial envelope, zero from the cutoff on."""
+
+    def __init__(self, config: JMPConfig) -> None:
+        super().__init__()
+        self.cutoff = config.rbf_cutoff
+        self.exponent = config.envelope_exponent
+        self.rbf = GaussianBasis(config.num_radial)
+
+    def forward(self, distance: Tensor) -> Tensor:
+        """Map distances [E] in A to [E, R]."""
+        offset, temps = self.rbf.offset.to(distance.dtype), self.rbf.temps.to(distance.dtype)
+        return specification.gaussian_basis(distance, offset, temps, self.cutoff, self.exponent)
+
+
+class RadialHolder(nn.Module):
+    """A place in upstream's state dict: every circular and spherical basis there carries its own radial basis."""
+
+    def __init__(self, radial_basis: RadialBasis) -> None:
+        super().__init__()
+        self.radial_basis = radial_basis
+
+
+class BasisProjection(nn.Module):
+    """Project radial functions onto an embedding for each spherical function.
+
+    The weight is stored [R, S, A]; the product with it is viewed, not transposed, as [E, A, S]: upstream's memory
+    order, which checkpoints depend on.
+    """
+
+    def __init__(self, num_radial: int, num_spherical: int, emb_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_radial, num_spherical, emb_size))
+        he_orthogonal_(self.weight)
+
+    def forward(self, radial: Tensor) -> Tensor:
+        """Map [E, R] to [E, A, S]."""
+        _, num_spherical, emb_size = self.weight.shape
+        return (radial @ self.weight.flatten(1)).view(-1, emb_size, num_spherical)
+
+
+class PairProjection(nn.Module):
+    """A bare [rbf, R] weight (upstream keeps the atom-atom radial projection as one)."""
+
+    def __init__(self, num_radial: int, emb_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(emb_size, num_radial))
+        he_orthogonal_(self.weight)
+
+    def forward(self, radial: Tensor) -> Tensor:
+        """Map [E, R] to [E, rbf]."""
+        return nn.functional.linear(radial, self.weight)
+
+
+class EdgeEmbedding(nn.Module):
+    """Dense([h_source, h_target, x]): the first edge features, and the update at the end of a block."""
+
+    def __init__(self, num_atom: int, num_edge: int, num_out: int) -> None:
+        super().__init__()
+        self.dense = Dense(2 * num_atom + num_edge, num_out)
+
+    def forward(self, h: Tensor, x: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        """Map atoms [N, C] and edges [E, .] to edges [E, M]."""
+        return self.dense(torch.cat([h.index_select(0, source), h.index_select(0, target), x.to(h.dtype)], dim=-1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectedBases:
+    """Projected bases of one graph; every interaction block reads the same."""
+
+    rbf_quad: Tensor
+    """[E, rbf], like the next four."""
+    rbf_trip: Tensor
+    rbf_edge_atom: Tensor
+    rbf_atom_update: Tensor
+    rbf_out: Tensor
+    rbf_atom_edge: Tensor
+    """[E_atom_edges, rbf]."""
+    rbf_pair: Tensor
+    """[E_pairs, rbf]."""
+    cbf_trip: Tensor
+    """[E, cbf, S]."""
+    cbf_atom_edge: Tensor
+    """[E, cbf, S]."""
+    cbf_edge_atom: Tensor
+    """[E_atom_edges, cbf, S]."""
+    cbf_quad: Tensor
+    """[E_quad, cbf, S]."""
+    sbf_quad: Tensor
+    """[E, sbf, S^2]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BasisValues(ProjectedBases):
+    """The same, and the basis that the first edge embedding reads."""
+
+    radial: Tensor
+    """[E, R] of the main edges, unprojected."""
+
+
+class Bases(nn.Module):
+    """All bases and projections (upstream: `backbone.bases`)."""
+
+    def __init__(self, config: JMPConfig) -> None:
+        super().__init__()
+        radial, spherical = config.num_radial, config.num_spherical
+        basis = RadialBasis(config)
+        self.radial_basis = basis
+        for name in ("cbf_basis_qint", "sbf_basis_qint", "cbf_basis_aeint", "cbf_basis_eaint", "cbf_basis_tint"):
+            self.add_module(name, RadialHolder(basis))
+        self.radial_basis_aeaint = basis
+        self.radial_basis_aint = basis
+        self.mlp_rbf_qint = Plain(radial, config.emb_size_rbf)
+        self.mlp_cbf_qint = BasisProjection(radial, spherical, config.emb_size_cbf)
+        self.mlp_sbf_qint = BasisProjection(radial, spherical**2, config.emb_size_sbf)
+        self.mlp_rbf_aeint = Plain(radial, config.emb_size_rbf)
+        self.mlp_cbf_aeint = BasisProjection(radial, spherical, config.emb_size_cbf)
+        self.mlp_rbf_eaint = Plain(radial, config.emb_size_rbf)
+        self.mlp_cbf_eaint = BasisProjection(radial, spherical, config.emb_size_cbf)
+        self.mlp_rbf_aint = PairProjection(radial, config.emb_size_rbf)
+        self.mlp_rbf_tint = Plain(radial, config.emb_size_rbf)
+        self.mlp_cbf_tint = BasisProjection(radial, spherical, config.emb_size_cbf)
+        self.mlp_rbf_h = Plain(radial, config.emb_size_rbf)
+        self.mlp_rbf_out = Plain(radial, config.emb_size_rbf)
+        self.edge_emb = EdgeEmbedding(config.emb_size_atom, radial, config.emb_size_edge)
+
+    def forward(self, graph: AtomGraph) -> BasisValues:
+        """Evaluate every basis on a graph."""
+        main = self.radial_basis(graph.main.distance)
+        near = self.radial_basis(graph.atom_edges.distance)
+        quad = self.radial_basis(graph.quad_edges.distance)
+        return BasisValues(
+            radial=main,
+            rbf_quad=self.mlp_rbf_qint(main),
+            rbf_trip=self.mlp_rbf_tint(main),
+            rbf_edge_atom=self.mlp_rbf_eaint(main),
+            rbf_atom_update=self.mlp_rbf_h(main),
+            rbf_out=self.mlp_rbf_out(main),
+            rbf_atom_edge=self.mlp_rbf_aeint(near),
+            rbf_pair=self.mlp_rbf_aint(self.radial_basis(graph.atom_pairs.distance)),
+            cbf_trip=self.mlp_cbf_tint(main),
+            cbf_atom_edge=self.mlp_cbf_aeint(main),
+            cbf_edge_atom=self.mlp_cbf_eaint(near),
+            cbf_quad=self.mlp_cbf_qint(quad),
+            sbf_quad=self.mlp_sbf_qint(main),
+        )

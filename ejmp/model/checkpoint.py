@@ -1,0 +1,272 @@
+"""Read upstream's Lightning checkpoints and ejmp's own directories; write the latter."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ejmp.model.config import JMPConfig, Precision
+from ejmp.model.jmp import JMP
+
+FORMAT = "ejmp-1"
+State = dict[str, Tensor]
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    backend: Literal["auto", "reference"] = "auto",
+    precision: Precision = "fp32",
+    device: torch.device | str = "cpu",
+) -> JMP:
+    """Load a model.
+
+    Args:
+        path: a directory written by `save`; a .safetensors file (with config.json beside it, or sizes inferred from
+            the tensors); or an upstream Lightning checkpoint, whose EMA weights are used when it has them. Nothing
+            but tensors is ever unpickled. The published weights are licensed CC-BY-NC.
+        backend: as for `JMP`.
+        precision: as for `JMP`.
+        device: where the model goes.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if names or shapes do not match a JMP model, naming them.
+    """
+    path = Path(path)
+    config = None
+    if path.is_dir():
+        config, path = _read_config(path / "config.json"), path / "model.safetensors"
+    elif path.suffix == ".safetensors" and path.with_name("config.json").exists():
+        config = _read_config(path.with_name("config.json"))
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_lightning(path)
+    config = infer_config(state) if config is None else config
+    with torch.device("meta"):
+        model = JMP(config, backend=backend, precision=precision)
+    model.load_state_dict(_match(model, state), assign=True)
+    return model.to(device)
+
+
+def save(
+    model: JMP,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    more: Mapping[str, str] | None = None,
+) -> None:
+    """Write a directory with model.safetensors and config.json, complete or not at all.
+
+    Tensors that upstream stores under two names are written once. A model that is replaced is moved aside, to
+    PATH.old, until the new one is in place.
+
+    Args:
+        model: what to save.
+        path: the directory; its parent must exist.
+        overwrite: replace a model that is there.
+        more: texts to write beside it, by file name.
+
+    Raises:
+        FileExistsError: if the path exists and overwrite is False, or it is not a model of ejmp.
+    """
+    path = Path(path)
+    aside = path.with_name(f"{path.name}.old")
+    if path.exists():
+        if not overwrite:
+            raise FileExistsError(f"{path} exists; pass overwrite=True to replace it")
+        _check_replaceable(path)
+        if aside.exists():
+            raise FileExistsError(f"{aside} is in the way: an earlier save was cut off; look at it and remove it")
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        new = Path(scratch, "new")
+        new.mkdir()
+        write_files(model, new)
+        for name, text in (more or {}).items():
+            (new / name).write_text(text)
+        if not path.exists():
+            new.rename(path)
+            return
+        path.rename(aside)
+        try:
+            new.rename(path)
+        except BaseException:
+            aside.rename(path)
+            raise
+        shutil.rmtree(aside)
+
+
+def write_files(model: JMP, directory: Path) -> None:
+    """Write what `load` reads into a directory that is there."""
+    from safetensors.torch import save_file  # noqa: PLC0415 - building a model does not need it
+
+    state = model.state_dict()
+    kept = {names[0]: state[names[0]].contiguous() for names in _aliases(model)}
+    config = {"format": FORMAT, **dataclasses.asdict(model.config)}
+    save_file(kept, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuse to replace anything that is not a saved model."""
+    try:
+        _read_config(path / "config.json")
+    except (OSError, ValueError) as error:
+        raise FileExistsError(f"{path} is not a saved model, and is not replaced ({error})") from error
+
+
+def infer_config(state: State) -> JMPConfig:
+    """Read the sizes of a model off its state dict (upstream's names); the radial cutoff is JMP's 12 A.
+
+    Raises:
+        ValueError: if a tensor that tells a size is missing or has the wrong number of dimensions.
+    """
+
+    def size(name: str, axis: int) -> int:
+        if name not in state or state[name].ndim <= axis:
+            raise ValueError(f"checkpoint: not a JMP state dict: {name} is missing or has the wrong shape")
+        return state[name].shape[axis]
+
+    def count(pattern: str) -> int:
+        return len({match[1] for name in state if (match := re.match(pattern, name))})
+
+    block, bases = "backbone.int_blocks.0", "backbone.bases"
+    layer = r"\.(\d+)\.dense_mlp\.0\."
+    out_block = r"backbone\.out_blocks\.0"
+    return JMPConfig(
+        blocks=count(r"backbone\.int_blocks\.(\d+)\."),
+        num_tasks=count(r"output\.out_energy\.(\d+)\."),
+        direct_forces="output.out_forces.0.0.weight" in state,
+        emb_size_atom=size("embedding.atom_embedding.weight", 1),
+        emb_size_edge=size(f"{block}.dense_ca.linear.weight", 0),
+        emb_size_trip_in=size(f"{block}.trip_interaction.down_projection.linear.weight", 0),
+        emb_size_trip_out=size(f"{block}.trip_interaction.mlp_cbf.bilinear.linear.weight", 0),
+        emb_size_quad_in=size(f"{block}.quad_interaction.down_projection.linear.weight", 0),
+        emb_size_quad_out=size(f"{block}.quad_interaction.mlp_sbf.bilinear.linear.weight", 0),
+        emb_size_pair_in=size(f"{block}.atom_interaction.down_projection.linear.weight", 0),
+        emb_size_pair_out=size(f"{block}.atom_interaction.bilinear.linear.weight", 0),
+        emb_size_rbf=size(f"{bases}.mlp_rbf_tint.linear.weight", 0),
+        emb_size_cbf=size(f"{bases}.mlp_cbf_tint.weight", 2),
+        emb_size_sbf=size(f"{bases}.mlp_sbf_qint.weight", 2),
+        num_radial=size(f"{bases}.mlp_cbf_tint.weight", 0),
+        num_spherical=size(f"{bases}.mlp_cbf_tint.weight", 1),
+        num_before_skip=count(r"backbone\.int_blocks\.0\.layers_before_skip" + layer),
+        num_after_skip=count(r"backbone\.int_blocks\.0\.layers_after_skip" + layer),
+        num_concat=count(r"backbone\.int_blocks\.0\.residual_m" + layer),
+        num_atom=count(out_block + r"\.layers" + layer),
+        num_output_after_atom=count(out_block + r"\.seq_energy2" + layer),
+        num_atom_emb_layers=count(r"backbone\.int_blocks\.0\.atom_emb_layers" + layer),
+        num_global_out_layers=count(r"backbone\.out_mlp_E\.out_mlp" + layer),
+        num_elements=size("embedding.atom_embedding.weight", 0),
+    )
+
+
+def _read_config(path: Path) -> JMPConfig:
+    values = json.loads(path.read_text())
+    if values.pop("format", None) != FORMAT:
+        raise ValueError(f"{path}: expected format {FORMAT!r}")
+    known = {field.name for field in dataclasses.fields(JMPConfig)}
+    if set(values) != known:
+        raise ValueError(f"{path}: missing {sorted(known - set(values))}, unknown {sorted(set(values) - known)}")
+    if values["kept_blocks"] is not None:
+        values["kept_blocks"] = tuple(values["kept_blocks"])
+    return JMPConfig(**values)
+
+
+def _read_safetensors(path: Path) -> State:
+    from safetensors import SafetensorError  # noqa: PLC0415
+    from safetensors.torch import load_file  # noqa: PLC0415
+
+    try:
+        # Copies are aligned in memory as fresh tensors are; products with unaligned weights round differently.
+        return {name: value.clone() for name, value in load_file(path).items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def _read_lightning(path: Path) -> State:
+    """Return the state dict of a Lightning checkpoint, with the EMA weights in place when there are any."""
+    try:
+        checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: not a checkpoint of plain tensors ({error})") from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise ValueError(f"{path}: expected a Lightning checkpoint, a dict with a state_dict")  # noqa: TRY004
+    state: State = dict(checkpoint["state_dict"])
+    optimizers = checkpoint.get("optimizer_states") or [{}]
+    ema = optimizers[0].get("ema")
+    if ema is not None:
+        _use_ema(path, state, ema)
+    return {name: value for name, value in state.items() if not name.startswith("task_steps")}
+
+
+def _use_ema(path: Path, state: State, ema: tuple[Tensor, ...]) -> None:
+    """Overwrite parameters by their moving averages, which upstream stores without names, in state-dict order."""
+    names = [
+        name
+        for name in state
+        if not name.endswith(("rbf.offset", "rbf.temps", "scale_factor"))
+        and ".seq_energy_pre." not in name
+        and not name.startswith("task_steps")
+    ]
+    if len(names) != len(ema):
+        raise ValueError(f"{path}: {len(ema)} EMA weights for {len(names)} parameters")
+    for name, average in zip(names, ema, strict=True):
+        if average.shape != state[name].shape:
+            raise ValueError(
+                f"{path}: EMA weight of {name}: expected {list(state[name].shape)}, got {list(average.shape)}"
+            )
+        state[name] = average
+    for name in [name for name in state if ".seq_energy_pre." in name]:
+        del state[name]
+
+
+def _aliases(model: JMP) -> list[list[str]]:
+    """Return the names of the state dict, grouped by tensor: upstream stores some tensors under several names."""
+    groups: defaultdict[int, list[str]] = defaultdict(list)
+    for named in (model.named_parameters, model.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            groups[id(tensor)].append(name)
+    return list(groups.values())
+
+
+def _match(model: JMP, state: State) -> State:
+    """Give every name of the model its tensor, strictly; one name of a shared tensor is enough.
+
+    Half-precision weights become float32: a model computes in low precision, but does not keep its weights in it.
+    A ScaleFactor of zero is upstream's mark for one that was never fitted; it acts as one.
+    """
+    expected = model.state_dict()
+    missing, differing, matched = [], [], {}
+    for names in _aliases(model):
+        present = [name for name in names if name in state]
+        if not present:
+            missing.append(names[0])
+            continue
+        value = state[present[0]]
+        if any(not torch.equal(value, state[name]) for name in present[1:]):
+            raise ValueError(f"checkpoint: {' and '.join(present)} must be one tensor, but differ")
+        if value.shape != expected[names[0]].shape:
+            differing.append(f"{names[0]} {list(value.shape)} instead of {list(expected[names[0]].shape)}")
+        if not value.is_floating_point():
+            raise ValueError(f"checkpoint: {names[0]}: expected floats, got {value.dtype}")
+        if value.dtype not in (torch.float32, torch.float64):
+            value = value.float()
+        if names[0].endswith(".scale_factor"):
+            value = torch.where(value == 0, torch.ones_like(value), value)
+        matched.update(dict.fromkeys(names, value))
+    unknown = [name for name in state if name not in expected]
+    for what, names in (("missing", missing), ("unknown", unknown), ("wrong shape", differing)):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise ValueError(f"checkpoint: {what}: {', '.join(names[:5])}{more}")
+    return matched

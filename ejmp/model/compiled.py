@@ -1,0 +1,214 @@
+"""The compiled model: padded graphs of few shapes, torch.compile without graph breaks, CUDA graphs.
+
+`JMP.compile` says what it does for its caller. One call pads the graph (`ejmp.graph.padding`), runs traced code or replays a
+CUDA graph, and cuts the result back to the real structures and atoms. Nothing in it waits for the device.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Protocol, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ejmp.graph.graph import AtomGraph, EdgeSet
+from ejmp.graph.padding import Buckets, GraphShape, pad_graph
+from ejmp.model.jmp import JMP, Features, Output, tf32_products
+
+Mode = Literal["throughput", "latency", "off"]
+Value = TypeVar("Value", AtomGraph, EdgeSet)
+Result = tuple[Tensor, ...]
+WARM_UP = 3
+"""Runs before a CUDA graph is recorded: they compile, load and choose what is compiled, loaded and chosen once."""
+_SHAPES = 1 << 10
+"""More shapes than torch.compile would trace on its own."""
+
+
+class Recorder(Protocol):
+    """Runs a function that launches kernels, and returns its result and how to launch the same again."""
+
+    def __call__(self, function: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
+        """Record one run."""
+        ...
+
+
+class Compiled:
+    """A model as `JMP.compile` sets it up.
+
+    Args:
+        model: whose parameters are used.
+        mode: "throughput" or "latency".
+        buckets: shapes; default: a ladder that grows.
+        compiler: of torch.compile, or None for none.
+    """
+
+    def __init__(
+        self, model: JMP, mode: Mode, buckets: Buckets | None = None, compiler: str | None = "inductor"
+    ) -> None:
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode: expected one of {get_args(Mode)}, got {mode!r}")
+        self.record: Recorder | None = None
+        if mode == "latency":
+            if model.device.type != "cuda":
+                raise RuntimeError(f'mode="latency" needs a CUDA device, the model is on {model.device}')
+            self.record = record_cuda_graph
+        self.model = model
+        self.buckets = Buckets() if buckets is None else buckets
+        self._plain, self._features, self._heads = (_traced(f, compiler) for f in (_plain, _features, _heads))
+        self._seen: set[tuple] = set()
+        self._frozen: JMP | None = None
+        self._replays: dict[tuple, Replay] = {}
+
+    def __call__(self, graph: AtomGraph, *, direct_forces: bool = True) -> Output:
+        """Do what `JMP.plain` does."""
+        self._check(graph)
+        shape = self.buckets.choose(graph)
+        forces = direct_forces and self.model.config.direct_forces
+
+        def run(padded: AtomGraph) -> Result:
+            out = self._run(self.model, padded, shape, forces=forces)
+            return (out.energy,) if out.forces is None else (out.energy, out.forces)
+
+        padded = pad_graph(graph, shape)
+        result = run(padded) if self._recorded(graph) else self._replayed(("forward", shape, forces), run, padded)
+        sizes = graph.num_structures, graph.num_atoms
+        energy, *direct = [value[:size] for value, size in zip(result, sizes, strict=False)]
+        return Output(energy=energy, forces=direct[0] if direct else None)
+
+    def gradient_forces(self, graph: AtomGraph, task: int) -> Tensor:
+        """Do what `ejmp.gradient_forces` does for forces that nobody differentiates; no parameter gets a gradient."""
+        self._check(graph)
+        shape = self.buckets.choose(graph)
+        if self._frozen is None:
+            self._frozen = frozen(self.model)
+        model = self._frozen
+
+        def run(padded: AtomGraph) -> Result:
+            with torch.enable_grad():
+                positions = padded.positions.detach().requires_grad_()
+                moved = padded.with_positions(positions)
+                energy = self._run(model, moved, shape, forces=False).energy[:, task].sum()
+                return torch.autograd.grad(energy, positions)
+
+        with torch.no_grad():
+            padded = pad_graph(graph, shape)
+            (gradient,) = self._replayed(("gradient", shape, task), run, padded)
+        return -gradient[: graph.num_atoms].to(self.model.dtype)
+
+    def forget(self) -> None:
+        """Drop what holds on to where the parameters are."""
+        self._frozen = None
+        self._replays.clear()
+
+    def _check(self, graph: AtomGraph) -> None:
+        """Check what traced code does not."""
+        self.model.check(graph)
+        if self.record is not None and graph.device.type != "cuda":
+            raise RuntimeError(f'mode="latency" needs a CUDA device, the graph is on {graph.device}')
+
+    def _recorded(self, graph: AtomGraph) -> bool:
+        """Return whether autograd records a call."""
+        given = (graph.positions, graph.main.distance, graph.main.vector)
+        return torch.is_grad_enabled() and any(x.requires_grad for x in (*given, *self.model.parameters()))
+
+    def _run(self, model: JMP, graph: AtomGraph, shape: GraphShape, *, forces: bool) -> Output:
+        """Run traced code, and trace it for a new shape."""
+        key = (shape, forces, model is self.model, torch.is_grad_enabled())
+        if key in self._seen:
+            return self._traced_run(model, graph, forces=forces)
+        self._seen.add(key)
+        with torch._dynamo.config.patch(recompile_limit=_SHAPES):  # noqa: SLF001 - documented under this name
+            return self._traced_run(model, graph, forces=forces)
+
+    def _traced_run(self, model: JMP, graph: AtomGraph, *, forces: bool) -> Output:
+        if model.precision != "tf32":
+            return self._plain(model, graph, forces)
+        with tf32_products():  # not the heads
+            features = self._features(model, graph, forces)
+        return self._heads(model, features, graph)
+
+    def _replayed(self, key: tuple, run: Callable[[AtomGraph], Result], graph: AtomGraph) -> Result:
+        """Run, or replay a CUDA graph of it."""
+        if self.record is None:
+            return run(graph)
+        if key not in self._replays:
+            self._replays[key] = Replay(run, graph, self.record)
+        return self._replays[key](graph)
+
+
+def _plain(model: JMP, graph: AtomGraph, forces: bool) -> Output:
+    return model.plain(graph, direct_forces=forces)
+
+
+def _features(model: JMP, graph: AtomGraph, forces: bool) -> Features:
+    return model.features(graph, direct_forces=forces)
+
+
+def _heads(model: JMP, features: Features, graph: AtomGraph) -> Output:
+    return model.heads(features, graph)
+
+
+def _traced(function: Callable[..., Any], compiler: str | None) -> Callable[..., Any]:
+    return function if compiler is None else torch.compile(function, backend=compiler, fullgraph=True, dynamic=False)
+
+
+def frozen(model: JMP) -> JMP:
+    """Return a model on the same memory whose parameters take no gradients, so that nothing computes them."""
+    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    shared |= {id(buffer): buffer for buffer in model.buffers()}
+    return copy.deepcopy(model, shared)
+
+
+class Replay:
+    """A function of a graph, recorded once and replayed on other graphs of the same shape.
+
+    Args:
+        function: what to record; it waits for nothing.
+        graph: an example.
+        record: how.
+    """
+
+    def __init__(self, function: Callable[[AtomGraph], Result], graph: AtomGraph, record: Recorder) -> None:
+        with torch.inference_mode(mode=False):  # or else nobody could write to them outside it
+            self._graph = _cloned(graph)
+        self._inputs = list(_tensors(self._graph))
+        self._outputs, self._launch = record(lambda: function(self._graph))
+
+    def __call__(self, graph: AtomGraph) -> Result:
+        """Return the function's result for a graph, in new memory."""
+        with torch.no_grad():
+            # one launch per type; a copy each would take longer than the replay
+            torch._foreach_copy_(self._inputs, list(_tensors(graph)))  # pyright: ignore[reportPrivateImportUsage]
+            self._launch()
+            return tuple(value.clone() for value in self._outputs)
+
+
+def record_cuda_graph(function: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
+    """Record a function as a CUDA graph, after runs on a stream of their own."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    cuda_graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(cuda_graph):
+        result = function()
+    return result, cuda_graph.replay
+
+
+def _tensors(value: AtomGraph | EdgeSet) -> Iterator[Tensor]:
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        if isinstance(item, EdgeSet):
+            yield from _tensors(item)
+        elif isinstance(item, Tensor):
+            yield item
+
+
+def _cloned(value: Value) -> Value:
+    items = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    new = {name: _cloned(item) for name, item in items.items() if isinstance(item, EdgeSet)}
+    new |= {name: item.detach().clone() for name, item in items.items() if isinstance(item, Tensor)}
+    return dataclasses.replace(value, **new)

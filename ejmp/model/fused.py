@@ -1,0 +1,258 @@
+"""The forward pass on fused ops: the same model as `interactions` and `model` spell out, from the same parameters.
+
+It runs on the native or the Triton kernels, which have the same ops. Nothing here lists a triplet, pads a table or
+waits for the device. Scale factors are folded into the small weights beside them, activations, filters, residuals and
+scalings are one pass after each product (in Triton its epilogue), and of a layer on [h_source, h_target, m] only the
+part of m runs on edges. Tested to give what the reference backend gives.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ejmp.graph.graph import AtomGraph, EdgeSet
+from ejmp.model.bases import Bases, BasisProjection, ProjectedBases
+from ejmp.model.interactions import (
+    AtomUpdate,
+    InteractionBlock,
+    OutputBlock,
+    PairInteraction,
+    QuadrupletInteraction,
+    TripletInteraction,
+)
+from ejmp.model.layers import INV_SQRT_2, INV_SQRT_3, Dense, Plain, Residual, ScaleFactor
+from ejmp_kernels.activation import activate, swap_add
+from ejmp_kernels.atom_sum import atom_sum
+from ejmp_kernels.dense import linear_activate
+from ejmp_kernels.edge_embedding import gather_add
+from ejmp_kernels.linear import linear
+from ejmp_kernels.pair import pair
+from ejmp_kernels.quadruplet import quadruplet_linear
+from ejmp_kernels.radial import radial
+from ejmp_kernels.registry import Backend
+from ejmp_kernels.triplet import triplet
+
+
+class Fused:
+    """The layers on one graph, with linear maps in one type.
+
+    Args:
+        graph: a batch.
+        dtype: of the linear maps of blocks and final MLP; None for that of the parameters.
+        backend: whose kernels.
+    """
+
+    def __init__(self, graph: AtomGraph, dtype: torch.dtype | None, backend: Backend) -> None:
+        self.graph = graph
+        self.dtype = dtype
+        self.backend: Backend = backend
+        assert graph.main.swap is not None
+        self.swap = graph.main.swap
+
+    # ---- layers ----
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Map [rows, in] to [rows, out] in the low type, if there is one."""
+        return linear(*self._low(x, weight), backend=self.backend)
+
+    def _low(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return (x, weight) if self.dtype is None else (x.to(self.dtype), weight.to(self.dtype))
+
+    def plain(self, layer: Plain, x: Tensor, scale: ScaleFactor | None = None) -> Tensor:
+        """Apply a linear layer, with a scale factor folded into its weight."""
+        return self.linear(x, layer.linear.weight if scale is None else self._folded(layer, scale))
+
+    @staticmethod
+    def _folded(layer: Plain, scale: ScaleFactor) -> Tensor:
+        weight = layer.linear.weight
+        return weight * scale.scale_factor.to(weight.dtype)
+
+    def dense(self, layer: Dense, x: Tensor, factor: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
+        """Apply a linear layer and its activation, and multiply by a factor of the output's shape."""
+        return linear_activate(*self._low(x, layer.linear.weight), factor, scale=scale, backend=self.backend)
+
+    def residual(self, layer: nn.Module, x: Tensor, scale: float = 1.0) -> Tensor:
+        """Apply a residual layer and scale."""
+        assert isinstance(layer, Residual)
+        first, second = layer.dense_mlp
+        assert isinstance(first, Dense)
+        assert isinstance(second, Dense)
+        y, weight = self._low(self.dense(first, x), second.linear.weight)
+        scale *= INV_SQRT_2
+        return linear_activate(y, weight, add=x, scale=scale, add_scale=scale, backend=self.backend)
+
+    def residuals(self, layers: nn.Sequential, x: Tensor, scale: float = 1.0) -> Tensor:
+        """Apply residual layers in a row and scale."""
+        for i, layer in enumerate(layers):
+            x = self.residual(layer, x, scale if i == len(layers) - 1 else 1.0)
+        return x if len(layers) else x * scale
+
+    def dense_residuals(self, layers: nn.Sequential | nn.ModuleList, x: Tensor) -> tuple[Tensor, ...]:
+        """Apply a dense layer and residual layers after it; return the output of each."""
+        first, *rest = layers
+        assert isinstance(first, Dense)
+        outputs = [self.dense(first, x)]
+        for layer in rest:
+            outputs.append(self.residual(layer, outputs[-1]))
+        return tuple(outputs)
+
+    def embed_edges(self, dense: Dense, h: Tensor, x: Tensor) -> Tensor:
+        """Apply a dense layer to [h_source, h_target, m], given the product of m with its part of the weight."""
+        main, weight, size = self.graph.main, dense.linear.weight, h.shape[1]
+        both = torch.cat([weight[:, :size], weight[:, size : 2 * size]])
+        rows = linear(h, both, backend=self.backend)  # not in the low type: it is cheap
+        from_source, to_target = rows.chunk(2, dim=1)
+        rows = gather_add(x, from_source, to_target, main.source, self.swap, main.ptr, backend=self.backend)
+        return activate(rows, in_place=True, backend=self.backend)
+
+    def _wide(self, x: Tensor) -> Tensor:
+        """Give sums over neighbours the type of the geometry; Triton's kernels take low types and sum in float32."""
+        return x if self.backend == "triton" else x.to(self.graph.dtype)
+
+    # ---- bases ----
+
+    def bases(self, bases: Bases) -> ProjectedBases:
+        """Evaluate and project every radial basis, those of equal distances in one call."""
+        graph = self.graph
+        near, main = graph.atom_edges.distance, graph.main.distance
+        quad, trip, edge_atom, update, out, cbf_trip, cbf_atom_edge = self._radial(
+            bases,
+            main,
+            *(bases.mlp_rbf_qint, bases.mlp_rbf_tint, bases.mlp_rbf_eaint, bases.mlp_rbf_h, bases.mlp_rbf_out),
+            *(bases.mlp_cbf_tint, bases.mlp_cbf_aeint),
+        )
+        rbf_atom_edge, cbf_edge_atom = self._radial(bases, near, bases.mlp_rbf_aeint, bases.mlp_cbf_eaint)
+        (cbf_quad,) = self._radial(bases, graph.quad_edges.distance, bases.mlp_cbf_qint)
+        return ProjectedBases(
+            rbf_quad=quad,
+            rbf_trip=trip,
+            rbf_edge_atom=edge_atom,
+            rbf_atom_update=update,
+            rbf_out=out,
+            rbf_atom_edge=rbf_atom_edge,
+            rbf_pair=self._radial_product(bases, graph.atom_pairs.distance, bases.mlp_rbf_aint.weight.mT),
+            cbf_trip=cbf_trip,
+            cbf_atom_edge=cbf_atom_edge,
+            cbf_edge_atom=cbf_edge_atom,
+            cbf_quad=cbf_quad,
+            sbf_quad=self._radial(bases, main, bases.mlp_sbf_qint)[0],
+        )
+
+    def _radial(self, bases: Bases, distance: Tensor, *projections: Plain | BasisProjection) -> list[Tensor]:
+        """Return one tensor per projection: [E, rbf], or [E, A, S] of a `BasisProjection`."""
+        weights = [p.weight.flatten(1) if isinstance(p, BasisProjection) else p.linear.weight.mT for p in projections]
+        together = self._radial_product(bases, distance, torch.cat(weights, dim=1))
+        parts = [part.contiguous() for part in together.split([weight.shape[1] for weight in weights], dim=1)]
+        return [
+            part.view(len(part), p.weight.shape[2], p.weight.shape[1]) if isinstance(p, BasisProjection) else part
+            for part, p in zip(parts, projections, strict=True)
+        ]
+
+    def _radial_product(self, bases: Bases, distance: Tensor, weight: Tensor) -> Tensor:
+        basis = bases.radial_basis
+        offset, temps = (x.to(distance.dtype) for x in (basis.rbf.offset, basis.rbf.temps))
+        return radial(distance, offset, temps, weight, basis.cutoff, basis.exponent, backend=self.backend)
+
+    # ---- interactions ----
+
+    def filtered(
+        self, layer: TripletInteraction | QuadrupletInteraction, dense: Dense, m: Tensor, rbf: Tensor
+    ) -> Tensor:
+        """Apply a dense layer, filter by the radial basis and down-project: [E_in, .] to [E_in, C]."""
+        factor = self.plain(layer.mlp_rbf, rbf, layer.scale_rbf)
+        return self._wide(self.dense(layer.down_projection, self.dense(dense, m, factor)))
+
+    def triplets(
+        self, layer: TripletInteraction, x: Tensor, cbf: Tensor, out: EdgeSet, into: EdgeSet, *, to_atoms: bool = False
+    ) -> Tensor:
+        """Sum over triplets and mix, [E_out or N, trip_out]."""
+        summed = triplet(x, cbf, out, into, to_atoms=to_atoms, backend=self.backend)
+        return self._mix(summed, self._folded(layer.mlp_cbf.bilinear, layer.scale_cbf_sum))
+
+    def _mix(self, x: Tensor, weight: Tensor) -> Tensor:
+        return linear(x, weight.to(x.dtype), backend=self.backend)
+
+    def to_edges(self, layer: TripletInteraction | QuadrupletInteraction, y: Tensor, add: Tensor) -> Tensor:
+        """Up-project messages for edges and counter-edges and add half their sum / sqrt(2), [E, M]."""
+        assert layer.up_projection_ac is not None
+        weight = torch.cat([layer.up_projection_ca.linear.weight, layer.up_projection_ac.linear.weight])
+        return swap_add(self.linear(y, weight), self.swap, add, scale=0.5 * INV_SQRT_2, backend=self.backend)
+
+    def quadruplets(self, layer: QuadrupletInteraction, m: Tensor, bases: ProjectedBases) -> Tensor:
+        """Sum over quadruplets and mix, [E, quad_out]."""
+        graph = self.graph
+        x = self.filtered(layer, layer.dense_db, m, bases.rbf_quad)
+        cbf = bases.cbf_quad.mT
+        weight = self._folded(layer.mlp_cbf, layer.scale_cbf)
+        filters = linear(cbf.flatten(0, 1), weight, backend=self.backend).view(*cbf.shape[:2], x.shape[1])
+        mix = self._folded(layer.mlp_sbf.bilinear, layer.scale_sbf_sum).to(x.dtype)
+        edges = graph.main, graph.quad_edges
+        return quadruplet_linear(x, filters, bases.sbf_quad, *edges, mix, backend=self.backend)
+
+    def messages_to_edges(self, block: InteractionBlock, h: Tensor, m: Tensor, bases: ProjectedBases) -> Tensor:
+        """Return half the sum of what a block sends to edges, [E, M]."""
+        graph, trip, near, quad = (
+            self.graph,
+            block.trip_interaction,
+            block.atom_edge_interaction,
+            block.quad_interaction,
+        )
+        out = self.dense(block.dense_ca, m, scale=0.5)
+        x = self.filtered(trip, trip.dense_ba, m, bases.rbf_trip)
+        out = self.to_edges(trip, self.triplets(trip, x, bases.cbf_trip, graph.main, graph.main), out)
+        out = self.to_edges(quad, self.quadruplets(quad, m, bases), out)
+        # atoms are activated before they are gathered onto edges
+        x = self.dense(near.dense_ba, h).index_select(0, graph.atom_edges.source)
+        x = x * self.plain(near.mlp_rbf, bases.rbf_atom_edge, near.scale_rbf)
+        x = self._wide(self.dense(near.down_projection, x))
+        y = self.triplets(near, x, bases.cbf_atom_edge, graph.main, graph.atom_edges)
+        return self.to_edges(near, y, out)
+
+    def edges_to_atoms(self, block: InteractionBlock, m: Tensor, bases: ProjectedBases) -> Tensor:
+        """Sum triplets into atoms, [N, C]."""
+        graph, layer = self.graph, block.edge_atom_interaction
+        x = self.filtered(layer, layer.dense_ba, m, bases.rbf_edge_atom)
+        y = self.triplets(layer, x, bases.cbf_edge_atom, graph.atom_edges, graph.main, to_atoms=True)
+        return self.dense(layer.up_projection_ca, y)
+
+    def pairs(self, layer: PairInteraction, h: Tensor, bases: ProjectedBases) -> Tensor:
+        """Sum over pairs, [N, C]."""
+        edges = self.graph.atom_pairs
+        x = self._wide(self.dense(layer.down_projection, h))
+        summed = pair(x, bases.rbf_pair, edges.ptr, edges.source, backend=self.backend)
+        return self.dense(layer.up_projection, self._mix(summed, self._folded(layer.bilinear, layer.scale_rbf_sum)))
+
+    def atom_sum(self, layer: AtomUpdate, m: Tensor, rbf: Tensor) -> Tensor:
+        """Sum edges into atoms through a radial filter, [E, M] to [N, M]."""
+        summed = atom_sum(m, self.plain(layer.dense_rbf, rbf), self.graph.main.ptr, backend=self.backend)
+        return summed * layer.scale_sum.scale_factor.to(summed.dtype)
+
+    def block(self, block: InteractionBlock, h: Tensor, m: Tensor, bases: ProjectedBases) -> tuple[Tensor, Tensor]:
+        """Update atoms [N, C] and edges [E, M]."""
+        new_m = self.messages_to_edges(block, h, m, bases)
+        h = (h + self.edges_to_atoms(block, m, bases) + self.pairs(block.atom_interaction, h, bases)) * INV_SQRT_3
+        new_m = self.residuals(block.layers_before_skip, new_m, scale=INV_SQRT_2)
+        m = self.residuals(block.layers_after_skip, torch.add(new_m, m, alpha=INV_SQRT_2))
+        h = self.residuals(block.atom_emb_layers, h)
+        update = block.atom_update
+        h2 = self.dense_residuals(update.layers, self.atom_sum(update, m, bases.rbf_atom_update))[-1]
+        h = (h + h2) * INV_SQRT_2
+        dense = block.concat_layer.dense
+        m2 = self.embed_edges(dense, h, self.linear(m, dense.linear.weight[:, 2 * h.shape[1] :]))
+        return h, torch.add(self.residuals(block.residual_m, m2, scale=INV_SQRT_2), m, alpha=INV_SQRT_2)
+
+    # ---- outputs ----
+
+    def embed(self, bases: Bases, h: Tensor) -> Tensor:
+        """Return the first edge features, [E, M]."""
+        dense = bases.edge_emb.dense
+        x = self._radial_product(bases, self.graph.main.distance, dense.linear.weight[:, 2 * h.shape[1] :].mT)
+        return self.embed_edges(dense, h, x if self.dtype is None else x.to(self.dtype))
+
+    def energy(self, block: OutputBlock, h: Tensor, m: Tensor, bases: ProjectedBases) -> Tensor:
+        """Return x_E, [N, C]."""
+        x = self.dense_residuals(block.layers, self.atom_sum(block, m, bases.rbf_out))[-1]
+        return self.residuals(block.seq_energy2, (x + h) * INV_SQRT_2)
+
+    def forces(self, block: OutputBlock, m: Tensor, bases: ProjectedBases) -> Tensor:
+        """Return x_F, [E, M]."""
+        return self.residuals(block.seq_forces, m) * self.plain(block.dense_rbf_F, bases.rbf_out, block.scale_rbf_F)

@@ -1,0 +1,163 @@
+"""Register the ops of both backends with torch: shapes for tracing, derivatives, floating-point operations.
+
+The compiled ops are `torch.ops.ejmp`, those of Triton `torch.ops.ejmp_triton`; their names and arguments are the same.
+An op `name` has a gradient op `name_backward(grad, *inputs)`, which is registered like any other and differentiable
+itself, so that losses on gradient forces (second derivatives) are right. A nonlinear op has a third one,
+`name_double(*along, grad, *inputs)`: the gradient of the gradient op, which ends the chain: differentiating a third
+time raises an error.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.library import register_autograd, register_fake
+from torch.utils.flop_counter import register_flop_formula
+
+from ejmp_kernels import availability, unfused
+
+Shape = Callable[..., Tensor]
+
+
+Backend = Literal["native", "triton"]
+NAMESPACES: dict[Backend, str] = {"native": "ejmp", "triton": "ejmp_triton"}
+
+
+class _Missing:
+    """Stands for the ops of a backend that is not loaded; asking for one raises the reason."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend: Backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        reason = unavailable(self._backend)
+        raise RuntimeError(f"{self._backend} ops: {reason or 'not loaded, call ejmp_kernels.registry.load first'}")
+
+
+_ops: dict[Backend, Any] = {backend: _Missing(backend) for backend in NAMESPACES}
+_registrations: list[Callable[[str], None]] = []
+
+
+def unavailable(backend: Backend, device: str | None = None) -> str | None:
+    """Return why a backend's ops cannot be had, at all or on a type of device, or None if they can."""
+    if backend == "native":
+        return availability.unavailable(device or "cpu")
+    return availability.triton_unavailable(device)
+
+
+def load(backend: Backend) -> None:
+    """Make a backend's ops available, once.
+
+    Raises:
+        RuntimeError: if they cannot be had, with the reason.
+    """
+    if not isinstance(_ops[backend], _Missing):
+        return
+    reason = unavailable(backend)
+    if reason is not None:
+        raise RuntimeError(f"{backend} ops: {reason}")
+    if backend == "native":
+        unfused.register()
+    else:
+        importlib.import_module("ejmp_kernels.triton_kernels")
+    for register in _registrations:
+        register(NAMESPACES[backend])
+    _ops[backend] = getattr(torch.ops, NAMESPACES[backend])
+
+
+def ops(backend: Backend) -> Any:
+    """Return the namespace of a backend's ops; an op of one that is not loaded is a RuntimeError."""
+    return _ops[backend]
+
+
+def for_each_backend(register: Callable[[str], None]) -> Callable[[str], None]:
+    """Register something about an op in the namespace of every backend, now or when it is loaded."""
+    _registrations.append(register)
+    for backend, namespace in NAMESPACES.items():
+        if not isinstance(_ops[backend], _Missing):
+            register(namespace)
+    return register
+
+
+def zeros_for(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return the gradients with zeros, shaped like the inputs, in place of those that are missing."""
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, inputs, strict=True)]
+
+
+def like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return uninitialised contiguous tensors of the same shapes and types."""
+    return tuple(x.new_empty(x.shape) for x in tensors)
+
+
+def register_nonlinear(name: str, num_inputs: int, fake: Shape, flops: Callable[..., tuple[int, int]]) -> None:
+    """Register an op whose first `num_inputs` arguments are tensors with gradients, and its two gradient ops.
+
+    Args:
+        name: of the op, with its namespace.
+        num_inputs: how many arguments have gradients; the rest are index tensors and options.
+        fake: maps the op's arguments to an uninitialised result.
+        flops: maps the op's arguments to the floating-point operations of its sums over neighbours, and of the
+            contraction after them.
+    """
+    n, (namespace, op_name) = num_inputs, name.split("::")
+    op, backward_op, double_op = (
+        getattr(getattr(torch.ops, namespace), op_name + suffix) for suffix in ("", "_backward", "_double")
+    )
+
+    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.arguments = [x for x in inputs if not isinstance(x, Tensor)]
+        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        gradients = backward_op(grad, *ctx.saved_tensors, *ctx.arguments)
+        return (*gradients, *[None] * (len(ctx.saved_tensors) + len(ctx.arguments) - n))
+
+    def double(ctx: Any, *along: Tensor | None) -> tuple:
+        directions = zeros_for(along, ctx.saved_tensors[1 : n + 1])
+        gradients = double_op(*directions, *ctx.saved_tensors, *ctx.arguments)
+        return (*gradients, *[None] * (len(ctx.saved_tensors) + len(ctx.arguments) - n - 1))
+
+    register_fake(name)(fake)
+    register_fake(f"{name}_backward")(lambda _grad, *inputs: like(*inputs[:n]))
+    register_fake(f"{name}_double")(lambda *inputs: like(*inputs[n : 2 * n + 1]))
+    register_autograd(name, backward, setup_context=setup)
+    register_autograd(f"{name}_backward", double, setup_context=setup)
+    register_autograd(f"{name}_double", third_derivative, setup_context=lambda ctx, inputs, output: None)
+
+    def count(op: Any, skip: int, sums: int, contractions: int) -> None:
+        def formula(*args: Any, out_val: Any = None) -> int:
+            of_sums, of_contraction = flops(*args[skip:])
+            return sums * of_sums + contractions * of_contraction
+
+        register_flop_formula([op], get_raw=True)(formula)
+
+    # A gradient makes the sums again and two of their kind; a product of dual numbers is up to three.
+    count(op, 0, 1, 1)
+    count(backward_op, 1, 3, 2)
+    count(double_op, n + 1, 11, 5)
+
+
+def third_derivative(*_: Any) -> tuple:
+    """Refuse to differentiate a third time.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError("ejmp's compiled ops have first and second derivatives only; use backend='reference'")
+
+
+def wide(x: Tensor, rows: int) -> Tensor:
+    """Return an uninitialised [rows, columns of x] in the type of sums: float64 for float64, or else float32."""
+    return x.new_empty(rows, x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def by_atom(ptr: Tensor, num_edges: int) -> Tensor:
+    """Return the target of each edge, [E], from CSR pointers [N + 1]."""
+    atoms = torch.arange(len(ptr) - 1, device=ptr.device)
+    return torch.repeat_interleave(atoms, ptr.diff(), output_size=num_edges)
+
+
+if availability.unavailable() is None:
+    load("native")

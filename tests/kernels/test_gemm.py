@@ -1,0 +1,94 @@
+"""The choice of the library behind matrix products."""
+
+import json
+
+import pytest
+import torch
+from support.inputs import require_native
+from support.tolerances import relative_error
+
+from ejmp_kernels import gemm
+
+require_native()
+from ejmp_kernels.linear import linear  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache of choices, on disk and in memory."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("EJMP_GEMM", raising=False)
+    monkeypatch.setattr(gemm, "_known", {})
+    monkeypatch.setattr(gemm, "_chosen", {})
+    return gemm.cache_file()
+
+
+def operands(dtype=torch.float32, m=300, k=200, n=100):
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(*shape, generator=generator).to(dtype) for shape in ((m, k), (k, n)))
+
+
+def test_measured_once_and_kept(cache, monkeypatch):
+    a, b = operands()
+    first = gemm.choose(a, b)
+    assert json.loads(cache.read_text()) == {"float32 n n 256 256 128": first}
+    cache.write_text(json.dumps({"float32 n n 256 256 128": "onednn"}))
+    monkeypatch.setattr(gemm, "_known", {})
+    monkeypatch.setattr(gemm, "_chosen", {})
+    monkeypatch.setattr(gemm, "_measure", lambda *_: pytest.fail("measured again"))
+    assert gemm.choose(a, b) == "onednn"
+
+
+def test_pinned(cache, monkeypatch):
+    a, b = operands()
+    for name in gemm.LIBRARIES:
+        monkeypatch.setenv("EJMP_GEMM", name)
+        assert gemm.choose(a, b) == name
+        assert torch.equal(gemm.product(a, b), gemm.LIBRARIES[name](a, b))
+    assert not cache.exists()
+    monkeypatch.setenv("EJMP_GEMM", "cublas")
+    with pytest.raises(ValueError, match=r"EJMP_GEMM.*'cublas'"):
+        gemm.choose(a, b)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str)
+def test_libraries_agree_in_every_layout(dtype, tolerance):
+    """Also for slices of a wider matrix, with gaps between the rows."""
+    a, b = operands(dtype)
+    exact = a.double() @ b.double()
+    wide_a, wide_b = torch.cat([a, a], dim=1)[:, : a.shape[1]], torch.cat([b, b], dim=1)[:, : b.shape[1]]
+    for x in (a, a.mT.contiguous().mT, wide_a):
+        for y in (b, b.mT.contiguous().mT, wide_b):
+            for product in gemm.LIBRARIES.values():
+                assert relative_error(product(x, y), exact) <= tolerance
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", '{"float32 n n 256 256 128": "magic"}', "\0\xff"])
+def test_a_damaged_cache_counts_as_empty(cache, content):
+    cache.parent.mkdir(parents=True)
+    cache.write_text(content)
+    a, b = operands()
+    assert gemm.choose(a, b) in gemm.LIBRARIES
+    assert len(json.loads(cache.read_text())) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(cache):
+    cache.parent.parent.mkdir(parents=True)
+    cache.parent.write_text("a file where the folder should be")
+    a, b = operands()
+    assert gemm.choose(a, b) in gemm.LIBRARIES
+
+
+def test_small_products_and_other_types_are_torchs(cache):
+    a, b = operands(m=3)
+    assert gemm.choose(a, b) == "torch"
+    for dtype in (torch.float64, torch.float16):
+        assert gemm.choose(*operands(dtype, m=3000)) == "torch"
+    assert not cache.exists()
+
+
+def test_linear_refuses():
+    with pytest.raises(ValueError, match="linear: expected"):
+        linear(torch.zeros(3, 4), torch.zeros(5, 3))
+    with pytest.raises(ValueError, match="bfloat16"):
+        linear(torch.zeros(3, 4), torch.zeros(5, 4, dtype=torch.bfloat16))

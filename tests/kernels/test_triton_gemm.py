@@ -1,0 +1,268 @@
+"""Triton's product with an epilogue against torch in float64: values, bounds, derivatives, registration, choices.
+
+Without a GPU the kernels run in Triton's interpreter, where a product of bfloat16 numbers is garbage.
+"""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.tolerances import relative_error
+
+from ejmp_kernels import registry, specification
+
+pytest.importorskip("triton")
+
+from ejmp.model.jmp import tf32_products
+from ejmp_kernels.availability import interpreted
+from ejmp_kernels.dense import linear_activate
+
+registry.load("triton")
+from ejmp_kernels.triton_kernels import gemm, launch  # noqa: E402 - defines ops, which the line above registers
+
+DEVICE = "cpu" if interpreted() else "cuda"
+OP = torch.ops.ejmp_triton.linear_activate
+ALPHA, BETA = 1.37, -0.73
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+BFLOAT16 = pytest.param(
+    torch.bfloat16, marks=pytest.mark.skipif(interpreted(), reason="the interpreter's bfloat16 products are garbage")
+)
+DTYPES = (torch.float64, torch.float32, torch.float16, BFLOAT16)
+SIZES = ((150, 48, 80), (64, 32, 64), (5, 7, 3), (1, 1, 1), (33, 40, 136))
+MARGIN = 64
+SMALL_TILES = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2, "num_warps": 4}
+
+
+@pytest.fixture(params=["pointers", "descriptors"])
+def kernel(request, monkeypatch):
+    """Small tiles by one of the kernels; the other one is taken away."""
+    by_descriptors = request.param == "descriptors"
+    if by_descriptors and not interpreted() and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("descriptors need sm_90")
+    options = SMALL_TILES | {"TMA": by_descriptors}
+    committed = launch.config
+    monkeypatch.setattr(launch, "config", lambda name, x: committed(name, x) | options)
+    monkeypatch.setattr(gemm, "fuses", lambda x: True)
+    return request.param
+
+
+def randn(*shape, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, dtype=torch.float64, generator=generator).to(DEVICE, dtype)
+
+
+def make(m, k, n, dtype=torch.float64):
+    return [
+        randn(m, k, dtype=dtype),
+        randn(n, k, dtype=dtype),
+        randn(m, n, dtype=dtype, seed=1),
+        randn(m, n, dtype=dtype),
+    ]
+
+
+def spec(x, weight, factor, add, alpha=ALPHA, beta=BETA):
+    x, weight, factor, add = (t if t is None else t.double() for t in (x, weight, factor, add))
+    return specification.activate(x @ weight.mT, factor, add, scale=0.6 * alpha, add_scale=beta)
+
+
+def bordered(x):
+    """A copy between borders of NaN, and its whole memory."""
+    memory = x.new_full((x.numel() + 2 * MARGIN,), torch.nan)
+    inside = memory[MARGIN : MARGIN + x.numel()].view(x.shape)
+    return inside.copy_(x), memory
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("given", [(True, True), (True, False), (False, True), (False, False)])
+def test_values(kernel, dtype, size, given, monkeypatch):
+    x, weight, *optional = make(*size, dtype)
+    inputs = [x, weight, *(t if there else None for t, there in zip(optional, given, strict=True))]
+    if kernel == "pointers":
+        monkeypatch.setattr(gemm, "_by_descriptors", None)
+    elif all((n * dtype.itemsize) % 16 == 0 for n in size[1:]):
+        monkeypatch.setattr(gemm, "_by_pointers", None)
+    out = OP(*inputs, ALPHA, BETA)
+    assert out.dtype == dtype
+    assert relative_error(out, spec(*inputs)) < TOLERANCE[dtype]
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("size", SIZES)
+def test_nothing_beyond_the_borders_is_read_or_written(dtype, size):
+    inputs = [bordered(t)[0] for t in make(*size, dtype)]
+    out, memory = bordered(torch.zeros_like(inputs[2]))
+    aligned = all(map(gemm._aligned, inputs))
+    gemm._run([*inputs, out], ALPHA, BETA, gemm.settings(inputs[0], size[2], aligned=aligned))
+    assert relative_error(out, spec(*inputs)) < TOLERANCE[dtype]
+    assert memory[:MARGIN].isnan().all()
+    assert memory[-MARGIN:].isnan().all()
+
+
+def stay_inside():
+    """Run both kernels on arrays beside memory that may not be touched."""
+    from support.guard_pages import guarded
+
+    for side, size, dtype in itertools.product(("start", "end"), SIZES, (torch.float64, torch.float16)):
+        arrays = [guarded(t, side) for t in [*make(*size, dtype), torch.zeros(size[0], size[2], dtype=dtype)]]
+        for by_descriptors in (False, True)[: 1 + all(map(gemm._aligned, arrays))]:
+            chosen = launch.config("linear_activate", arrays[0]) | SMALL_TILES | {"TMA": by_descriptors}
+            gemm._run(arrays, ALPHA, BETA, chosen)
+
+
+@pytest.mark.skipif(not interpreted(), reason="guard pages are for the interpreter; on a GPU compute-sanitizer looks")
+def test_nothing_beyond_the_ends_is_touched():
+    result = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("size", [(0, 16, 16), (16, 16, 0), (0, 0, 0)])
+def test_an_empty_result(size):
+    x, weight, factor, add = make(*size)
+    assert OP(x, weight, factor, add, ALPHA, BETA).shape == (size[0], size[2])
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_product_of_nothing_is_zero():
+    inputs = make(16, 0, 32)
+    assert relative_error(OP(*inputs, ALPHA, BETA), BETA * inputs[3]) < 1e-13
+
+
+@pytest.mark.usefixtures("kernel")
+def test_gaps_between_rows_and_columns():
+    x, weight, factor, add = make(20, 24, 16)
+    views = [torch.cat([x, x], 1)[:, :24], weight.mT.contiguous().mT, factor.repeat_interleave(2, 1)[:, ::2], add]
+    assert not any(t.is_contiguous() for t in views[:3])
+    assert torch.equal(OP(*views, ALPHA, BETA), OP(x, weight, factor, add, ALPHA, BETA))
+
+
+@pytest.mark.usefixtures("kernel")
+def test_the_same_bits_twice():
+    inputs = make(70, 33, 50, torch.float32)
+    assert torch.equal(OP(*inputs, ALPHA, BETA), OP(*inputs, ALPHA, BETA))
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("given", [(True, True), (False, False)])
+def test_derivatives(given):
+    x, weight, *optional = (t.requires_grad_() for t in make(4, 5, 3))
+    inputs = [x, weight, *(t for t, there in zip(optional, given, strict=True) if there)]
+
+    def call(x, weight, factor=None, add=None):
+        return OP(x, weight, factor, add, ALPHA, BETA)
+
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_registration():
+    x, weight, factor, add = (t.requires_grad_() for t in make(4, 5, 3))
+    for arguments in ((x, weight, factor, add), (x, weight, None, None), (x.detach(), weight.detach(), None, add)):
+        torch.library.opcheck(OP, (*arguments, ALPHA, BETA))
+
+
+@pytest.mark.usefixtures("kernel")
+def test_flops():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    inputs = make(9, 5, 7)
+    with FlopCounterMode(display=False) as counter:
+        OP(*inputs, ALPHA, BETA)
+    assert counter.get_total_flops() == 2 * 9 * 5 * 7
+
+
+@pytest.mark.parametrize(
+    ("index", "wrong", "message"),
+    [
+        (0, lambda t: t[0], "matrices"),
+        (0, lambda t: t.long(), "x must be float32 or float64 or float16 or bfloat16, got int64"),
+        (1, lambda t: t[:, 1:], r"weight must have shape \[3, 5\], got \[3, 4\]"),
+        (1, lambda t: t.float(), "weight must be float64, got float32"),
+        (2, lambda t: t[:1], r"factor must have shape \[4, 3\], got \[1, 3\]"),
+        (3, lambda t: t.mT, r"add must have shape \[4, 3\], got \[3, 4\]"),
+        (3, lambda t: t.to("meta"), "add must be on"),
+    ],
+)
+def test_misfits_are_refused(index, wrong, message):
+    arguments = make(4, 5, 3)
+    arguments[index] = wrong(arguments[index])
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        gemm.linear_activate(*arguments, ALPHA, BETA)
+
+
+# ---- what is chosen ----
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The arguments of every launch of a fused product."""
+    seen, run = [], gemm._run
+    monkeypatch.setattr(gemm, "_run", lambda *arguments: (seen.append(arguments), run(*arguments)))
+    return seen
+
+
+@pytest.mark.parametrize(("dtype", "fused"), [(torch.float16, 1), (torch.float32, 0), (torch.float64, 0)])
+def test_low_types_are_fused_and_others_are_the_vendors(launches, dtype, fused):
+    inputs = make(6, 8, 16, dtype)
+    out = linear_activate(*inputs, scale=0.6 * ALPHA, add_scale=BETA, backend="triton")
+    assert relative_error(out, spec(*inputs)) < TOLERANCE[dtype]
+    assert len(launches) == fused
+
+
+def test_float32_is_fused_where_torch_would_use_tf32(launches):
+    inputs = make(6, 8, 16, torch.float32)
+    with tf32_products():
+        linear_activate(*inputs, backend="triton")
+        assert gemm.precision(inputs[0]) == "tf32"
+        assert gemm.precision(inputs[0].double()) == "ieee"
+    assert len(launches) == 1
+
+
+def test_without_tf32_products_keep_float32s_digits():
+    assert gemm.precision(torch.zeros(1)) == "tf32x3"
+
+
+def test_recorded_products_are_not_fused(launches):
+    x, weight, factor, add = make(6, 8, 16, torch.float16)
+    out = linear_activate(x, weight.requires_grad_(), factor, add, backend="triton")
+    with torch.no_grad():
+        again = linear_activate(x, weight, factor, add, backend="triton")
+    assert len(launches) == 1
+    assert relative_error(out, again.double()) < 3 * TOLERANCE[torch.float16]
+    out.sum().backward()
+    assert weight.grad is not None
+
+
+def test_a_residual_in_float32_stays_in_float32():
+    x, weight, _, add = make(6, 8, 16, torch.float16)
+    out = linear_activate(x, weight, add=add.float(), scale=0.6, backend="triton")
+    assert out.dtype == torch.float32
+    assert relative_error(out, spec(x, weight, None, add, 1.0, 1.0)) < TOLERANCE[torch.float16]
+
+
+def test_few_rows_take_small_tiles():
+    few, many = torch.zeros(8, 16, dtype=torch.float16), torch.zeros(1, dtype=torch.float16).expand(10**7, 16)
+    assert gemm.settings(few, 64)["BLOCK_M"] < gemm.settings(many, 64)["BLOCK_M"]
+
+
+def test_one_graph_without_breaks_for_every_number_of_rows():
+    graphs = torch._dynamo.testing.CompileCounter()
+
+    @torch.compile(backend=graphs, fullgraph=True, dynamic=True)
+    def call(x, weight):
+        return linear_activate(x, weight, backend="triton")
+
+    for rows in (6, 9, 14):
+        x, weight, *_ = make(rows, 8, 16, torch.float16)
+        assert relative_error(call(x, weight), spec(x, weight, None, None, 1 / 0.6)) < TOLERANCE[torch.float16]
+    assert graphs.frame_count == 1
+
+
+if __name__ == "__main__":
+    stay_inside()

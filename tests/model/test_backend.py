@@ -1,0 +1,122 @@
+"""Backends of the model: what is chosen, what is refused, and that results and state dict do not depend on it."""
+
+import pytest
+import torch
+from ase.build import molecule
+from support.inputs import load_golden, require_native
+from support.tolerances import relative_error
+from torch.utils.flop_counter import FlopCounterMode
+
+import ejmp
+from ejmp import cli
+from ejmp.measure import workloads
+from ejmp.measure.bench import workload_graph
+from ejmp.model import backend
+from ejmp_kernels import availability
+
+
+@pytest.fixture
+def pair_of_models(tiny_config, tiny_weights):
+    require_native()
+    models = [ejmp.JMP(tiny_config, name) for name in ("reference", "native")]
+    for model in models:
+        model.load_state_dict(tiny_weights)
+    return models
+
+
+def test_state_dict_does_not_depend_on_it(pair_of_models):
+    reference, native = (model.state_dict() for model in pair_of_models)
+    assert list(reference) == list(native)
+    assert all(torch.equal(reference[name], native[name]) for name in native)
+
+
+def test_choice(tiny_config):
+    require_native()
+    assert ejmp.JMP(tiny_config).backend == "native"
+    assert ejmp.JMP(tiny_config, precision="bf16").backend == "native"
+    half = ejmp.JMP(tiny_config, precision="fp16")
+    backend.resolve.cache_clear()
+    with pytest.warns(UserWarning, match="float16"):
+        assert half.backend == "reference"
+    small = ejmp.prune(ejmp.JMP(tiny_config, "reference"), blocks=2)
+    assert small.requested_backend == "reference"
+
+
+def test_refused_with_the_reason(tiny_config, monkeypatch):
+    require_native()
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        ejmp.JMP(tiny_config, "cuda")
+    with monkeypatch.context() as patch:
+        patch.setattr(availability, "triton_unavailable", lambda device=None: "Triton is not installed")
+        with pytest.raises(RuntimeError, match="Triton is not installed"):
+            ejmp.JMP(tiny_config, "triton")
+    half = ejmp.JMP(tiny_config, "native", "fp16")
+    with pytest.raises(RuntimeError, match="float16"):
+        half(ejmp.build_graph(molecule("H2O"), 8.0))
+    monkeypatch.setattr(availability, "unavailable", lambda device="cpu": "no compiler")
+    backend.resolve.cache_clear()
+    with pytest.raises(RuntimeError, match="no compiler"):
+        ejmp.JMP(tiny_config, "native")
+    with pytest.warns(UserWarning, match="no compiler"):
+        assert ejmp.JMP(tiny_config).backend == "reference"
+    backend.resolve.cache_clear()
+
+
+def test_low_precision_is_as_good(pair_of_models):
+    """bf16 on both backends stays equally near float64."""
+    golden = load_golden("batch")
+    graph, expected = golden.graph(torch.float32), golden.values["energy"]
+    errors = []
+    for model in pair_of_models:
+        model.precision = "bf16"
+        with torch.no_grad():
+            errors.append(relative_error(model(graph).energy, expected))
+        model.precision = "fp32"
+    assert errors[1] <= errors[0]
+
+
+def test_bf16_trains(pair_of_models):
+    """Gradients with respect to float32 parameters, also through gradient forces."""
+    reference, native = pair_of_models
+    graph = load_golden("ethanol").graph(torch.float32)
+
+    def gradients(model, precision):
+        model.precision = precision
+        loss = (ejmp.gradient_forces(model, graph, create_graph=True) ** 2).sum()
+        found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        model.precision = "fp32"
+        return torch.cat([g.flatten() for g in found if g is not None])
+
+    exact = gradients(reference, "fp32")
+    low = gradients(native, "bf16")
+    assert low.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(low, exact, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_flops_are_counted(tiny_config, grad):
+    """torch's counter sees native ops; of the many-body sums they do less than the model defines."""
+    require_native()
+    graph = workload_graph(workloads.molecules())
+    counts = {}
+    for name in ("native", "reference"):
+        model = ejmp.JMP(tiny_config, name)
+        with torch.set_grad_enabled(grad), FlopCounterMode(display=False) as counter:
+            model(graph)
+        counts[name] = counter.get_flop_counts()["Global"], counter.get_total_flops()
+    by_op, total = counts["native"]
+    by_name = {str(op).removeprefix("ejmp.").removesuffix("_part"): flops for op, flops in by_op.items()}
+    assert {"matmul", "triplet", "quadruplet", "pair", "radial"} <= set(by_name)
+    pairs = (graph.main.ptr.diff() ** 2).sum().item()
+    near = (graph.main.ptr.diff() * graph.atom_edges.ptr.diff()).sum().item()
+    C, A, S, E = tiny_config.emb_size_trip_in, tiny_config.emb_size_cbf, tiny_config.num_spherical, graph.main.num_edges
+    one = pairs + 2 * near + A * (2 * E + graph.atom_edges.num_edges)
+    assert by_name["triplet"] == tiny_config.blocks * 2 * S * C * one
+    assert total < counts["reference"][1]
+
+
+def test_doctor(capsys):
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for word in ("quadruplets", "cpu  float32", "triton backend", "matrix products"):
+        assert word in text

@@ -1,0 +1,72 @@
+"""The model on Triton's kernels, interpreted unless there is a GPU: golden outputs, derivatives, precisions."""
+
+import pytest
+import torch
+from support.inputs import load_golden
+from support.tolerances import relative_error
+
+import ejmp
+from ejmp_kernels import availability
+
+pytest.importorskip("triton")
+DEVICE = "cpu" if availability.interpreted() else "cuda"
+HYDROGEN_PEROXIDE = ejmp.Structure(
+    numbers=[8, 8, 1, 1],
+    positions=[[0.0, 0.7, -0.05], [0.0, -0.7, -0.05], [0.8, 0.9, 0.4], [-0.8, -0.9, 0.4]],
+)
+"""The smallest molecule with a dihedral angle."""
+
+
+@pytest.fixture
+def models(tiny_config, tiny_weights):
+    """Reference and Triton, with the golden weights."""
+    found = [ejmp.JMP(tiny_config, name).to(DEVICE) for name in ("reference", "triton")]
+    for model in found:
+        model.load_state_dict(tiny_weights)
+    return found
+
+
+def test_equals_golden(models):
+    golden = load_golden("ethanol")
+    with torch.no_grad():
+        out = models[1].double()(golden.graph(device=DEVICE))
+    assert relative_error(out.energy.cpu(), golden.values["energy"]) <= 1e-9
+    assert relative_error(out.forces.cpu(), golden.values["forces"]) <= 1e-9
+
+
+def test_training_on_gradient_forces(models):
+    """Gradient forces, and the gradients of a loss on them by every parameter: each op differentiated twice."""
+    graph = ejmp.build_graph(HYDROGEN_PEROXIDE, 8.0, dtype=torch.float64, device=DEVICE)
+    found = []
+    for model in models:
+        parameters = list(model.double().parameters())
+        forces = ejmp.gradient_forces(model, graph, create_graph=True)
+        gradients = torch.autograd.grad(forces.square().sum(), parameters, allow_unused=True)
+        found.append([forces.detach(), *(g for g in gradients if g is not None)])
+    assert len(found[0]) == len(found[1]) > 100
+    for mine, expected in zip(found[1], found[0], strict=True):
+        assert relative_error(mine, expected) <= 1e-9
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("fp16", 2e-2), ("bf16", 1e-1)])
+def test_precisions(models, precision, tolerance):
+    """Features in the low type, geometry and sums in float32."""
+    if precision == "bf16" and DEVICE == "cpu":
+        pytest.skip("the interpreter has no bfloat16 products")
+    graph = ejmp.build_graph(HYDROGEN_PEROXIDE, 8.0, device=DEVICE)
+    with torch.no_grad():
+        models[1].precision = precision
+        energy = models[1](graph).energy
+        expected = models[0].double()(graph.to(dtype=torch.float64)).energy
+    assert energy.dtype == torch.float32
+    assert relative_error(energy, expected) <= tolerance
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter runs programs one after another, always alike")
+def test_same_bits_every_run(models):
+    """No atomics in a forward pass."""
+    graph = ejmp.build_graph(HYDROGEN_PEROXIDE, 8.0, device=DEVICE)
+    with torch.no_grad():
+        first, second = models[1](graph), models[1](graph)
+    assert torch.equal(first.energy, second.energy)
+    assert torch.equal(first.forces, second.forces)

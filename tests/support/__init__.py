@@ -1,0 +1,1 @@
+"""What several tests share; tests import it as `support`, and nothing of each other."""

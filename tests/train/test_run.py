@@ -1,0 +1,334 @@
+"""Whole runs on a few demo structures: training, resuming, stopping, distilling, and the commands of launch/."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ejmp
+from ejmp.compress.distill import DistillConfig
+from ejmp.data import InOrder, Loader, make_batch
+from ejmp.model.checkpoint import load, save
+from ejmp.train import faults
+from ejmp.train import main as launch
+from ejmp.train.adapt import for_finetuning
+from ejmp.train.commands import fastest_precision
+from ejmp.train.config import TrainConfig
+from ejmp.train.demo import check, checksum, demo_config, new_model
+from ejmp.train.evaluate import evaluate, score, table
+from ejmp.train.faults import session
+from ejmp.train.loop import FINAL, Run, train
+from ejmp.train.objective import Distillation, Supervised, freeze_blocks, predict
+from ejmp.train.sources import TASKS_FILE, demo_downstream, demo_mix, load_tasks, tasks_of, tasks_text, with_tasks_of
+
+pytest.importorskip("deepspeed")
+ROOT = Path(__file__).parents[2]
+SMALL = dataclasses.replace(
+    demo_config(blocks=3),
+    emb_size_atom=16, emb_size_edge=16, emb_size_trip_in=8, emb_size_trip_out=8, emb_size_quad_in=4,
+    emb_size_quad_out=4, emb_size_pair_in=4, emb_size_pair_out=4, emb_size_rbf=4, emb_size_cbf=4, emb_size_sbf=4,
+    num_radial=16,
+)  # fmt: skip
+SETTINGS = TrainConfig(
+    steps=6, batch_size=4, lr=3e-3, warmup_steps=2, validate_every=3, checkpoint_every=2, log_every=1, zero_stage=0
+)
+
+
+class Few:
+    """The first structures of a dataset."""
+
+    def __init__(self, dataset, count):
+        self.dataset, self.info = dataset, dataset.info
+        self.num_atoms, self.num_edges = dataset.num_atoms[:count], dataset.num_edges[:count]
+
+    def __len__(self):
+        return len(self.num_atoms)
+
+    def __getitem__(self, index):
+        return self.dataset[index]
+
+
+def few(sources, count=8):
+    return [
+        dataclasses.replace(source, splits={name: Few(split, count) for name, split in source.splits.items()})
+        for source in sources
+    ]
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    before = dict(os.environ)
+    with session("cpu") as ranks:
+        yield ranks
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def sources():
+    return few(demo_mix())
+
+
+@pytest.fixture(scope="module")
+def teacher(sources):
+    return new_model(SMALL, sources, seed=3)
+
+
+def run_of(folder, ranks, sources, model, **changes):
+    settings = dataclasses.replace(SETTINGS, **changes)
+    folder.mkdir(exist_ok=True)
+    objective = Supervised(model, tasks_of(sources))
+    return Run(objective=objective, sources=sources, config=settings, directory=folder, ranks=ranks)
+
+
+def lines(folder, event):
+    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in found if line["event"] == event]
+
+
+def test_stopped_and_resumed_is_bit_identical(tmp_path, ranks, sources, teacher, monkeypatch):
+    whole = train(run_of(tmp_path / "whole", ranks, sources, ejmp.prune(teacher, blocks=2)))
+    assert whole.finished
+    assert whole.step == 6
+    assert score(whole.after) < score(whole.before)
+
+    forward = Supervised.forward
+    calls = []
+
+    def interrupted(self, batch):
+        calls.append(batch.position)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, batch)
+
+    monkeypatch.setattr(Supervised, "forward", interrupted)
+    first = train(run_of(tmp_path / "parts", ranks, sources, ejmp.prune(teacher, blocks=2)))
+    assert not first.finished
+    assert first.step == 3
+    second = train(run_of(tmp_path / "parts", ranks, sources, ejmp.prune(teacher, blocks=2)), resume=True)
+    assert second.finished
+    assert calls == [4, 8, 12, 16, 20, 24]  # no sample lost or repeated
+    assert second.after == whole.after
+    paths = [folder / FINAL / "model.safetensors" for folder in (tmp_path / "whole", tmp_path / "parts")]
+    assert checksum(paths[0].parent) == checksum(paths[1].parent)
+    newest = [max((tmp_path / name / "checkpoints").glob("step-*")) for name in ("whole", "parts")]
+    for file in ("model", "optimizer", "ema"):
+        assert (newest[0] / f"{file}.safetensors").read_bytes() == (newest[1] / f"{file}.safetensors").read_bytes()
+
+
+def test_what_a_run_leaves(tmp_path, ranks, sources, teacher):
+    folder = tmp_path / "run"
+    run = run_of(folder, ranks, sources, ejmp.prune(teacher, blocks=1), keep_checkpoints=1)
+    result = train(run)
+    assert json.loads((folder / "run.json").read_text())["config"] == json.loads(json.dumps(run.config.to_dict()))
+    assert json.loads((folder / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 0
+    assert [line["step"] for line in lines(folder, "train")] == [1, 2, 3, 4, 5, 6]
+    assert lines(folder, "train")[0]["lr"] == pytest.approx(0.2 * 3e-3)
+    assert [line["step"] for line in lines(folder, "validation")] == [0, 3, 6]
+    assert [path.name for path in (folder / "checkpoints").glob("step-*")] == ["step-00000006"]
+    model = load(folder / FINAL)
+    assert model.config.kept_blocks == (0,)
+    assert evaluate(model, sources, ranks) == result.after
+    assert load_tasks(folder / FINAL) == [(s.task, s.cutoff, s.max_neighbors) for s in sources]
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(run)
+    with pytest.raises(FileNotFoundError, match="no checkpoint to resume from"):
+        train(dataclasses.replace(run, directory=tmp_path / "other"), resume=True)
+
+
+def test_early_stop(tmp_path, ranks, sources, teacher):
+    run = run_of(
+        tmp_path / "run", ranks, sources, ejmp.prune(teacher, blocks=1), early_stop=1, validate_every=1, lr=1e-9
+    )
+    result = train(run)
+    assert result.finished
+    assert result.step < 6
+
+
+def test_evaluation_by_hand(ranks, sources, teacher):
+    """Energies and forces of single structures, in eV and eV/A, free atoms only."""
+    slabs = sources[0]
+    errors = evaluate(teacher, [slabs], ranks, batch_size=3)["oc20"]
+    energy, forces = [], []
+    for i in range(8):
+        structure = slabs.split("val")[i]
+        with torch.no_grad():
+            out = teacher(ejmp.build_graph(structure, slabs.cutoff, slabs.max_neighbors))
+        task = slabs.task
+        reference = sum(task.linear_reference[z] for z in structure.numbers.tolist())
+        energy.append(abs(float(out.energy[0, 0]) * task.std + task.mean + reference - structure.energy))
+        free = ~structure.fixed
+        forces.append(np.abs(out.forces[:, 0].numpy() * task.force_std - structure.forces)[free])
+    assert errors["energy_meV"] == pytest.approx(1000 * np.mean(energy), rel=1e-5)
+    assert errors["forces_meV_per_A"] == pytest.approx(1000 * np.concatenate(forces).mean(), rel=1e-5)
+    assert "| oc20 forces_meV_per_A |" in table({"model": {"oc20": errors}})
+
+
+def test_gradient_forces_follow_the_energy(teacher):
+    (source,) = few([demo_downstream("rmd17")])
+    model = for_finetuning(teacher).double()
+    tasks = tasks_of([source])
+
+    def energy_at(structure):
+        batch = make_batch([structure], [0], cutoff=source.cutoff, max_neighbors=100, dtype=torch.float64)
+        energy, forces = predict(model, batch, tasks)
+        return tasks.energy(energy[:, 0], batch).item(), tasks.forces(forces, batch)
+
+    structure = source.split("train")[0]
+    _, forces = energy_at(structure)
+    moved = []
+    for sign in (1, -1):
+        positions = structure.positions.copy()
+        positions[4, 1] += sign * 1e-4
+        moved.append(energy_at(dataclasses.replace(structure, positions=positions))[0])
+    assert float(forces[4, 1]) == pytest.approx(-(moved[0] - moved[1]) / 2e-4, rel=1e-3)
+    for name, value in model.state_dict().items():
+        if not name.startswith("output."):
+            assert torch.equal(value.float(), teacher.state_dict()[name])
+
+
+def test_distillation_learns_from_the_teacher_alone(tmp_path, ranks, sources, teacher):
+    student = ejmp.prune(teacher, blocks=2)
+    frozen = {name: value.clone() for name, value in teacher.state_dict().items()}
+    objective = Distillation(student, teacher, tasks_of(sources), DistillConfig())
+    settings = dataclasses.replace(SETTINGS, steps=30, lr=3e-3, validate_every=30, checkpoint_every=30)
+    train(Run(objective=objective, sources=sources, config=settings, directory=tmp_path, ranks=ranks))
+    losses = [line["loss"] for line in lines(tmp_path, "train")]
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+    assert {"kd_forces", "kd_node", "kd_edge"} <= set(lines(tmp_path, "train")[0])
+    assert all(torch.equal(value, frozen[name]) for name, value in teacher.state_dict().items())
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_frozen_blocks_are_run_once(tmp_path, ranks, sources, teacher):
+    student = ejmp.prune(teacher, blocks=2)
+    tasks = tasks_of(sources)
+    assert Distillation(student, teacher, tasks, DistillConfig()).shared is None
+    freeze_blocks(student)
+    objective = Distillation(student, teacher, tasks, DistillConfig())
+    assert objective.shared == [0, 1, 2]
+    batch = first_batch(sources)
+    losses, gradients = [], []
+    for shared in (objective.shared, None):
+        objective.shared = shared
+        student.zero_grad()
+        loss = objective(batch).total
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
+    objective = Distillation(student, teacher, tasks, DistillConfig())
+    settings = dataclasses.replace(SETTINGS, steps=3)
+    train(Run(objective=objective, sources=sources, config=settings, directory=tmp_path, ranks=ranks))
+    changed = {n for n, value in student.state_dict().items() if not torch.equal(value, teacher.state_dict()[n])}
+    assert {name.split(".")[0 if name.startswith("output") else 1] for name in changed} == {
+        "output", "out_mlp_E", "out_mlp_F",
+    }  # fmt: skip
+    assert (
+        Distillation(ejmp.prune(teacher, keep=(0, 2)).requires_grad_(False), teacher, tasks, DistillConfig()).shared
+        is None
+    )
+
+
+def first_batch(sources):
+    datasets = [source.split("train") for source in sources]
+    sampler = InOrder(sizes=[len(dataset) for dataset in datasets], batch_size=8)
+    return next(Loader(datasets=datasets, sampler=sampler, cutoff=6.0, max_neighbors=12).batches())
+
+
+def test_edge_dropout(sources, teacher):
+    batch = first_batch(sources)
+    tasks = tasks_of(sources)
+    totals = [
+        Supervised(teacher, tasks, edge_dropout=share, max_neighbors=[12] * 4)(batch).total.item() for share in (0, 0.3)
+    ]
+    assert totals[0] != totals[1]
+    assert all(np.isfinite(totals))
+
+
+def test_tasks_of_a_saved_model(tmp_path, sources, teacher):
+    renamed = [dataclasses.replace(s, task=dataclasses.replace(s.task, mean=7.0), cutoff=5.0) for s in sources]
+    save(teacher, tmp_path / "model", more={TASKS_FILE: tasks_text(renamed)})
+    found = with_tasks_of(tmp_path / "model", sources, teacher)
+    assert [(s.task.mean, s.cutoff) for s in found] == [(7.0, 5.0)] * 4
+    published = with_tasks_of(tmp_path, sources, teacher)
+    assert published[1].task.std == 25.229595396538468
+    assert published[1].task.linear_reference == sources[1].task.linear_reference
+    with pytest.raises(ValueError, match="no head for rmd17, only for oc20, oc22"):
+        with_tasks_of(tmp_path / "model", [demo_downstream("rmd17")], teacher)
+    (tmp_path / "model" / TASKS_FILE).write_text("[{}]")
+    with pytest.raises(ValueError, match="not a list of tasks"):
+        load_tasks(tmp_path / "model")
+
+
+def test_damaged_teacher(tmp_path, teacher):
+    save(teacher, tmp_path / "teacher")
+    with pytest.raises(ValueError, match="is not whole"):
+        check(tmp_path / "teacher")
+    (tmp_path / "teacher" / "checksum").write_text(checksum(tmp_path / "teacher"))
+    check(tmp_path / "teacher")
+    with (tmp_path / "teacher" / "model.safetensors").open("r+b") as file:
+        file.seek(-3, os.SEEK_END)
+        file.write(b"x")
+    with pytest.raises(ValueError, match="is damaged"):
+        check(tmp_path / "teacher")
+
+
+@pytest.mark.parametrize("command", ["pretrain", "distill", "finetune", "evaluate"])
+def test_help_is_quick(command):
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        script = [sys.executable, ROOT / f"launch/{command}.py", "--help"]
+        text = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 2
+    assert command in text
+
+
+def test_precision_of_the_teacher(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert fastest_precision(cpu, "fp32") == "fp32"
+    for capability, expected in (((7, 0), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device, found=capability: found)
+        assert fastest_precision(gpu, "fp32") == expected
+
+
+def test_bad_flags(capsys, tmp_path, ranks, monkeypatch):
+    monkeypatch.setattr(faults, "session", lambda _device: contextlib.nullcontext(ranks))
+    assert launch.main("distill", ["--terms", "nodes=1", "--teacher", str(tmp_path), "--blocks", "2"]) == 2
+    assert launch.main("evaluate", [str(tmp_path / "none")]) == 2
+    assert "none" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        launch.main("distill", ["--stepz", "3"])
+    assert launch.main("pretrain", ["--data", "oc20"]) == 2
+    assert "data: expected NAME=FOLDER" in capsys.readouterr().err
+
+
+def test_deepspeed_launcher_on_two_ranks(tmp_path, sources, teacher):
+    """The promised command: deepspeed launch/distill.py --blocks 4, here with 2 of 3 blocks and few steps."""
+    save(teacher, tmp_path / "teacher", more={TASKS_FILE: tasks_text(sources)})
+    command = [
+        Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", "29611",
+        ROOT / "launch/distill.py", "--teacher", tmp_path / "teacher", "--blocks", "2", "--run", tmp_path / "run",
+        "--steps", "3", "--batch-size", "2", "--log-every", "1", "--validate-every", "3", "--zero-stage", "1",
+        "--teacher-precision", "bf16",
+    ]  # fmt: skip
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "blocks 0,1: BR+KD" in done.stdout
+    assert [line["step"] for line in lines(tmp_path / "run", "train")] == [1, 2, 3]
+    assert load(tmp_path / "run" / FINAL).config.kept_blocks == (0, 1)
