@@ -1,7 +1,7 @@
 """What pyproject.toml cannot say: the C++ extension, which is optional.
 
 Without torch in the build environment (pip's build isolation) or without a C++ compiler the package installs without
-the extension and runs in plain torch; `ejmp_kernels.availability.unavailable()` says why.
+the extension and runs in plain torch; `ejmp_kernels.availability.why_unavailable()` says why.
 """
 
 import os

@@ -73,7 +73,7 @@ def run_build(setting) -> None:
         command = [sys.executable, "setup.py", "build_ext", "--inplace", "--force"]
         status, log = run_command(command, HARD - 60, MAX_JOBS=jobs, NVCC_APPEND_FLAGS="--threads 3")
         row.update({"ms": 1e3 * (time.perf_counter() - start), "status": status, "log_tail": log[-3000:]})
-        code = "from ejmp_kernels import availability; print(availability.unavailable('cuda') or 'there')"
+        code = "from ejmp_kernels import availability; print(availability.why_unavailable('cuda') or 'there')"
         row["native_on_cuda"] = run_command([sys.executable, "-c", code], 60)[1].strip().splitlines()[-1]
         if row["native_on_cuda"] != "there":
             raise RuntimeError(f"the CUDA extension is not there, Triton's kernels are: {row['native_on_cuda']}")
@@ -165,8 +165,8 @@ def run_sanitize(setting) -> None:
     script += ["--tiny"] if setting.dry else []
     with step.row(tool="none") as row:
         step.check()
-        if availability.unavailable(setting.device.type) is not None:
-            raise Skip(f"no native kernels: {availability.unavailable(setting.device.type)}")
+        if availability.why_unavailable(setting.device.type) is not None:
+            raise Skip(f"no native kernels: {availability.why_unavailable(setting.device.type)}")
         start = time.perf_counter()
         status, log = run_command(script, setting.seconds)
         row.update({"ms": 1e3 * (time.perf_counter() - start), "status": status, "log_tail": log[-2000:]})

@@ -26,7 +26,7 @@ import ejmp
 from ejmp.measure import bench, datasheets, workloads
 from ejmp.measure.flops import GraphSizes, count_macs, graph_sizes
 from ejmp.measure.instruments import copy_rate, gemm_rates, precisions_of, synchronize, time_call
-from ejmp.model.backend import missing
+from ejmp.model.backend import why_unavailable
 from ejmp.provenance import provenance
 from ejmp_kernels import availability, registry
 
@@ -199,7 +199,7 @@ def gate(row: dict[str, Any], tolerance: float) -> None:
 @functools.cache
 def backends(setting: Setting) -> dict[str, str | None]:
     """Return why each backend cannot run on the device, or None; the ops of those that can are loaded."""
-    found = {name: missing(name, setting.device.type) for name in ("native", "triton", "reference")}
+    found = {name: why_unavailable(name, setting.device.type) for name in ("native", "triton", "reference")}
     for name in ("native", "triton"):
         if found[name] is None:
             try:
@@ -342,7 +342,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     found = provenance(device) | {
         "triton": (_version("triton") or _version("pytorch-triton")) if triton else None,
         "triton_interpreter": os.environ.get("TRITON_INTERPRET") == "1",
-        "native": availability.unavailable(device.type) or "there",
+        "native": availability.why_unavailable(device.type) or "there",
         "nvidia_smi": nvidia_smi(device),
     }
     if device.type == "cuda":

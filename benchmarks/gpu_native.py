@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="sizes of the dry run instead of JMP-L's")
     options = parser.parse_args()
     device = torch.device(options.device)
-    reason = availability.unavailable(device.type)
+    reason = availability.why_unavailable(device.type)
     if reason is not None:
         print(reason)
         return 3

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ejmp.measure import datasheets
 from ejmp.measure.instruments import copy_rate, gemm_rates
-from ejmp.model.backend import missing
+from ejmp.model.backend import why_unavailable
 from ejmp.model.jmp import LOW_PRECISION, tf32_products
 from ejmp.model.layers import INV_SQRT_2, Residual
 from ejmp_kernels.dense import linear_activate
@@ -236,7 +236,7 @@ def chain_calls(setting: Setting, chain: torch.nn.Sequential, x: torch.Tensor, p
     calls = {"products": products, "eager": lambda: same(y), "torch.compile": lambda: compiled(y)}
     left_out = {}
     for backend in ("native", "triton"):
-        why = backends(setting)[backend] or missing(backend, setting.device.type, low)
+        why = backends(setting)[backend] or why_unavailable(backend, setting.device.type, low)
         if why is None:
             calls[backend] = functools.partial(fused, backend)
         else:

@@ -73,7 +73,7 @@ def build_graph(
     listed = to_list(structures)
     device = torch.device(device)
     native = _resolve(backend)
-    search_device = torch.device("cpu") if native and availability.unavailable(device.type) else device
+    search_device = torch.device("cpu") if native and availability.why_unavailable(device.type) else device
     checked = [check_structure(item, b, search_device) for b, item in enumerate(listed)]
     cutoffs = _per_structure(cutoff, len(listed), "cutoff", MAX_CUTOFF)
     limits = _per_structure(max_neighbors, len(listed), "max_neighbors", MAX_NEIGHBORS)
@@ -136,7 +136,7 @@ def _resolve(backend: str) -> bool:
     """Decide whether to search natively; an explicit wish that cannot be met raises."""
     if backend not in ("auto", "native", "reference"):
         raise ValueError(f'backend: expected "auto", "native" or "reference", got {backend!r}')
-    reason = availability.unavailable()
+    reason = availability.why_unavailable()
     if backend == "native" and reason is not None:
         raise RuntimeError(f'backend="native": {reason}')
     if backend == "auto" and reason is not None:

@@ -219,7 +219,7 @@ def peak_memory(model: JMP, graph: AtomGraph, precision: Precision, backend: Bac
 
 def _timed_graph(plan: Plan, device: torch.device) -> tuple[AtomGraph, dict[str, dict[str, float]]]:
     """Build the graph by turns with every backend there is; return the graph and milliseconds by backend."""
-    backends = ["reference"] if availability.unavailable() else ["native", "reference"]
+    backends = ["reference"] if availability.why_unavailable() else ["native", "reference"]
     samples: dict[str, list[float]] = {backend: [] for backend in backends}
     graph = workload_graph(plan.workload, device=device)
     for _ in range(7):

@@ -6,7 +6,7 @@ from typing import get_args
 
 import torch
 
-from ejmp.model.backend import Kernels, candidates, missing
+from ejmp.model.backend import Kernels, candidates, why_unavailable
 from ejmp_kernels import availability, gemm
 
 OPS = (
@@ -28,7 +28,7 @@ TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def examine() -> str:
     """Return a report of what this installation has and takes, for people."""
-    reason = availability.unavailable()
+    reason = availability.why_unavailable()
     lines = [
         f"torch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads",
         f"native ops: {'not there: ' + reason if reason else 'compiled, kernels for ' + torch.ops.ejmp.isa()}",
@@ -41,7 +41,7 @@ def examine() -> str:
     lines += [f"  {device:4} {_name(dtype):8} {_choice(device, dtype)}" for device in devices for dtype in TYPES]
     lines += ["", "backends:"]
     for backend in get_args(Kernels):
-        lines += [f"  {backend:10} {device:4} {missing(backend, device) or 'yes'}" for device in devices]
+        lines += [f"  {backend:10} {device:4} {why_unavailable(backend, device) or 'yes'}" for device in devices]
     lines += ["", f"{'op on the CPU':30} {'float32':10} {'float64':10} {'bfloat16':22} float16"]
     for title, op in OPS:
         lines.append(
@@ -52,7 +52,7 @@ def examine() -> str:
 
 def _choice(device: str, dtype: torch.dtype) -> str:
     """Name what "auto" takes, and why not what comes before it."""
-    reasons = {backend: missing(backend, device, dtype) for backend in candidates("auto", device)}
+    reasons = {backend: why_unavailable(backend, device, dtype) for backend in candidates("auto", device)}
     chosen = next(backend for backend, reason in reasons.items() if reason is None)
     before = [f"{backend}: {reason}" for backend, reason in reasons.items() if reason is not None]
     return "; ".join([chosen, *before])
@@ -60,14 +60,14 @@ def _choice(device: str, dtype: torch.dtype) -> str:
 
 def _triton() -> str:
     """Say which Triton there is and where it runs, or why it does not."""
-    reason = missing("triton")
+    reason = why_unavailable("triton")
     if reason:
         return f"not there: {reason}"
     version = importlib.import_module("triton").__version__
     if availability.interpreted():
         return f"Triton {version} in its interpreter, for tests (TRITON_INTERPRET=1)"
     if torch.cuda.is_available():
-        reason = missing("triton", "cuda")
+        reason = why_unavailable("triton", "cuda")
         return f"Triton {version}, " + (f"not on this GPU: {reason}" if reason else "compiles for this GPU")
     return f"Triton {version}, unused: torch finds no CUDA device"
 
@@ -79,7 +79,7 @@ def _name(dtype: torch.dtype) -> str:
 def _cuda() -> str:
     if not torch.cuda.is_available():
         return "no device"
-    reason = availability.unavailable("cuda")
+    reason = availability.why_unavailable("cuda")
     served = (
         reason or "compiled kernels for graph building, triplets, quadruplets, pairs, sums; the rest in plain torch"
     )
@@ -89,8 +89,8 @@ def _cuda() -> str:
 def _serves(op: str, dtype: torch.dtype) -> str:
     """Name the implementation of an op for a type, on the CPU."""
     if op == "find_neighbors":
-        return "-" if dtype != torch.float64 else "torch" if availability.unavailable() else "native"
-    if missing("native", "cpu", dtype):
+        return "-" if dtype != torch.float64 else "torch" if availability.why_unavailable() else "native"
+    if why_unavailable("native", "cpu", dtype):
         return "torch"
     if dtype == torch.bfloat16 and op not in STORED:
         return "native, in float32"

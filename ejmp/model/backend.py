@@ -12,11 +12,11 @@ Kernels = Literal["reference", "native", "triton"]
 Backend = Literal["auto", "reference", "native", "triton"]
 
 
-def missing(backend: Backend, device: str | None = None, dtype: torch.dtype = torch.float32) -> str | None:
+def why_unavailable(backend: Backend, device: str | None = None, dtype: torch.dtype = torch.float32) -> str | None:
     """Return why a backend cannot run linear maps of a dtype on a type of device, or None if it can."""
     if backend in ("auto", "reference"):
         return None
-    reason = registry.unavailable(backend, device)
+    reason = registry.why_unavailable(backend, device)
     if reason is None and backend == "native" and device == "cpu" and dtype == torch.float16:
         reason = "the compiled kernels have float32, float64 and bfloat16, not float16"
     return reason
@@ -31,7 +31,7 @@ def check(backend: Backend) -> Backend:
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend: expected one of {get_args(Backend)}, got {backend!r}")
-    reason = missing(backend)
+    reason = why_unavailable(backend)
     if reason is not None:
         raise RuntimeError(f'backend="{backend}": {reason}')
     return backend
@@ -53,7 +53,7 @@ def resolve(backend: Backend, device: str, dtype: torch.dtype) -> Kernels:
     """
     reasons = []
     for candidate in candidates(backend, device):
-        reason = missing(candidate, device, dtype)
+        reason = why_unavailable(candidate, device, dtype)
         if reason is None:
             if candidate != "reference":
                 registry.load(candidate)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ejmp.graph.graph import AtomGraph
 from ejmp.model.config import JMPConfig
-from ejmp.model.layers import Dense, Plain, he_orthogonal_
+from ejmp.model.layers import Dense, Linear, he_orthogonal_
 from ejmp_kernels import specification
 
 
@@ -135,18 +135,18 @@ class Bases(nn.Module):
             self.add_module(name, RadialHolder(basis))
         self.radial_basis_aeaint = basis
         self.radial_basis_aint = basis
-        self.mlp_rbf_qint = Plain(radial, config.emb_size_rbf)
+        self.mlp_rbf_qint = Linear(radial, config.emb_size_rbf)
         self.mlp_cbf_qint = BasisProjection(radial, spherical, config.emb_size_cbf)
         self.mlp_sbf_qint = BasisProjection(radial, spherical**2, config.emb_size_sbf)
-        self.mlp_rbf_aeint = Plain(radial, config.emb_size_rbf)
+        self.mlp_rbf_aeint = Linear(radial, config.emb_size_rbf)
         self.mlp_cbf_aeint = BasisProjection(radial, spherical, config.emb_size_cbf)
-        self.mlp_rbf_eaint = Plain(radial, config.emb_size_rbf)
+        self.mlp_rbf_eaint = Linear(radial, config.emb_size_rbf)
         self.mlp_cbf_eaint = BasisProjection(radial, spherical, config.emb_size_cbf)
         self.mlp_rbf_aint = PairProjection(radial, config.emb_size_rbf)
-        self.mlp_rbf_tint = Plain(radial, config.emb_size_rbf)
+        self.mlp_rbf_tint = Linear(radial, config.emb_size_rbf)
         self.mlp_cbf_tint = BasisProjection(radial, spherical, config.emb_size_cbf)
-        self.mlp_rbf_h = Plain(radial, config.emb_size_rbf)
-        self.mlp_rbf_out = Plain(radial, config.emb_size_rbf)
+        self.mlp_rbf_h = Linear(radial, config.emb_size_rbf)
+        self.mlp_rbf_out = Linear(radial, config.emb_size_rbf)
         self.edge_emb = EdgeEmbedding(config.emb_size_atom, radial, config.emb_size_edge)
 
     def forward(self, graph: AtomGraph) -> BasisValues:

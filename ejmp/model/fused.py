@@ -19,7 +19,7 @@ from ejmp.model.interactions import (
     QuadrupletInteraction,
     TripletInteraction,
 )
-from ejmp.model.layers import INV_SQRT_2, INV_SQRT_3, Dense, Plain, Residual, ScaleFactor
+from ejmp.model.layers import INV_SQRT_2, INV_SQRT_3, Dense, Linear, Residual, ScaleFactor
 from ejmp_kernels.activation import activate, swap_add
 from ejmp_kernels.atom_sum import atom_sum
 from ejmp_kernels.dense import linear_activate
@@ -57,12 +57,12 @@ class Fused:
     def _low(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return (x, weight) if self.dtype is None else (x.to(self.dtype), weight.to(self.dtype))
 
-    def plain(self, layer: Plain, x: Tensor, scale: ScaleFactor | None = None) -> Tensor:
+    def plain(self, layer: Linear, x: Tensor, scale: ScaleFactor | None = None) -> Tensor:
         """Apply a linear layer, with a scale factor folded into its weight."""
         return self.linear(x, layer.linear.weight if scale is None else self._folded(layer, scale))
 
     @staticmethod
-    def _folded(layer: Plain, scale: ScaleFactor) -> Tensor:
+    def _folded(layer: Linear, scale: ScaleFactor) -> Tensor:
         weight = layer.linear.weight
         return weight * scale.scale_factor.to(weight.dtype)
 
@@ -137,7 +137,7 @@ class Fused:
             sbf_quad=self._radial(bases, main, bases.mlp_sbf_qint)[0],
         )
 
-    def _radial(self, bases: Bases, distance: Tensor, *projections: Plain | BasisProjection) -> list[Tensor]:
+    def _radial(self, bases: Bases, distance: Tensor, *projections: Linear | BasisProjection) -> list[Tensor]:
         """Return one tensor per projection: [E, rbf], or [E, A, S] of a `BasisProjection`."""
         weights = [p.weight.flatten(1) if isinstance(p, BasisProjection) else p.linear.weight.mT for p in projections]
         together = self._radial_product(bases, distance, torch.cat(weights, dim=1))

@@ -12,7 +12,7 @@ from ejmp.graph.graph import AtomGraph
 from ejmp.model.angle_tables import Geometry
 from ejmp.model.bases import BasisValues, EdgeEmbedding
 from ejmp.model.config import JMPConfig
-from ejmp.model.layers import INV_SQRT_2, INV_SQRT_3, Dense, Plain, Residual, ScaleFactor, residuals
+from ejmp.model.layers import INV_SQRT_2, INV_SQRT_3, Dense, Linear, Residual, ScaleFactor, residuals
 from ejmp_kernels import specification
 from ejmp_kernels.specification import Triplets
 
@@ -31,7 +31,7 @@ class Bilinear(nn.Module):
 
     def __init__(self, num_in: int, num_out: int) -> None:
         super().__init__()
-        self.bilinear = Plain(num_in, num_out)
+        self.bilinear = Linear(num_in, num_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [E, A * C] to [E, out]."""
@@ -54,7 +54,7 @@ class TripletInteraction(nn.Module):
         super().__init__()
         size_in, size_out = config.emb_size_trip_in, config.emb_size_trip_out
         self.dense_ba = Dense(num_in, num_in)
-        self.mlp_rbf = Plain(config.emb_size_rbf, num_in)
+        self.mlp_rbf = Linear(config.emb_size_rbf, num_in)
         self.scale_rbf = ScaleFactor()
         self.mlp_cbf = Bilinear(config.emb_size_cbf * size_in, size_out)
         self.scale_cbf_sum = ScaleFactor()
@@ -98,9 +98,9 @@ class QuadrupletInteraction(nn.Module):
         super().__init__()
         size_in, size_out, edge = config.emb_size_quad_in, config.emb_size_quad_out, config.emb_size_edge
         self.dense_db = Dense(edge, edge)
-        self.mlp_rbf = Plain(config.emb_size_rbf, edge)
+        self.mlp_rbf = Linear(config.emb_size_rbf, edge)
         self.scale_rbf = ScaleFactor()
-        self.mlp_cbf = Plain(config.emb_size_cbf, size_in)
+        self.mlp_cbf = Linear(config.emb_size_cbf, size_in)
         self.scale_cbf = ScaleFactor()
         self.mlp_sbf = Bilinear(config.emb_size_sbf * size_in, size_out)
         self.scale_sbf_sum = ScaleFactor()
@@ -138,7 +138,7 @@ class PairInteraction(nn.Module):
     def __init__(self, config: JMPConfig) -> None:
         super().__init__()
         size_in, size_out = config.emb_size_pair_in, config.emb_size_pair_out
-        self.bilinear = Plain(config.emb_size_rbf * size_in, size_out)
+        self.bilinear = Linear(config.emb_size_rbf * size_in, size_out)
         self.scale_rbf_sum = ScaleFactor()
         self.down_projection = Dense(config.emb_size_atom, size_in)
         self.up_projection = Dense(size_out, config.emb_size_atom)
@@ -161,7 +161,7 @@ class AtomUpdate(nn.Module):
 
     def __init__(self, config: JMPConfig) -> None:
         super().__init__()
-        self.dense_rbf = Plain(config.emb_size_rbf, config.emb_size_edge)
+        self.dense_rbf = Linear(config.emb_size_rbf, config.emb_size_edge)
         self.scale_sum = ScaleFactor()
         self.layers = nn.Sequential(
             Dense(config.emb_size_edge, config.emb_size_atom),
@@ -242,7 +242,7 @@ class OutputBlock(AtomUpdate):
         if config.direct_forces:
             self.scale_rbf_F = ScaleFactor()
             self.seq_forces = residuals(config.num_atom, edge)
-            self.dense_rbf_F = Plain(config.emb_size_rbf, edge)
+            self.dense_rbf_F = Linear(config.emb_size_rbf, edge)
 
     def energy(self, h: Tensor, m: Tensor, rbf: Tensor, graph: AtomGraph) -> Tensor:
         """Return x_E, [N, C]."""

@@ -1,5 +1,6 @@
 """JMP: embed atoms and edges, run the blocks, read each block out, and turn that into energies and forces."""
 
+import copy
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -147,13 +148,11 @@ class JMP(nn.Module):
         precision: Precision = "fp32",
     ) -> None:
         super().__init__()
-        if precision not in get_args(Precision):
-            raise ValueError(f"precision: expected one of {get_args(Precision)}, got {precision!r}")
         self.config = config
         self.requested_backend: Backend = check_backend(backend)
         if backend != "reference":
             importlib.import_module("ejmp.model.fused")  # registers its ops, before anybody counts or traces them
-        self.precision: Precision = precision
+        self.precision: Precision = check_name(precision)
         self.embedding = AtomEmbedding(config)
         self.backbone = Backbone(config)
         self.output = Heads(config)
@@ -176,6 +175,25 @@ class JMP(nn.Module):
         if self.compiled is not None:
             self.compiled.forget()
         return super().load_state_dict(*args, **options)
+
+    def on(self, *, backend: Backend | None = None, precision: Precision | None = None) -> "JMP":
+        """Return this model on another backend or at another precision; both share all parameters and buffers.
+
+        Args:
+            backend: as for `JMP`; None keeps the present one.
+            precision: as for `JMP`; None keeps the present one.
+
+        Raises:
+            ValueError: for an unknown backend or precision.
+            RuntimeError: for a backend that cannot be had here, with the reason.
+        """
+        other = copy.copy(self)
+        other.compiled = None
+        if backend is not None:
+            other.requested_backend = check_backend(backend)
+        if precision is not None:
+            other.precision = check_name(precision)
+        return other
 
     @property
     def dtype(self) -> torch.dtype:
@@ -346,6 +364,17 @@ class JMP(nn.Module):
         if self.precision == "fp32" or self.backend != "reference":
             return nullcontext()
         return torch.autocast(device.type, dtype=LOW_PRECISION[self.precision])
+
+
+def check_name(precision: Precision) -> Precision:
+    """Return the precision if there is one of that name.
+
+    Raises:
+        ValueError: if there is not.
+    """
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision: expected one of {get_args(Precision)}, got {precision!r}")
+    return precision
 
 
 def check_precision(precision: Precision, device: torch.device) -> None:

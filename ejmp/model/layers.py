@@ -37,7 +37,7 @@ def he_orthogonal_(weight: Tensor) -> Tensor:
     return weight.sub_(mean).div_((variance + 1e-6).sqrt()).mul_(fan_in**-0.5)
 
 
-class Plain(nn.Module):
+class Linear(nn.Module):
     """Linear without bias or activation; initialised he-orthogonal."""
 
     def __init__(self, num_in: int, num_out: int) -> None:
@@ -52,7 +52,7 @@ class Plain(nn.Module):
         return self.linear(x)
 
 
-class Dense(Plain):
+class Dense(Linear):
     """Linear without bias, then ScaledSiLU."""
 
     def __init__(self, num_in: int, num_out: int) -> None:

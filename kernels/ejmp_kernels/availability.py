@@ -9,7 +9,7 @@ import torch
 
 
 @functools.cache
-def unavailable(device: str = "cpu") -> str | None:
+def why_unavailable(device: str = "cpu") -> str | None:
     """Load the extension once and return None, or return the reason why it cannot be used on a type of device."""
     library = Path(__file__).with_name("_C.so")
     if not library.exists():
@@ -28,7 +28,7 @@ def unavailable(device: str = "cpu") -> str | None:
 
 
 @functools.cache
-def triton_unavailable(device: str | None = None) -> str | None:
+def why_triton_unavailable(device: str | None = None) -> str | None:
     """Return why Triton's kernels cannot be used, at all or on a type of device, or None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"

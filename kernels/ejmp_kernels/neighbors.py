@@ -74,7 +74,7 @@ def find_neighbors(query: NeighborQuery) -> Neighbors:
         RuntimeError: if the extension cannot be loaded or has no kernels for the device.
         ValueError: if a tensor has the wrong shape, type or device, or pointers or limits are out of order.
     """
-    reason = availability.unavailable(query.positions.device.type)
+    reason = availability.why_unavailable(query.positions.device.type)
     if reason is not None:
         raise RuntimeError(f"native neighbour search: {reason}")
     fields = (query.positions, query.cell, query.pbc, query.ptr, query.cutoff, query.limits, query.quad_atom)

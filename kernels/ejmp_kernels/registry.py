@@ -32,7 +32,7 @@ class _Missing:
         self._backend: Backend = backend
 
     def __getattr__(self, name: str) -> Any:
-        reason = unavailable(self._backend)
+        reason = why_unavailable(self._backend)
         raise RuntimeError(f"{self._backend} ops: {reason or 'not loaded, call ejmp_kernels.registry.load first'}")
 
 
@@ -40,11 +40,11 @@ _ops: dict[Backend, Any] = {backend: _Missing(backend) for backend in NAMESPACES
 _registrations: list[Callable[[str], None]] = []
 
 
-def unavailable(backend: Backend, device: str | None = None) -> str | None:
+def why_unavailable(backend: Backend, device: str | None = None) -> str | None:
     """Return why a backend's ops cannot be had, at all or on a type of device, or None if they can."""
     if backend == "native":
-        return availability.unavailable(device or "cpu")
-    return availability.triton_unavailable(device)
+        return availability.why_unavailable(device or "cpu")
+    return availability.why_triton_unavailable(device)
 
 
 def load(backend: Backend) -> None:
@@ -55,7 +55,7 @@ def load(backend: Backend) -> None:
     """
     if not isinstance(_ops[backend], _Missing):
         return
-    reason = unavailable(backend)
+    reason = why_unavailable(backend)
     if reason is not None:
         raise RuntimeError(f"{backend} ops: {reason}")
     if backend == "native":
@@ -159,5 +159,5 @@ def by_atom(ptr: Tensor, num_edges: int) -> Tensor:
     return torch.repeat_interleave(atoms, ptr.diff(), output_size=num_edges)
 
 
-if availability.unavailable() is None:
+if availability.why_unavailable() is None:
     load("native")

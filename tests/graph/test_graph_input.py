@@ -57,7 +57,7 @@ def test_wrong_options_are_refused(name, value):
 
 
 def test_without_the_extension(monkeypatch):
-    monkeypatch.setattr(availability, "unavailable", lambda: "taken away by a test")
+    monkeypatch.setattr(availability, "why_unavailable", lambda: "taken away by a test")
     with pytest.raises(RuntimeError, match="taken away by a test"):
         build_graph(GOOD, backend="native")
     with pytest.warns(RuntimeWarning, match="taken away by a test"):

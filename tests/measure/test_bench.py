@@ -121,7 +121,7 @@ def test_comparison_with_the_reference(tmp_path, capsys, monkeypatch):
     assert row["reference_ms"]["samples"] == row["ms"]["samples"]
     assert min(row["peak_memory_mib"], row["reference_peak_memory_mib"]) > 0
     assert "x of reference" in capsys.readouterr().out
-    monkeypatch.setattr(availability, "triton_unavailable", lambda _device=None: "Triton is not installed")
+    monkeypatch.setattr(availability, "why_triton_unavailable", lambda _device=None: "Triton is not installed")
     assert cli.main([*arguments, "--backend", "triton"]) == 2
     assert "Triton" in capsys.readouterr().err
 

@@ -93,7 +93,7 @@ def test_every_row_has_its_time_error_and_share_of_the_ceiling(dry, step):
 
 def test_every_backend_is_measured(dry):
     there = {"reference"}
-    if availability.unavailable() is None:
+    if availability.why_unavailable() is None:
         there.add("native")
     if importlib.util.find_spec("triton"):
         there.add("triton")

@@ -47,13 +47,13 @@ def test_refused_with_the_reason(tiny_config, monkeypatch):
     with pytest.raises(ValueError, match="backend: expected one of"):
         ejmp.JMP(tiny_config, "cuda")
     with monkeypatch.context() as patch:
-        patch.setattr(availability, "triton_unavailable", lambda device=None: "Triton is not installed")
+        patch.setattr(availability, "why_triton_unavailable", lambda device=None: "Triton is not installed")
         with pytest.raises(RuntimeError, match="Triton is not installed"):
             ejmp.JMP(tiny_config, "triton")
     half = ejmp.JMP(tiny_config, "native", "fp16")
     with pytest.raises(RuntimeError, match="float16"):
         half(ejmp.build_graph(molecule("H2O"), 8.0))
-    monkeypatch.setattr(availability, "unavailable", lambda device="cpu": "no compiler")
+    monkeypatch.setattr(availability, "why_unavailable", lambda device="cpu": "no compiler")
     backend.resolve.cache_clear()
     with pytest.raises(RuntimeError, match="no compiler"):
         ejmp.JMP(tiny_config, "native")

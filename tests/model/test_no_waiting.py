@@ -117,7 +117,7 @@ def waiting_is_an_error():
 
 
 def on_gpu(config, backend, precision):
-    reason = None if backend == "reference" else ejmp.model.backend.missing(backend, "cuda")
+    reason = None if backend == "reference" else ejmp.model.backend.why_unavailable(backend, "cuda")
     if reason is not None or (backend == "triton" and availability.interpreted()):
         pytest.skip(reason or "Triton is interpreted here: TRITON_INTERPRET=0")
     if precision in ("tf32", "bf16") and torch.cuda.get_device_capability() < (8, 0):

@@ -63,7 +63,7 @@ def load_golden(case):
 
 
 def require_native():
-    reason = availability.unavailable()
+    reason = availability.why_unavailable()
     if reason is not None:
         if os.environ.get("CI") == "true" and any(map(shutil.which, ("c++", "g++", "clang++"))):
             pytest.fail(f"there is a compiler, but {reason}")
@@ -71,7 +71,7 @@ def require_native():
 
 
 def require_triton():
-    reason = registry.unavailable("triton", TRITON_DEVICE)
+    reason = registry.why_unavailable("triton", TRITON_DEVICE)
     if reason is not None:
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
