@@ -11,7 +11,7 @@ from ejmp_kernels.specification import Quadruplets, Triplets
 
 
 @dataclass(frozen=True, kw_only=True)
-class Geometry:
+class AngleTables:
     """Everything about angles that the four many-body interactions need."""
 
     edge_to_edge: Triplets
@@ -22,11 +22,11 @@ class Geometry:
     """[N, K] ids of atom pairs, padded."""
 
 
-def compute_geometry(graph: AtomGraph, num_spherical: int) -> Geometry:
+def angle_tables(graph: AtomGraph, num_spherical: int) -> AngleTables:
     """Evaluate all angular functions of a graph."""
     main, near = graph.main, graph.atom_edges
     atoms = torch.arange(graph.num_atoms, device=graph.device)
-    return Geometry(
+    return AngleTables(
         edge_to_edge=specification.triplets(main, main, num_spherical, same_set=True),
         atom_to_edge=specification.triplets(main, near, num_spherical),
         edge_to_atom=specification.triplets(near, main, num_spherical),

@@ -22,7 +22,7 @@ def why_unavailable(backend: Backend, device: str | None = None, dtype: torch.dt
     return reason
 
 
-def check(backend: Backend) -> Backend:
+def check_backend(backend: Backend) -> Backend:
     """Return the backend if this installation has it.
 
     Raises:

@@ -117,7 +117,7 @@ class ProjectedBases:
 
 @dataclass(frozen=True, kw_only=True)
 class BasisValues(ProjectedBases):
-    """The same, and the basis that the first edge embedding reads."""
+    """Projected bases of one graph, and the unprojected one that the first edge embedding reads."""
 
     radial: Tensor
     """[E, R] of the main edges, unprojected."""
@@ -129,6 +129,7 @@ class Bases(nn.Module):
     def __init__(self, config: JMPConfig) -> None:
         super().__init__()
         radial, spherical = config.num_radial, config.num_spherical
+        self.num_spherical = spherical
         basis = RadialBasis(config)
         self.radial_basis = basis
         for name in ("cbf_basis_qint", "sbf_basis_qint", "cbf_basis_aeint", "cbf_basis_eaint", "cbf_basis_tint"):
