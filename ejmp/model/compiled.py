@@ -7,7 +7,7 @@ atoms. Nothing in it waits for the device.
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
@@ -20,7 +20,7 @@ from ejmp.model.outputs import Features, Output
 from ejmp.model.precision import tf32_products
 
 Mode = Literal["throughput", "latency", "off"]
-Location = tuple[dict[str, Tensor | None], str]
+Location = tuple[Mapping[str, Tensor | None], str]
 """Where a module keeps a parameter or buffer: its dictionary of them, and the name there."""
 Value = TypeVar("Value", AtomGraph, EdgeSet)
 Result = tuple[Tensor, ...]

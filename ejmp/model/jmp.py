@@ -1,6 +1,7 @@
 """JMP: embed atoms and edges, run the blocks, read each block out, and turn that into energies and forces."""
 
 import copy
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -46,8 +47,10 @@ class Backbone(nn.Module):
     def __init__(self, config: JMPConfig) -> None:
         super().__init__()
         self.bases = Bases(config)
-        self.int_blocks = nn.ModuleList(InteractionBlock(config) for _ in range(config.blocks))
-        self.out_blocks = nn.ModuleList(OutputBlock(config) for _ in range(config.blocks + 1))
+        blocks = nn.ModuleList(InteractionBlock(config) for _ in range(config.blocks))
+        self.int_blocks = cast("Sequence[InteractionBlock]", blocks)
+        blocks = nn.ModuleList(OutputBlock(config) for _ in range(config.blocks + 1))
+        self.out_blocks = cast("Sequence[OutputBlock]", blocks)
         num_outputs, num_layers = config.blocks + 1, config.num_global_out_layers
         self.out_mlp_E = FinalMLP(num_outputs, config.emb_size_atom, num_layers)
         if config.direct_forces:
@@ -143,16 +146,16 @@ class JMP(nn.Module):
         """Make `model(graph)` and `gradient_forces` fast, for batches of a few shapes; the one switch for it.
 
         Graphs are padded to the next shape of a ladder with atoms and edges that change nothing, and results cut back,
-        so they are those of the plain model to rounding. Parameters and state dict stay as they are. Training goes on
+        so they are those of the model as it is, to rounding. Parameters and state dict stay as they are. Training goes on
         working: what autograd records is compiled too, to first derivatives; `gradient_forces(create_graph=True)` and
-        `features` run plainly. Copies and pickles of the model are plain ones. Weights may change in place; after
-        replacing a parameter by hand, compile again.
+        `features` run as before. Copies and pickles of the model are not compiled. Weights may change, move or be
+        replaced; after replacing a whole layer, compile again.
 
         Args:
             mode: "throughput" compiles the forward pass, once per shape; "latency" also records it, and the gradient
                 forces, as a CUDA graph per shape, which a call replays without launching kernel by kernel (what
-                autograd records goes as in "throughput", so predict under torch.no_grad()); "off" returns to the plain
-                model.
+                autograd records goes as in "throughput", so predict under torch.no_grad()); "off" undoes
+                it.
             buckets: the ladder; default: one that grows with the graphs that come.
             compiler: torch.compile's backend; None leaves only padding and CUDA graphs.
 
@@ -166,7 +169,7 @@ class JMP(nn.Module):
     @property
     def compiled(self) -> Compiled | None:
         """What `compile` made."""
-        return self._compiled_call_impl
+        return cast("Compiled | None", self._compiled_call_impl)
 
     def forward(self, graph: AtomGraph, *, direct_forces: bool = True) -> Output:
         """Predict energies and, if the model has them, direct forces.
@@ -206,11 +209,11 @@ class JMP(nn.Module):
             for i, out_block in enumerate(backbone.out_blocks):
                 if i > 0:
                     with region(f"block {i - 1}"):
-                        h, m = executor.block(cast("InteractionBlock", backbone.int_blocks[i - 1]), h, m)
+                        h, m = executor.block(backbone.int_blocks[i - 1], h, m)
                 with region(f"output block {i}"):
-                    x_E.append(executor.energy(cast("OutputBlock", out_block), h, m))
+                    x_E.append(executor.energy(out_block, h, m))
                     if forces:
-                        x_F.append(executor.forces(cast("OutputBlock", out_block), m))
+                        x_F.append(executor.forces(out_block, m))
         return self._final_mlp(executor, tuple(x_E), tuple(x_F))
 
     def final_mlp(self, x_E: tuple[Tensor, ...], x_F: tuple[Tensor, ...], graph: AtomGraph) -> Features:

@@ -130,7 +130,12 @@ def _watched(model: JMP, graph: AtomGraph) -> _Watcher:
 
 def _forward_order(model: JMP, names: dict[ScaleFactor, str], graph: AtomGraph) -> list[ScaleFactor]:
     order: list[ScaleFactor] = []
-    handles = [factor.register_forward_pre_hook(lambda module, _inputs: order.append(module)) for factor in names]
+
+    def note(factor: nn.Module, _inputs: tuple[Tensor]) -> None:
+        assert isinstance(factor, ScaleFactor)
+        order.append(factor)
+
+    handles = [factor.register_forward_pre_hook(note) for factor in names]
     try:
         model.run(_watched(model, graph))
     finally:
