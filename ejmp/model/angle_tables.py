@@ -12,14 +12,14 @@ from ejmp_kernels.specification import Quadruplets, Triplets
 
 @dataclass(frozen=True, kw_only=True)
 class AngleTables:
-    """Everything about angles that the four many-body interactions need."""
+    """Tables of neighbours and spherical functions of their angles, for the four sums over neighbours."""
 
     edge_to_edge: Triplets
     atom_to_edge: Triplets
     edge_to_atom: Triplets
     quadruplets: Quadruplets
     pairs: Tensor
-    """[N, K] ids of atom pairs, padded."""
+    """Ids of the atom pairs into each atom, [N, K], padded."""
 
 
 def angle_tables(graph: AtomGraph, num_spherical: int) -> AngleTables:

@@ -23,7 +23,7 @@ def why_unavailable(backend: Backend, device: str | None = None, dtype: torch.dt
 
 
 def check_backend(backend: Backend) -> Backend:
-    """Return the backend if this installation has it.
+    """Return the backend, or raise if this installation does not have it.
 
     Raises:
         ValueError: if there is no such backend.

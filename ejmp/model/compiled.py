@@ -25,9 +25,10 @@ Location = tuple[Mapping[str, Tensor | None], str]
 Value = TypeVar("Value", AtomGraph, EdgeSet)
 Result = tuple[Tensor, ...]
 WARM_UP = 3
-"""Runs before a CUDA graph is recorded: they compile, load and choose what is compiled, loaded and chosen once."""
+"""Number of runs before a CUDA graph is recorded: they compile, load and choose what is compiled, loaded and chosen
+once."""
 _SHAPES = 1 << 10
-"""More shapes than torch.compile would trace on its own."""
+"""Number of shapes that are traced, more than torch.compile would by default."""
 
 
 class Recorder(Protocol):
@@ -224,7 +225,7 @@ def frozen(model: Compilable) -> Compilable:
 
 
 class Replay:
-    """A function of a graph, recorded once and replayed on other graphs of the same shape.
+    """A function of a graph that is recorded once and replayed on other graphs of the same shape.
 
     Args:
         function: what to record; it waits for nothing.

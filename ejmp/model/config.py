@@ -22,28 +22,35 @@ class JMPConfig:
     blocks: int = 6
     """Interaction blocks, 1..6 in the published models."""
     num_tasks: int = 4
-    """T, energy (and force) heads."""
+    """T, the number of heads, each for energies and, with direct forces, for forces."""
     direct_forces: bool = True
     """Whether the model has the edge branch that predicts forces without a gradient."""
     energy_reduction: Literal["sum", "mean"] = "sum"
-    """"mean" over atoms for intensive targets (QMOF, Matbench)."""
+    """How atoms make a structure's value: "sum", or "mean" for intensive targets (QMOF, Matbench)."""
     kept_blocks: tuple[int, ...] | None = None
     """Which blocks of the unpruned model these are; None if the model was never pruned."""
 
     emb_size_atom: int = 256
+    """C, the channels of atoms."""
     emb_size_edge: int = 1024
+    """M, the channels of edges."""
     emb_size_trip_in: int = 64
+    """Channels that are summed over triplets; `_out`: after the mixing that follows. So also for the next two."""
     emb_size_trip_out: int = 128
     emb_size_quad_in: int = 64
     emb_size_quad_out: int = 32
     emb_size_pair_in: int = 64
     emb_size_pair_out: int = 64
     emb_size_rbf: int = 32
+    """Width of a projected radial basis; cbf: circular, sbf: spherical."""
     emb_size_cbf: int = 16
     emb_size_sbf: int = 64
     num_radial: int = 128
+    """R, the Gaussians of the radial basis."""
     num_spherical: int = 7
+    """S, the Legendre polynomials of an angle."""
     num_before_skip: int = 2
+    """Residual layers before the skip connection; the numbers below are of residual layers elsewhere."""
     num_after_skip: int = 2
     num_concat: int = 4
     num_atom: int = 3
@@ -51,9 +58,11 @@ class JMPConfig:
     num_atom_emb_layers: int = 2
     num_global_out_layers: int = 2
     num_elements: int = 120
+    """Rows of the atom embedding."""
     rbf_cutoff: float = 12.0
-    """A, where every radial basis ends, whatever the graph's cutoff is."""
+    """Distance in A at which every radial basis ends, whatever the graph's cutoff is."""
     envelope_exponent: int = 5
+    """Exponent of the polynomial that takes every radial function smoothly to zero at its end."""
 
     def __post_init__(self) -> None:
         """Check the sizes."""

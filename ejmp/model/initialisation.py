@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 PANEL = 128
-"""Reflections that are applied together, as matrix products."""
+"""Number of reflections that are applied together, as matrix products."""
 
 
 @torch.no_grad()

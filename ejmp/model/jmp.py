@@ -1,8 +1,7 @@
 """JMP: embed atoms and edges, run the blocks, read each block out, and turn that into energies and forces."""
 
 import copy
-from collections.abc import Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,9 @@ from ejmp.model.precision import LOW_PRECISION, check_name, check_precision, pro
 from ejmp.model.reference_executor import ReferenceExecutor
 from ejmp.model.regions import region
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 
 @torch.compiler.assume_constant_result
 def _resolve(backend: Backend, device: str, dtype: torch.dtype) -> Kernels:
@@ -30,7 +32,7 @@ def _resolve(backend: Backend, device: str, dtype: torch.dtype) -> Kernels:
 
 
 class AtomEmbedding(nn.Module):
-    """One row per element, Z - 1."""
+    """The features of atoms before the first block: a row per element, number Z - 1."""
 
     def __init__(self, config: JMPConfig) -> None:
         super().__init__()
@@ -42,7 +44,7 @@ class AtomEmbedding(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Everything between the atom embedding and the heads."""
+    """The parameters of everything between the atom embedding and the heads."""
 
     def __init__(self, config: JMPConfig) -> None:
         super().__init__()
@@ -65,7 +67,7 @@ def _head(size: int) -> nn.Sequential:
 
 
 class Heads(nn.Module):
-    """One head per task, on atoms for energies and on edges for direct forces."""
+    """The heads: for each task one on atoms for energies and, with direct forces, one on edges."""
 
     def __init__(self, config: JMPConfig) -> None:
         super().__init__()
@@ -132,23 +134,23 @@ class JMP(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return self.embedding.atom_embedding.weight.device
 
     @property
     def backend(self) -> Kernels:
-        """What runs the model where it is, at its precision."""
+        """The backend that runs the model on its device, at its precision."""
         return _resolve(self.requested_backend, self.device.type, LOW_PRECISION.get(self.precision, self.dtype))
 
     def compile(
         self, mode: Mode = "throughput", *, buckets: Buckets | None = None, compiler: str | None = "inductor"
     ) -> None:
-        """Make `model(graph)` and `gradient_forces` fast, for batches of a few shapes; the one switch for it.
+        """Make `model(graph)` and `gradient_forces` fast for batches of a few shapes; this is the one switch for it.
 
         Graphs are padded to the next shape of a ladder with atoms and edges that change nothing, and results cut back,
-        so they are those of the model as it is, to rounding. Parameters and state dict stay as they are. Training goes on
-        working: what autograd records is compiled too, to first derivatives; `gradient_forces(create_graph=True)` and
-        `features` run as before. Copies and pickles of the model are not compiled. Weights may change, move or be
+        so they are those of the model as it is, to rounding. Parameters and state dict stay as they are. Training goes
+        on working: what autograd records is compiled too, to first derivatives; `gradient_forces(create_graph=True)`
+        and `features` run as before. Copies and pickles of the model are not compiled. Weights may change, move or be
         replaced; after replacing a whole layer, compile again.
 
         Args:
@@ -168,7 +170,7 @@ class JMP(nn.Module):
 
     @property
     def compiled(self) -> Compiled | None:
-        """What `compile` made."""
+        """The wrapper that `compile` made, or None."""
         return cast("Compiled | None", self._compiled_call_impl)
 
     def forward(self, graph: AtomGraph, *, direct_forces: bool = True) -> Output:

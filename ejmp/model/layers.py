@@ -15,10 +15,10 @@ INV_SQRT_3 = 1 / math.sqrt(3)
 
 
 class ScaledSiLU(nn.Module):
-    """SiLU(x) / 0.6, which keeps the variance of normal inputs near one (GemNet, arXiv 2106.08903)."""
+    """The activation SiLU(x) / 0.6, which keeps the variance of normal inputs near one (GemNet, arXiv 2106.08903)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply elementwise."""
+        """Apply the activation to each element."""
         return nn.functional.silu(x) * (1 / 0.6)
 
 
