@@ -12,7 +12,7 @@ PANEL = 128
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch use one thread for a while: on a busy machine threads that wait for each other take ten times longer."""
+    """Let torch use one thread for a while. Threads that wait for each other take ten times longer on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
