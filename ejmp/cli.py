@@ -1,25 +1,29 @@
 """The `ejmp` command."""
 
 import argparse
+import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ejmp import __version__
+from ejmp.compress.config import parse_blocks
 from ejmp.data import cli as data
-from ejmp.train import main as launch
+from ejmp.train import main as training_main
+from ejmp.train.flags import COMMANDS
 
 if TYPE_CHECKING:
     from ejmp.measure.workloads import Workload
 
 _EXTRAS = {"mpi4py": "mpi", "tblite": "demo"}
-"""What brings a module that the command's own extra does not."""
+"""The extra to install for a module that the command's own extra does not bring."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status, 2 for bad input."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line, whose result has the function to call as `run`."""
     parser = argparse.ArgumentParser(prog="ejmp", description="JMP molecular foundation models: measure, prune, run.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -30,11 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data.add_commands(commands.add_parser("data", help="convert, check and describe datasets"))
     _add_prune(commands.add_parser("prune", help="keep some interaction blocks of a model"))
     _add_relevance(commands.add_parser("relevance", help="how much each block's output matters, by dataset"))
-    for command in ("finetune", "evaluate"):
-        training = commands.add_parser(command, help=launch.DESCRIPTIONS[command])
-        launch.add_options(command, training)
-        training.set_defaults(run=launch.run)
-    options = parser.parse_args(arguments)
+    for name, command in COMMANDS.items():
+        training = commands.add_parser(name, help=command.description, description=command.description)
+        command.add_flags(training)
+        training.set_defaults(run=functools.partial(training_main.run, name))
+    _add_report(commands.add_parser("report", help="show a saved result again: of bench, profile or relevance"))
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status, 2 for bad input."""
+    options = make_parser().parse_args(arguments)
     try:
         return options.run(options)
     except ModuleNotFoundError as error:
@@ -144,6 +154,26 @@ def _doctor(_options: argparse.Namespace) -> int:
     return 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class PruneRequest:
+    """Keep some interaction blocks of a saved model."""
+
+    model: Path
+    """Model to prune, as `ejmp.load` reads it."""
+    out: Path
+    """Directory to write the smaller model to."""
+    blocks: int | None
+    """Number of blocks to keep, the first ones; None: `keep` says which."""
+    keep: tuple[int, ...] | None
+    """Numbers of the blocks to keep; None: `blocks` says how many."""
+    final_mlp: Literal["sliced", "random"]
+    """How the first layer of the final MLP is made; see `ejmp.prune`."""
+    seed: int
+    """Seed of a random first layer."""
+    overwrite: bool
+    """Whether a model in the directory is replaced."""
+
+
 def _add_prune(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_prune)
     parser.add_argument("model", type=Path, help="what ejmp.load reads")
@@ -152,7 +182,7 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
     kept.add_argument("--blocks", type=int, help="keep this many, the first ones")
     kept.add_argument("--keep", metavar="0,1,...", help="keep exactly these, numbered from 0")
     parser.add_argument("--final-mlp", default="sliced", choices=("sliced", "random"), help="default: sliced")
-    parser.add_argument("--seed", type=int, default=0, help="of --final-mlp random (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of --final-mlp random (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace a model at OUT")
 
 
@@ -160,29 +190,64 @@ def _prune(options: argparse.Namespace) -> int:
     import torch  # noqa: PLC0415
 
     import ejmp  # noqa: PLC0415
-    from ejmp.compress.pruning import parse_blocks  # noqa: PLC0415
 
-    torch.manual_seed(options.seed)
-    keep = None if options.keep is None else parse_blocks(options.keep)
-    model = ejmp.load(options.model)
-    small = ejmp.prune(model, blocks=options.blocks, keep=keep, final_mlp=options.final_mlp)
-    ejmp.save(small, options.out, overwrite=options.overwrite)
+    request = PruneRequest(
+        model=options.model,
+        out=options.out,
+        blocks=options.blocks,
+        keep=None if options.keep is None else parse_blocks(options.keep),
+        final_mlp=options.final_mlp,
+        seed=options.seed,
+        overwrite=options.overwrite,
+    )
+    torch.manual_seed(request.seed)
+    model = ejmp.load(request.model)
+    small = ejmp.prune(model, blocks=request.blocks, keep=request.keep, final_mlp=request.final_mlp)
+    ejmp.save(small, request.out, overwrite=request.overwrite)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
     kept = ", ".join(map(str, small.config.kept_blocks or ()))
-    print(f"{options.out}: blocks {kept}; {after:,} of {before:,} parameters")
+    print(f"{request.out}: blocks {kept}; {after:,} of {before:,} parameters")
     return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelevanceRequest:
+    """Score the blocks of a saved model on some datasets.
+
+    Raises:
+        ValueError: if structures or batch is not positive.
+    """
+
+    model: Path
+    """Model to score, as `ejmp.load` reads it."""
+    data: str | None
+    """Record stores, as "NAME=FOLDER,..."; None: the demo mix."""
+    structures: int
+    """Largest number of structures to take of each dataset."""
+    batch: int
+    """Number of structures per batch."""
+    labels: bool
+    """Whether the loss is that of energies and forces on labels; otherwise it is their magnitudes."""
+    output: Path | None
+    """File to write: the scores if its name ends in .json, otherwise a picture of them."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name, value in (("structures", self.structures), ("batch", self.batch)):
+            if value < 1:
+                raise ValueError(f"--{name}: expected 1 or more, got {value}")
 
 
 def _add_relevance(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_relevance)
     parser.add_argument("model", type=Path, help="what ejmp.load reads")
     parser.add_argument("--data", metavar="NAME=FOLDER,...", help="record stores (default: the embedded demo mix)")
-    parser.add_argument("--structures", type=int, default=32, help="of each dataset at most (default: 32)")
+    parser.add_argument("--structures", type=int, default=32, help="at most this many of each dataset (default: 32)")
     parser.add_argument("--batch", type=int, default=4, help="structures per batch (default: 4)")
     parser.add_argument(
         "--labels", action="store_true", help="loss of energies and forces on labels, instead of their magnitudes"
     )
-    parser.add_argument("--output", type=Path, metavar="PNG", help="draw the scores")
+    parser.add_argument("--output", type=Path, metavar="PNG|JSON", help="draw the scores, or write them")
 
 
 def _relevance(options: argparse.Namespace) -> int:
@@ -191,24 +256,74 @@ def _relevance(options: argparse.Namespace) -> int:
     from ejmp.train.sources import demo_mix, from_stores, with_tasks_of  # noqa: PLC0415
     from ejmp.train.survey import survey  # noqa: PLC0415
 
-    for name in ("structures", "batch"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name}: expected 1 or more, got {getattr(options, name)}")
-    if options.output is not None:
+    request = RelevanceRequest(
+        model=options.model,
+        data=options.data,
+        structures=options.structures,
+        batch=options.batch,
+        labels=options.labels,
+        output=options.output,
+    )
+    writes_json = request.output is not None and request.output.suffix == ".json"
+    if request.output is not None and not writes_json:
         report.need_matplotlib()
-    model = ejmp.load(options.model)
-    sources = from_stores(options.data) if options.data else demo_mix()
+    model = ejmp.load(request.model)
+    sources = from_stores(request.data) if request.data else demo_mix()
     scores = survey(
         model,
-        with_tasks_of(options.model, sources, model),
-        structures=options.structures,
-        batch_size=options.batch,
-        labels=options.labels,
+        with_tasks_of(request.model, sources, model),
+        structures=request.structures,
+        batch_size=request.batch,
+        labels=request.labels,
     )
     print(report.relevance_table(scores))
-    if options.output is not None:
-        report.relevance_picture(scores, options.output)
-        print(f"\n{options.output}")
+    if request.output is not None:
+        if writes_json:
+            request.output.write_text(json.dumps({"relevance": scores}, indent=1) + "\n")
+        else:
+            report.relevance_picture(scores, request.output)
+        print(f"\n{request.output}")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportRequest:
+    """Show a result that `ejmp bench`, `profile` or `relevance` has saved."""
+
+    result: Path
+    """JSON file of the result."""
+    output: Path | None
+    """Picture to draw; None: only the text is printed."""
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_report)
+    parser.add_argument("result", type=Path, metavar="JSON", help="what --output of bench, profile or relevance wrote")
+    parser.add_argument("--output", type=Path, metavar="PNG", help="draw the picture of a bench or relevance result")
+
+
+def _report(options: argparse.Namespace) -> int:
+    from ejmp.measure import profile_report, report  # noqa: PLC0415
+
+    request = ReportRequest(result=options.result, output=options.output)
+    result = json.loads(request.result.read_text())
+    picture: Callable[[Path], None] | None = None
+    if "relevance" in result:
+        scores = result["relevance"]
+        text, picture = report.relevance_table(scores), functools.partial(report.relevance_picture, scores)
+    elif "rows" in result and "graph_ms" in result:
+        text = f"{report.summary(result)}\n\n{report.table(result)}"
+        picture = functools.partial(report.picture, result)
+    elif "modules" in result:
+        text = profile_report.text(result)
+    else:
+        raise ValueError(f"{request.result}: expected a result of bench, profile or relevance")
+    print(text)
+    if request.output is not None:
+        if picture is None:
+            raise ValueError("--output: there is no picture of a profile")
+        picture(request.output)
+        print(f"\n{request.output}")
     return 0
 
 

@@ -1,11 +1,9 @@
 """What a pruned student is taught by the model it was cut from: distances between outputs and between features."""
 
-import dataclasses
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from ejmp.compress.config import EDGE_TERMS, DistillConfig
 from ejmp.compress.losses import Losses
 from ejmp.graph.graph import AtomGraph
 from ejmp.model.jmp import Features, Output
@@ -13,47 +11,6 @@ from ejmp_kernels import specification
 
 Prediction = tuple[Features, Output]
 """What `JMP.features` and `JMP.heads` return for one graph."""
-EDGE_TERMS = ("edge", "edge_to_node", "vector_to_vector")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillConfig:
-    """Weights of the terms; 0 leaves a term out. The defaults are the paper's (Ghunaim et al., equation 6).
-
-    Each term is a mean absolute difference of student and teacher over all elements, where the paper writes the L1
-    norm: so it depends neither on the widths nor on how many atoms are in a batch. Feature terms are summed over the
-    layers of the final MLP.
-
-    Raises:
-        ValueError: for a negative weight, or if all of the terms are 0.
-    """
-
-    energy: float = 0.0
-    """Of the energies of all heads, raw."""
-    forces: float = 1.0
-    """Of the direct forces of all heads, raw."""
-    node: float = 1.0
-    """Of the features of atoms, in the energy branch."""
-    edge: float = 1.0
-    """Of the features of edges, in the force branch."""
-    edge_to_node: float = 0.0
-    """Of the edges' features averaged over the edges into each atom. Kelvinius et al. (arXiv 2306.14818) compare such
-    averages of the teacher with atom features of a student without edges, through a learnt map; ours has edges."""
-    vector_to_vector: float = 0.0
-    """Of the same averages after each edge's features are multiplied with its unit vector, [N, 3, M]: the equivariant
-    features that GemNet-OC has none of by itself, and that their vector-to-vector term compares."""
-    labels: float = 0.0
-    """Of the loss on the labels, lambda0 in lambda0 * L0 + lambda * L_KD. 0: labels are not used."""
-    teacher: float = 1.0
-    """lambda."""
-
-    def __post_init__(self) -> None:
-        """Check the weights."""
-        for name, value in dataclasses.asdict(self).items():
-            if not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise ValueError(f"DistillConfig.{name}: expected 0 or more, got {value!r}")
-        if not any((self.energy, self.forces, self.node, *(getattr(self, name) for name in EDGE_TERMS))):
-            raise ValueError("DistillConfig: expected at least one term with a positive weight")
 
 
 def distill_loss(student: Prediction, teacher: Prediction, graph: AtomGraph, config: DistillConfig) -> Losses:
@@ -102,22 +59,22 @@ Pairs = list[tuple[Tensor, Tensor]]
 
 def _pairs(student: Prediction, teacher: Prediction, graph: AtomGraph, config: DistillConfig) -> dict[str, Pairs]:
     """Return for each wanted term what of the student is compared with what of the teacher."""
-    (own, own_out), (his, his_out) = student, teacher
+    (student_features, student_out), (teacher_features, teacher_out) = student, teacher
     wanted: dict[str, Pairs] = {}
     if config.energy:
-        wanted["energy"] = [(own_out.energy, his_out.energy)]
+        wanted["energy"] = [(student_out.energy, teacher_out.energy)]
     if config.forces:
-        if own_out.forces is None or his_out.forces is None:
-            _refuse("forces", student=own_out.forces is None)
+        if student_out.forces is None or teacher_out.forces is None:
+            _refuse("forces", student=student_out.forces is None)
         else:
-            wanted["forces"] = [(own_out.forces, his_out.forces)]
+            wanted["forces"] = [(student_out.forces, teacher_out.forces)]
     if config.node:
-        wanted["node"] = _layers(own.mlp_E, his.mlp_E, "node")
+        wanted["node"] = _layers(student_features.mlp_E, teacher_features.mlp_E, "node")
     for name in EDGE_TERMS:
         if getattr(config, name):
-            if not own.mlp_F or not his.mlp_F:
-                _refuse(name, student=not own.mlp_F)
-            layers = _layers(own.mlp_F, his.mlp_F, name)
+            if not student_features.mlp_F or not teacher_features.mlp_F:
+                _refuse(name, student=not student_features.mlp_F)
+            layers = _layers(student_features.mlp_F, teacher_features.mlp_F, name)
             wanted[name] = [(_onto(a, graph, name), _onto(b.detach(), graph, name)) for a, b in layers]
     return wanted
 
@@ -127,10 +84,10 @@ def _refuse(name: str, *, student: bool) -> None:
     raise ValueError(f"{name}: the {who} has no force branch; set DistillConfig.{name} to 0")
 
 
-def _layers(own: tuple[Tensor, ...], his: tuple[Tensor, ...], name: str) -> Pairs:
-    if len(own) != len(his):
-        raise ValueError(f"{name}: the student's final MLP has {len(own)} layers, the teacher's {len(his)}")
-    return list(zip(own, his, strict=True))
+def _layers(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], name: str) -> Pairs:
+    if len(student) != len(teacher):
+        raise ValueError(f"{name}: the student's final MLP has {len(student)} layers, the teacher's {len(teacher)}")
+    return list(zip(student, teacher, strict=True))
 
 
 def _onto(x: Tensor, graph: AtomGraph, name: str) -> Tensor:

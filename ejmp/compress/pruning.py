@@ -63,18 +63,6 @@ def prune(
     return small.train(model.training)
 
 
-def parse_blocks(text: str) -> list[int]:
-    """Return the block numbers of a flag --keep.
-
-    Raises:
-        ValueError: if they are not numbers with commas.
-    """
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--keep: expected numbers with commas, such as 0,1,2, got {text!r}") from None
-
-
 def _old_name(name: str, kept: list[int]) -> str:
     """Return the unpruned model's name of a tensor: block i was block kept[i], output block i + 1 was kept[i] + 1."""
     match = re.match(r"backbone\.(int|out)_blocks\.(\d+)\.(.*)", name)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import ejmp
-from ejmp.compress.distill import DistillConfig, combine, distill_loss
+from ejmp.compress.config import DistillConfig
+from ejmp.compress.distill import combine, distill_loss
 from ejmp.data import DEMO_MIX, DatasetInfo, Statistics, demo
 from ejmp.data.sampling.batch import make_batch
 from ejmp.train.loss import multitask_loss
