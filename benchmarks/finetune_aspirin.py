@@ -24,7 +24,7 @@ from ejmp.train.evaluate import evaluate
 from ejmp.train.faults import session
 from ejmp.train.loop import FINAL, Run, train
 from ejmp.train.objective import Supervised
-from ejmp.train.sources import DEMO_GRAPH, Source, tasks_of
+from ejmp.train.sources import DEMO_GRAPH, TaskData, tasks_of
 from ejmp.train.start import for_finetuning, new_model
 from ejmp.train.task import Task
 
@@ -73,7 +73,7 @@ def main():
     options = parser.parse_args()
     splits = splits_of(options.frames)
     task = Task.from_info(splits["train"].info, forces="gradient")
-    source = Source(splits=splits, task=task, cutoff=DEMO_GRAPH[0], max_neighbors=DEMO_GRAPH[1])
+    source = TaskData(splits=splits, task=task, cutoff=DEMO_GRAPH[0], max_neighbors=DEMO_GRAPH[1])
     settings = dataclasses.replace(presets.demo("finetune"), steps=options.steps, validate_every=options.steps // 3)
     found = {}
     with session("cpu") as ranks, tempfile.TemporaryDirectory() as scratch:

@@ -28,7 +28,7 @@ from ejmp.train.requests import (
     Request,
     RunRequest,
 )
-from ejmp.train.sources import Source, demo_downstream, demo_mix, from_stores, tasks_of, with_tasks_of
+from ejmp.train.sources import TaskData, demo_downstream, demo_mix, from_stores, tasks_of, with_tasks_of
 from ejmp.train.start import for_finetuning, new_model
 
 
@@ -130,7 +130,7 @@ def finetune(request: FinetuneRequest, ranks: Ranks) -> str:
     return _report(run, result, rows)
 
 
-def _finetuning_data(request: FinetuneRequest) -> Source:
+def _finetuning_data(request: FinetuneRequest) -> TaskData:
     if not request.data:
         return demo_downstream(request.demo)
     sources = from_stores(request.data, target=request.target, forces=request.forces)
@@ -169,7 +169,7 @@ def evaluate(request: EvaluateRequest, ranks: Ranks) -> str:
 def _train(
     request: RunRequest,
     objective: Objective,
-    sources: Sequence[Source],
+    sources: Sequence[TaskData],
     ranks: Ranks,
     factors: LayerFactors | None = None,
 ) -> Result:

@@ -9,7 +9,7 @@ from ejmp.model.jmp import JMP
 from ejmp.train.distributed import Ranks, sum_over_ranks
 from ejmp.train.metrics import Maes
 from ejmp.train.objective import predict
-from ejmp.train.sources import Source, Split, loader_of, tasks_of
+from ejmp.train.sources import TaskData, Split, loader_of, tasks_of
 
 Errors = dict[str, dict[str, float]]
 """By dataset, then by name with its unit; see `Maes.result`."""
@@ -17,7 +17,7 @@ Errors = dict[str, dict[str, float]]
 
 def evaluate(
     model: JMP,
-    sources: Sequence[Source],
+    sources: Sequence[TaskData],
     ranks: Ranks,
     *,
     split: Split = "val",

@@ -22,7 +22,7 @@ from ejmp.train.groups import LayerFactors, parameter_groups, scale_shared_gradi
 from ejmp.train.logs import Log, Tracker
 from ejmp.train.objective import Objective
 from ejmp.train.schedule import EarlyStop, Schedule
-from ejmp.train.sources import TASKS_FILE, Source, loader_of, tasks_text
+from ejmp.train.sources import TASKS_FILE, TaskData, loader_of, tasks_text
 
 FINAL = "final"
 """The folder of a run that holds the trained model."""
@@ -34,7 +34,7 @@ class Run:
 
     objective: Objective
     """What is minimised, with the model that is trained."""
-    sources: Sequence[Source]
+    sources: Sequence[TaskData]
     """Datasets with their splits, graphs and tasks, in the order of their dataset numbers."""
     config: TrainConfig
     """Settings of the training loop."""
@@ -66,7 +66,8 @@ def train(run: Run, *, resume: bool = False) -> Result:
     """Train until the last step, an early stop, or SIGTERM.
 
     Args:
-        run: what to train and where. Its folder gets run.json, deepspeed.json, log.jsonl, checkpoints and the final model.
+        run: what to train and where. Its folder gets run.json, deepspeed.json, log.jsonl, checkpoints and the final
+            model.
         resume: go on from the newest whole checkpoint in the folder.
 
     Raises:

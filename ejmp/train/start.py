@@ -10,10 +10,10 @@ from ejmp.data import MixSampler
 from ejmp.model.config import JMPConfig
 from ejmp.model.jmp import JMP
 from ejmp.model.scale_factors import fit_scale_factors
-from ejmp.train.sources import Source, loader_of
+from ejmp.train.sources import TaskData, loader_of
 
 
-def new_model(config: JMPConfig, sources: Sequence[Source], *, seed: int) -> JMP:
+def new_model(config: JMPConfig, sources: Sequence[TaskData], *, seed: int) -> JMP:
     """Return an untrained model whose scale factors are fitted to some of the sources' training structures."""
     torch.manual_seed(seed)
     model = JMP(config)

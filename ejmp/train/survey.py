@@ -8,12 +8,12 @@ from ejmp.compress.relevance import block_relevance, magnitude
 from ejmp.data.sampling.batch import Batch, make_batch
 from ejmp.model.jmp import JMP, Output
 from ejmp.train.loss import multitask_loss
-from ejmp.train.sources import Source
+from ejmp.train.sources import TaskData
 from ejmp.train.task import Tasks
 
 
 def survey(
-    model: JMP, sources: Sequence[Source], *, structures: int = 32, batch_size: int = 4, labels: bool = False
+    model: JMP, sources: Sequence[TaskData], *, structures: int = 32, batch_size: int = 4, labels: bool = False
 ) -> dict[str, dict[str, list[float]]]:
     """Score the blocks of a model on validation structures of each source.
 
@@ -42,7 +42,7 @@ def survey(
     return found
 
 
-def _batches(model: JMP, source: Source, structures: int, batch_size: int) -> Iterator[Batch]:
+def _batches(model: JMP, source: TaskData, structures: int, batch_size: int) -> Iterator[Batch]:
     data = source.split("val")
     count = min(structures, len(data))
     for first in range(0, count, batch_size):
