@@ -1,4 +1,4 @@
-"""What a pruned student is taught by the model it was cut from: distances between outputs and between features."""
+"""The distillation loss: distances of a student's outputs and features from those of its teacher."""
 
 import torch
 from torch import Tensor
@@ -17,13 +17,15 @@ def distill_loss(student: Prediction, teacher: Prediction, graph: AtomGraph, con
     """Compare a student with its teacher on one graph, in all heads; for some of them, give outputs of only those.
 
     Args:
-        student: with its autograd graph.
-        teacher: of the same graph; detached here, and compared in the student's precision (float32 at least).
-        graph: what both saw; only the terms that average over edges read it.
-        config: weights.
+        student: features and output of the student, with their autograd graph.
+        teacher: features and output of the teacher on the same graph; they are detached here, and compared in the
+            student's precision (float32 at least).
+        graph: graph that both models saw; only the terms that average over edges read it.
+        config: weights of the terms.
 
     Returns:
-        The weighted sum, without `labels` and `teacher` (see `combine`); the terms before weighting, as "kd_" + name.
+        Losses whose total is the weighted sum, not yet times `config.teacher` (see `combine`), and whose parts are
+        the terms before weighting, as "kd_" + name.
 
     Raises:
         ValueError: if widths, depths of the final MLP or heads of the two differ, or a term needs the force branch and
@@ -32,14 +34,19 @@ def distill_loss(student: Prediction, teacher: Prediction, graph: AtomGraph, con
     total = torch.zeros((), device=graph.device)
     parts = {}
     for name, pairs in _pairs(student, teacher, graph, config).items():
-        term = torch.stack([_distance(of_student, of_teacher, name) for of_student, of_teacher in pairs]).sum()
+        term = torch.stack([_distance(a, b, name) for a, b in pairs]).sum()
         parts[f"kd_{name}"] = term.detach()
         total = total + getattr(config, name) * term
     return Losses(total=total, parts=parts)
 
 
 def combine(labels: Losses | None, teacher: Losses, config: DistillConfig) -> Losses:
-    """Return lambda0 * L0 + lambda * L_KD and the parts of both.
+    """Return lambda0 * L0 + lambda * L_KD and the parts of both (Ghunaim et al., equation 6).
+
+    Args:
+        labels: loss on the labels, L0; None if `config.labels` is 0.
+        teacher: distillation loss, L_KD.
+        config: weights lambda0 (`labels`) and lambda (`teacher`).
 
     Raises:
         ValueError: if config.labels is positive and there is no loss on labels.
@@ -55,10 +62,15 @@ def combine(labels: Losses | None, teacher: Losses, config: DistillConfig) -> Lo
 
 
 Pairs = list[tuple[Tensor, Tensor]]
+"""What a term compares: tensors of the student, each with that of the teacher."""
 
 
 def _pairs(student: Prediction, teacher: Prediction, graph: AtomGraph, config: DistillConfig) -> dict[str, Pairs]:
-    """Return for each wanted term what of the student is compared with what of the teacher."""
+    """Return, for each term with a weight, the tensors it compares.
+
+    Raises:
+        ValueError: if a term needs the force branch and one of the two has none, or the final MLPs differ in depth.
+    """
     (student_features, student_out), (teacher_features, teacher_out) = student, teacher
     wanted: dict[str, Pairs] = {}
     if config.energy:
@@ -91,7 +103,7 @@ def _layers(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], name: str)
 
 
 def _onto(x: Tensor, graph: AtomGraph, name: str) -> Tensor:
-    """Return edge features [E, M] as the term compares them."""
+    """Return edge features [E, M] in the form in which a term compares them: as they are, or averaged over edges."""
     if name == "edge":
         return x
     x = x.to(torch.promote_types(x.dtype, graph.dtype))

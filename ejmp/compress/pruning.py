@@ -26,9 +26,9 @@ def prune(
     were kept.
 
     Args:
-        model: left as it is.
-        blocks: keep this many, the first ones.
-        keep: or keep exactly these, numbered from 0, ascending.
+        model: model to prune, which is not changed.
+        blocks: number of blocks to keep, the first ones.
+        keep: numbers of the blocks to keep instead, from 0, ascending.
         final_mlp: "sliced" keeps the surviving input columns of the final MLP's first layer (of both branches),
             "random" initialises that layer anew at the smaller size.
 

@@ -1,4 +1,4 @@
-"""A small teacher for those who have none yet: pre-trained once on the demo mix, then kept.
+"""A small teacher for users who have none yet: pre-trained once on the demo mix, then kept.
 
 It has JMP's six blocks and heads at a fraction of the widths, so that pre-training, pruning and distilling it take
 minutes on two cores. Nothing measured with it says anything about JMP-L.
@@ -26,10 +26,10 @@ CONFIG = presets.demo("pretrain")
 
 
 def demo_config(*, blocks: int = 6) -> JMPConfig:
-    """Return the sizes of the demo model: 0.7 M parameters at six blocks, which have no residual layers of their own.
+    """Return the sizes of the demo model: 0.7 M parameters at six blocks, which have no residual layers.
 
     Args:
-        blocks: interaction blocks.
+        blocks: number of interaction blocks.
     """
     return JMPConfig(
         blocks=blocks,
@@ -55,7 +55,7 @@ def demo_config(*, blocks: int = 6) -> JMPConfig:
 
 
 def cache_folder() -> Path:
-    """Return where the teacher is kept: a folder named after everything that makes it what it is."""
+    """Return the folder where the teacher is kept, whose name has a hash of its sizes, settings and data."""
     counts = [len(source.split("train")) for source in demo_mix()]
     recipe = f"{demo_config()} {CONFIG} {counts}"
     return cache_root() / f"demo-teacher-{hash_text(recipe)}"
@@ -66,7 +66,7 @@ def demo_teacher(ranks: Ranks) -> Path:
 
     Raises:
         ValueError: if the kept teacher is damaged, naming its folder.
-        SystemExit: if it was told to stop (SIGTERM) meanwhile.
+        SystemExit: if this process is told to stop (SIGTERM) meanwhile.
     """
     folder = cache_folder()
     whole = folder.exists()

@@ -1,4 +1,4 @@
-"""Adam's moments by parameter name, whole on rank 0, however ZeRO has divided them."""
+"""Adam's moments by parameter name: gathered on rank 0 and given back, however ZeRO divides them."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

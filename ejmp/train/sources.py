@@ -91,7 +91,9 @@ def _demo(name: str, *, head: int, forces: Literal["direct", "gradient"]) -> Tas
     return TaskData(splits=splits, task=task, cutoff=DEMO_GRAPH[0], max_neighbors=DEMO_GRAPH[1])
 
 
-def from_stores(spec: str, *, target: str = "energy", forces: Literal["direct", "gradient"] = "direct") -> list[TaskData]:
+def from_stores(
+    spec: str, *, target: str = "energy", forces: Literal["direct", "gradient"] = "direct"
+) -> list[TaskData]:
     """Open record stores (`ejmp data convert`) named like "oc20=PATH,oc22=PATH"; heads are numbered in that order.
 
     Args:

@@ -1,4 +1,4 @@
-"""Block relevance on the datasets of a mix, one by one."""
+"""Block relevance on each dataset of a mix."""
 
 from collections.abc import Iterator, Sequence
 
@@ -18,15 +18,16 @@ def survey(
     """Score the blocks of a model on validation structures of each source.
 
     Args:
-        model: with a head for each source's task.
+        model: model with a head for each source's task.
         sources: datasets with a split "val".
-        structures: of each at most.
-        batch_size: does not change the scores.
-        labels: take the loss of energies and direct forces on labels, the paper's choice, instead of the sum of
-            the magnitudes of all heads.
+        structures: largest number of structures to take of each dataset.
+        batch_size: number of structures per batch, which does not change the scores.
+        labels: whether to take the loss of energies and direct forces on labels, the paper's choice; otherwise the
+            loss is the sum of the magnitudes of all heads.
 
     Returns:
-        By dataset: "energy", "forces" (if the model has that branch) and "combined", [blocks + 1] each.
+        Scores by dataset and branch: "energy", "forces" (if the model has that branch) and "combined", each
+        [blocks + 1].
     """
     found = {}
     for source in sources:
