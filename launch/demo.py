@@ -1,4 +1,4 @@
-"""The whole method on the demo data: relevance, prune, distil, fine-tune, evaluate; some 9 minutes on two cores.
+"""Run the whole method on the demo data: relevance, prune, distil, fine-tune, evaluate; 9 minutes on two cores.
 
 make demo, or: python launch/demo.py [--run runs/demo] [--steps 150]
 """
@@ -48,7 +48,7 @@ def distilled(teacher: JMP, path: Path, blocks: int, steps: int, folder: Path, r
 
 
 def finished(run: Run) -> Result:
-    """Train, or leave the demo if that was told to stop."""
+    """Train and return the result; end the demo if it was told to stop."""
     result = train(run)
     if not result.finished:
         raise SystemExit(0)
@@ -67,10 +67,10 @@ def finetuned(start: JMP, folder: Path, ranks: Ranks, *, scratch: bool) -> Error
 
 
 def main() -> None:
-    """Run all and print the tables."""
+    """Run all parts of the demo and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--steps", type=int, default=150, help="of each distillation (default: 150)")
+    parser.add_argument("--steps", type=int, default=150, help="steps of each distillation (default: 150)")
     options = parser.parse_args()
     start = time.time()
     shutil.rmtree(options.run, ignore_errors=True)

@@ -45,7 +45,7 @@ CONFIG = TrainConfig(
 
 
 class Few:
-    """The first structures of a dataset."""
+    """Takes the first structures of a dataset."""
 
     def __init__(self, dataset, count):
         self.dataset, self.info = dataset, dataset.info
@@ -156,7 +156,7 @@ def test_early_stop(tmp_path, ranks, sources, teacher):
 
 
 def test_evaluation_by_hand(ranks, sources, teacher):
-    """Energies and forces of single structures, in eV and eV/A, free atoms only."""
+    """Errors are those of predictions for one structure at a time, in eV and eV/A, of free atoms only."""
     slabs = sources[0]
     errors = evaluate(teacher, [slabs], ranks, batch_size=3)["oc20"]
     energy, forces = [], []
@@ -319,7 +319,7 @@ def test_bad_flags(capsys, tmp_path, ranks, monkeypatch):
 
 
 def test_deepspeed_launcher_on_two_ranks(tmp_path, sources, teacher):
-    """The promised command: deepspeed launch/distill.py --blocks 4, here with 2 of 3 blocks and few steps."""
+    """README's deepspeed launch/distill.py --blocks 4, here with 2 of 3 blocks and few steps."""
     save(teacher, tmp_path / "teacher", more={TASKS_FILE: tasks_text(sources)})
     command = [
         Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", "29611",
