@@ -4,14 +4,14 @@ import argparse
 import functools
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from ejmp import __version__
-from ejmp.compress.config import parse_blocks
+from ejmp.compress import cli as compress
 from ejmp.data import cli as data
+from ejmp.measure import cli as measure
 from ejmp.train import main as training_main
 from ejmp.train.flags import COMMANDS
 
@@ -32,13 +32,13 @@ def make_parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="which implementation serves which op, device and type, and why")
     doctor.set_defaults(run=_doctor)
     data.add_commands(commands.add_parser("data", help="convert, check and describe datasets"))
-    _add_prune(commands.add_parser("prune", help="keep some interaction blocks of a model"))
-    _add_relevance(commands.add_parser("relevance", help="how much each block's output matters, by dataset"))
+    compress.add_prune(commands.add_parser("prune", help="keep some interaction blocks of a model"))
+    measure.add_relevance(commands.add_parser("relevance", help="how much each block's output matters, by dataset"))
     for name, command in COMMANDS.items():
         training = commands.add_parser(name, help=command.description, description=command.description)
         command.add_flags(training)
         training.set_defaults(run=functools.partial(training_main.run, name))
-    _add_report(commands.add_parser("report", help="show a saved result again: of bench, profile or relevance"))
+    measure.add_report(commands.add_parser("report", help="show a saved result again: of bench, profile or relevance"))
     return parser
 
 
@@ -151,179 +151,6 @@ def _doctor(_options: argparse.Namespace) -> int:
     from ejmp.measure import doctor  # noqa: PLC0415
 
     print(doctor.examine())
-    return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruneRequest:
-    """Keep some interaction blocks of a saved model."""
-
-    model: Path
-    """Model to prune, as `ejmp.load` reads it."""
-    out: Path
-    """Directory to write the smaller model to."""
-    blocks: int | None
-    """Number of blocks to keep, the first ones; None: `keep` says which."""
-    keep: tuple[int, ...] | None
-    """Numbers of the blocks to keep; None: `blocks` says how many."""
-    final_mlp: Literal["sliced", "random"]
-    """How the first layer of the final MLP is made; see `ejmp.prune`."""
-    seed: int
-    """Seed of a random first layer."""
-    overwrite: bool
-    """Whether a model in the directory is replaced."""
-
-
-def _add_prune(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=_prune)
-    parser.add_argument("model", type=Path, help="what ejmp.load reads")
-    parser.add_argument("out", type=Path, help="directory to write")
-    kept = parser.add_mutually_exclusive_group(required=True)
-    kept.add_argument("--blocks", type=int, help="keep this many, the first ones")
-    kept.add_argument("--keep", metavar="0,1,...", help="keep exactly these, numbered from 0")
-    parser.add_argument("--final-mlp", default="sliced", choices=("sliced", "random"), help="default: sliced")
-    parser.add_argument("--seed", type=int, default=0, help="seed of --final-mlp random (default: 0)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a model at OUT")
-
-
-def _prune(options: argparse.Namespace) -> int:
-    import torch  # noqa: PLC0415
-
-    import ejmp  # noqa: PLC0415
-
-    request = PruneRequest(
-        model=options.model,
-        out=options.out,
-        blocks=options.blocks,
-        keep=None if options.keep is None else parse_blocks(options.keep),
-        final_mlp=options.final_mlp,
-        seed=options.seed,
-        overwrite=options.overwrite,
-    )
-    torch.manual_seed(request.seed)
-    model = ejmp.load(request.model)
-    small = ejmp.prune(model, blocks=request.blocks, keep=request.keep, final_mlp=request.final_mlp)
-    ejmp.save(small, request.out, overwrite=request.overwrite)
-    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
-    kept = ", ".join(map(str, small.config.kept_blocks or ()))
-    print(f"{request.out}: blocks {kept}; {after:,} of {before:,} parameters")
-    return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class RelevanceRequest:
-    """Score the blocks of a saved model on some datasets.
-
-    Raises:
-        ValueError: if structures or batch is not positive.
-    """
-
-    model: Path
-    """Model to score, as `ejmp.load` reads it."""
-    data: str | None
-    """Record stores, as "NAME=FOLDER,..."; None: the demo mix."""
-    structures: int
-    """Largest number of structures to take of each dataset."""
-    batch: int
-    """Number of structures per batch."""
-    labels: bool
-    """Whether the loss is that of energies and forces on labels; otherwise it is their magnitudes."""
-    output: Path | None
-    """File to write: the scores if its name ends in .json, otherwise a picture of them."""
-
-    def __post_init__(self) -> None:
-        """Check the numbers."""
-        for name, value in (("structures", self.structures), ("batch", self.batch)):
-            if value < 1:
-                raise ValueError(f"--{name}: expected 1 or more, got {value}")
-
-
-def _add_relevance(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=_relevance)
-    parser.add_argument("model", type=Path, help="what ejmp.load reads")
-    parser.add_argument("--data", metavar="NAME=FOLDER,...", help="record stores (default: the embedded demo mix)")
-    parser.add_argument("--structures", type=int, default=32, help="at most this many of each dataset (default: 32)")
-    parser.add_argument("--batch", type=int, default=4, help="structures per batch (default: 4)")
-    parser.add_argument(
-        "--labels", action="store_true", help="loss of energies and forces on labels, instead of their magnitudes"
-    )
-    parser.add_argument("--output", type=Path, metavar="PNG|JSON", help="draw the scores, or write them")
-
-
-def _relevance(options: argparse.Namespace) -> int:
-    import ejmp  # noqa: PLC0415
-    from ejmp.measure import report  # noqa: PLC0415
-    from ejmp.train.sources import demo_mix, from_stores, with_tasks_of  # noqa: PLC0415
-    from ejmp.train.survey import survey  # noqa: PLC0415
-
-    request = RelevanceRequest(
-        model=options.model,
-        data=options.data,
-        structures=options.structures,
-        batch=options.batch,
-        labels=options.labels,
-        output=options.output,
-    )
-    writes_json = request.output is not None and request.output.suffix == ".json"
-    if request.output is not None and not writes_json:
-        report.need_matplotlib()
-    model = ejmp.load(request.model)
-    sources = from_stores(request.data) if request.data else demo_mix()
-    scores = survey(
-        model,
-        with_tasks_of(request.model, sources, model),
-        structures=request.structures,
-        batch_size=request.batch,
-        labels=request.labels,
-    )
-    print(report.relevance_table(scores))
-    if request.output is not None:
-        if writes_json:
-            request.output.write_text(json.dumps({"relevance": scores}, indent=1) + "\n")
-        else:
-            report.relevance_picture(scores, request.output)
-        print(f"\n{request.output}")
-    return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportRequest:
-    """Show a result that `ejmp bench`, `profile` or `relevance` has saved."""
-
-    result: Path
-    """JSON file of the result."""
-    output: Path | None
-    """Picture to draw; None: only the text is printed."""
-
-
-def _add_report(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=_report)
-    parser.add_argument("result", type=Path, metavar="JSON", help="what --output of bench, profile or relevance wrote")
-    parser.add_argument("--output", type=Path, metavar="PNG", help="draw the picture of a bench or relevance result")
-
-
-def _report(options: argparse.Namespace) -> int:
-    from ejmp.measure import profile_report, report  # noqa: PLC0415
-
-    request = ReportRequest(result=options.result, output=options.output)
-    result = json.loads(request.result.read_text())
-    picture: Callable[[Path], None] | None = None
-    if "relevance" in result:
-        scores = result["relevance"]
-        text, picture = report.relevance_table(scores), functools.partial(report.relevance_picture, scores)
-    elif "rows" in result and "graph_ms" in result:
-        text = f"{report.summary(result)}\n\n{report.table(result)}"
-        picture = functools.partial(report.picture, result)
-    elif "modules" in result:
-        text = profile_report.text(result)
-    else:
-        raise ValueError(f"{request.result}: expected a result of bench, profile or relevance")
-    print(text)
-    if request.output is not None:
-        if picture is None:
-            raise ValueError("--output: there is no picture of a profile")
-        picture(request.output)
-        print(f"\n{request.output}")
     return 0
 
 

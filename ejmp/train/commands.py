@@ -33,7 +33,7 @@ from ejmp.train.start import for_finetuning, new_model
 
 
 def carry_out(request: Request, ranks: Ranks) -> str:
-    """Do what a request asks, together with the other ranks, and return the text to print.
+    """Carry out a request, together with the other ranks, and return the text to print.
 
     Raises:
         ValueError: for bad input, naming it.

@@ -19,7 +19,7 @@ def main(name: CommandName, arguments: Sequence[str] | None = None) -> int:
 
 
 def run(name: CommandName, options: argparse.Namespace) -> int:
-    """Do what a command's parsed flags say, print what came out on rank 0, and return the exit status."""
+    """Carry out a command with parsed flags, print its result on rank 0, and return the exit status."""
     try:
         request = COMMANDS[name].request(options)
         from ejmp.train import commands, faults  # noqa: PLC0415 - they need torch
