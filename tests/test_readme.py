@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import ejmp
+from ejmp import cli
 from ejmp.measure import report
 from ejmp.train.evaluate import forces_only, table
 
@@ -112,8 +113,8 @@ def started(words):
             yield ("python", word), after
         elif word == "-m" and words[i - 1] == "python":
             yield ("python", "-m", after[0]), after[1:]
-        elif word == "pytest" and after and after[0].startswith("benchmarks"):
-            yield ("pytest", after[0]), after[1:]
+        elif word == "pytest" and after and after[0].startswith("benchmarks/"):
+            yield ("pytest", "benchmarks/"), after[1:]  # all suites have the same flags
         elif word == "make" and i == 0 and after and re.fullmatch(r"[a-z][a-z-]*", after[0]):
             yield ("make", after[0]), []
 
@@ -131,17 +132,32 @@ def test_all_kinds_of_commands_are_found():
     assert COMMANDS["python", "launch/distill.py"] >= {"--blocks", "--teacher", "--data"}
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids="-".join)
-def test_command_starts_and_has_its_flags(command):
-    """`--help` of each command, started as a user types it; make says what it would do."""
+def help_of(command, capsys):
+    """What a command says of itself: `ejmp` here, for its start alone takes seconds; make, what it would do."""
+    if command[0] == "ejmp":
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*command[1:], "--help"])
+        return ended.value.code, capsys.readouterr().out
     tools = {"python": [sys.executable], "pytest": [sys.executable, "-m", "pytest"]}
-    first = tools.get(command[0], [str(Path(sys.executable).with_name(command[0]))])
-    words = ["make", "--dry-run", command[1]] if command[0] == "make" else [*first, *command[1:], "--help"]
+    words = ["make", "--dry-run", command[1]] if command[0] == "make" else [*tools[command[0]], *command[1:], "--help"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
-    assert run.returncode == 0, run.stderr
-    missing = {flag for flag in COMMANDS[command] if not re.search(rf"{flag}\b", run.stdout)}
+    return run.returncode, run.stdout or run.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids="-".join)
+def test_command_starts_and_has_its_flags(command, capsys):
+    status, text = help_of(command, capsys)
+    assert status == 0, text
+    missing = {flag for flag in COMMANDS[command] if not re.search(rf"{flag}\b", text)}
     assert not missing, f"{' '.join(command)} has no {missing}"
+
+
+def test_ejmp_is_a_command():
+    run = subprocess.run(
+        [Path(sys.executable).with_name("ejmp"), "--version"], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == ejmp.__version__
 
 
 def test_every_named_file_exists():
