@@ -52,13 +52,13 @@ def test_nvcc_compiles(tmp_path):
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    """The CUDA ops of csrc/bindings_cuda.cpp, run on the CPU under the name torch.ops.ejmp_emulated."""
+    """The CUDA ops of csrc/bindings/cuda.cpp, run on the CPU under the name torch.ops.ejmp_emulated."""
     require_native()
     library = tmp_path_factory.mktemp("emulated") / "kernels.so"
     flags = ["-shared", "-fPIC", "-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
     flags += ["-DEJMP_EMULATE", "-fvisibility=hidden", *(f"-I{path}" for path in include_paths()), "-x", "c++"]
     links = ["-x", "none", *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
-    run_compiler(compiler("g++"), *flags, *KERNELS, FOLDER.parent / "bindings_cuda.cpp", *links, "-o", library)
+    run_compiler(compiler("g++"), *flags, *KERNELS, FOLDER.parent / "bindings/cuda.cpp", *links, "-o", library)
     torch.ops.load_library(str(library))
     return torch.ops.ejmp_emulated
 
