@@ -14,7 +14,7 @@ from torch.library import Library, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from ejmp_kernels.gemm import product
-from ejmp_kernels.registry import NAMESPACES, Backend, for_each_backend, ops
+from ejmp_kernels.registry import NAMESPACES, Backend, ops_of, when_loaded
 
 _LIBRARY = Library("ejmp", "IMPL")
 
@@ -30,10 +30,10 @@ def linear(x: Tensor, weight: Tensor, *, backend: Backend = "native") -> Tensor:
         raise ValueError(f"linear: expected x [rows, in] and weight [out, in] of one type, got {shapes}")
     if backend == "triton":
         return torch.nn.functional.linear(x, weight)
-    return ops("native").matmul(x, weight, False, True)
+    return ops_of("native").matmul(x, weight, False, True)
 
 
-@for_each_backend
+@when_loaded
 def _register(namespace: str) -> None:
     if namespace != NAMESPACES["native"]:
         return

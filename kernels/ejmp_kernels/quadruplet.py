@@ -26,11 +26,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ejmp_kernels.edges import Edges
 from ejmp_kernels.linear import linear
-from ejmp_kernels.registry import NAMESPACES, Backend, for_each_backend, ops, register_nonlinear
+from ejmp_kernels.registry import NAMESPACES, Backend, ops_of, register_nonlinear, when_loaded
 from ejmp_kernels.specification import collinear_eps
 
 PIECE_BYTES = 1 << 24
-"""How large a piece of the sums `quadruplet_linear` makes at a time: what the C library reuses, in a large cache."""
+"""Size of the piece of sums that `quadruplet_linear` makes at a time, in bytes: malloc reuses such a piece, and it fits
+into a large cache."""
 
 
 def quadruplet(
@@ -62,7 +63,7 @@ def quadruplet(
     """
     eps = collinear_eps(x.dtype) if eps is None else eps
     ids = (main.ptr, main.source, main.image, middle.ptr, middle.source, middle.image)
-    return ops(backend).quadruplet(x, filters, weight, main.vector, middle.vector, *ids, eps, main.max_degree)
+    return ops_of(backend).quadruplet(x, filters, weight, main.vector, middle.vector, *ids, eps, main.max_degree)
 
 
 def quadruplet_linear(
@@ -102,7 +103,7 @@ def quadruplet_linear(
     stops = sorted({0, len(main.ptr) - 1, *(torch.searchsorted(main.ptr, ends, right=True) - 1).tolist()})
     out = x.new_empty(main.num_edges, mix.shape[0])
     for first, last in itertools.pairwise(stops):
-        summed = ops("native").quadruplet_part(*arguments, collinear_eps(x.dtype), main.max_degree, first, last)
+        summed = ops_of("native").quadruplet_part(*arguments, collinear_eps(x.dtype), main.max_degree, first, last)
         start = int(main.ptr[first])
         out[start : start + len(summed)] = linear(summed, mix, backend=backend)
     return out
@@ -148,7 +149,7 @@ def _flops_part(*arguments: Any, out_val: Tensor) -> int:
     return sum(_flops(x, filters, weight[: len(out_val)], *vectors, *edges, degree=ptr.diff()))
 
 
-@for_each_backend
+@when_loaded
 def _register(namespace: str) -> None:
     register_nonlinear(f"{namespace}::quadruplet", 5, _fake, _flops)
     if namespace == NAMESPACES["native"]:

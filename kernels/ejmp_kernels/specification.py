@@ -270,10 +270,3 @@ def quadruplet(x: Tensor, filters: Tensor, weight: Tensor, main: Edges, middle: 
     found = quadruplets(main, middle, filters.shape[1])
     values = gather(x, found.inputs) * (found.circular.mT @ filters) * found.inputs_valid[..., None]
     return quadruplet_sum(values, weight, found.middles, found.angular)
-
-
-def pair(h: Tensor, radial: Tensor, ptr: Tensor, source: Tensor) -> Tensor:
-    """Sum over pairs as `ejmp_kernels.pair.pair` does."""
-    atoms = torch.arange(len(h), device=h.device)
-    table = neighbor_table(atoms, ptr, int(ptr.diff().max()))
-    return pair_sum(h, radial, source, table)

@@ -6,14 +6,15 @@ over the edges k into the target atom of edge e, except the same image of the sa
 atom to edge and, with `to_atoms`, edge to atom, where the edges e into each atom are summed too.
 
 Reads x, weight, v_out, v_in and writes out once: 4 (E_in (C + 3) + E_out (A S + 3) + E_out A C) bytes in float32. Work:
-2 P S C + 2 E_out A S C FLOP for P pairs (e, k). Specification: `specification.triplet`. Source of the sum: GemNet-OC (arXiv
-2204.02782), equations 7 to 9; of the form without a list: the polynomials depend on e and k through one dot product.
+2 P S C + 2 E_out A S C FLOP for P pairs (e, k). Specification: `specification.triplet`. Source of the sum: GemNet-OC
+(arXiv 2204.02782), equations 7 to 9; of the form without a list: the polynomials depend on e and k through one dot
+product.
 """
 
 from torch import Tensor
 
 from ejmp_kernels.edges import Edges
-from ejmp_kernels.registry import Backend, for_each_backend, ops, register_nonlinear
+from ejmp_kernels.registry import Backend, ops_of, register_nonlinear, when_loaded
 
 
 def triplet(
@@ -35,7 +36,7 @@ def triplet(
     Raises:
         ValueError: if shapes, types or devices do not fit together, or an index is out of range.
     """
-    return ops(backend).triplet(
+    return ops_of(backend).triplet(
         x, weight, out.vector, into.vector, out.ptr, out.source, out.image, into.ptr, into.source, into.image, to_atoms
     )
 
@@ -75,4 +76,4 @@ def _flops(
     return one * pairs, one * weight.shape[0] * weight.shape[1]
 
 
-for_each_backend(lambda namespace: register_nonlinear(f"{namespace}::triplet", 4, _fake, _flops))
+when_loaded(lambda namespace: register_nonlinear(f"{namespace}::triplet", 4, _fake, _flops))

@@ -141,7 +141,7 @@ OPS = (
 
 @functools.cache
 def register() -> Library:
-    """Make them the CUDA side of the ops, once; they last as long as what this returns."""
+    """Register the functions of OPS as the CUDA kernels of the ops, once; they last as long as the returned library."""
     library = Library("ejmp", "IMPL")
     for op in OPS:
         library.impl(op.__name__, op, "CUDA")

@@ -54,12 +54,12 @@ def test_nvcc_compiles(tmp_path):
 def emulated(tmp_path_factory):
     """The CUDA ops of csrc/bindings/cuda.cpp, run on the CPU under the name torch.ops.ejmp_emulated."""
     require_native()
-    library = tmp_path_factory.mktemp("emulated") / "kernels.so"
+    extension = tmp_path_factory.mktemp("emulated") / "kernels.so"
     flags = ["-shared", "-fPIC", "-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
     flags += ["-DEJMP_EMULATE", "-fvisibility=hidden", *(f"-I{path}" for path in include_paths()), "-x", "c++"]
     links = ["-x", "none", *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
-    run_compiler(compiler("g++"), *flags, *KERNELS, FOLDER.parent / "bindings/cuda.cpp", *links, "-o", library)
-    torch.ops.load_library(str(library))
+    run_compiler(compiler("g++"), *flags, *KERNELS, FOLDER.parent / "bindings/cuda.cpp", *links, "-o", extension)
+    torch.ops.load_library(str(extension))
     return torch.ops.ejmp_emulated
 
 
@@ -269,8 +269,8 @@ def test_model_equals_golden(emulated, monkeypatch, tiny):
 
     class OnGpu:
         def __getattr__(self, name):
-            plain = {op.__name__: op for op in unfused.OPS}
-            return plain.get(name) or getattr(torch.ops.ejmp if name == "matmul" else emulated, name)
+            by_torch = {op.__name__: op for op in unfused.OPS}
+            return by_torch.get(name) or getattr(torch.ops.ejmp if name == "matmul" else emulated, name)
 
     monkeypatch.setitem(registry._ops, "native", OnGpu())
     emulated.threads(1)

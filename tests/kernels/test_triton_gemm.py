@@ -19,7 +19,7 @@ from ejmp.model.precision import tf32_products
 from ejmp_kernels.availability import interpreted
 from ejmp_kernels.dense import linear_activate
 
-registry.load("triton")
+registry.load_backend("triton")
 from ejmp_kernels.triton_kernels import gemm, launch  # noqa: E402 - defines ops, which the line above registers
 
 DEVICE = "cpu" if interpreted() else "cuda"

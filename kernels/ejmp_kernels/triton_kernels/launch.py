@@ -36,7 +36,9 @@ def on_device(x: Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def check(op: str, device: torch.device, **expected: tuple[Tensor, tuple[torch.dtype, ...], tuple[int, ...]]) -> None:
+def check_arguments(
+    op: str, device: torch.device, **expected: tuple[Tensor, tuple[torch.dtype, ...], tuple[int, ...]]
+) -> None:
     """Check arguments of an op. Values of indices are not looked at, which would wait for the GPU.
 
     Args:

@@ -215,7 +215,7 @@ def prepare(*arguments: Any) -> Problem:
     num_edges, num_middle, num_atoms = source.shape[0], m_source.shape[0], max(ptr.numel() - 1, 0)
     channels, embedding, spherical = x.shape[1], weight.shape[1], f.shape[1]
     real, ids = (launch.sums_dtype(x),), (torch.int64,)
-    launch.check(
+    launch.check_arguments(
         "quadruplet",
         x.device,
         x=(x, launch.REAL, (num_edges, channels)),

@@ -262,7 +262,7 @@ def _gradients(along: tuple[Tensor, ...] | None, grad: Tensor, arguments: tuple)
     tensors, options, num_atoms = _prepare(*arguments)
     inputs, edges = tensors[:4], tensors[4:]
     rows = num_atoms if options["TO_ATOMS"] else inputs[1].shape[0]
-    launch.check("triplet", grad.device, grad=(grad, (inputs[0].dtype,), (rows, options["A"] * options["C"])))
+    launch.check_arguments("triplet", grad.device, grad=(grad, (inputs[0].dtype,), (rows, options["A"] * options["C"])))
     grad, options["DOUBLE"] = grad.contiguous(), along is not None
     directions = [u.contiguous() for u in along] if along is not None else inputs
     read = [*directions, grad, *inputs, *edges]
@@ -284,7 +284,7 @@ def _prepare(*arguments: Any) -> tuple[list[Tensor], dict, int]:
             f"triplet: x must have shape [E_in, C] and weight [E_out, A, S], got {x.ndim} and {weight.ndim} axes"
         )
     real, ids = (launch.sums_dtype(x),), (torch.int64,)
-    launch.check(
+    launch.check_arguments(
         "triplet",
         x.device,
         x=(x, launch.REAL, (num_in, x.shape[1])),

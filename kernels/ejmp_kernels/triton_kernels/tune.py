@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="file of tables to write the winners to (default: only print)")
     parser.add_argument("--dry", action="store_true", help="tiny sizes, once: whether it works at all")
     options = parser.parse_args(arguments)
-    registry.load("triton")
+    registry.load_backend("triton")
     device = torch.device("cpu" if availability.interpreted() else "cuda")
     sizes = Sizes(rows=64, wide=32, atoms=2, degree=3, channels=16) if options.dry else Sizes()
     kernels = [k for k in json.loads(COMMITTED.read_text())["default"] if k.startswith(tuple(options.kernels))]
