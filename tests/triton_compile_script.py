@@ -79,7 +79,7 @@ class Compiler:
         return torch.zeros(*shape, dtype=self.dtype)
 
     def wide(self, *shape):
-        """Geometry and bases."""
+        """Return zeros in the type of geometry and bases."""
         return torch.zeros(*shape, dtype=real(self.dtype))
 
     def _note(self, function, kernel, settings):

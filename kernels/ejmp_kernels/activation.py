@@ -1,4 +1,4 @@
-"""What happens between the products of the dense chain, in one pass over memory each.
+"""The passes between the matrix products of dense layers, each of which reads and writes memory once.
 
 activate(x, factor, add) = scale ScaledSiLU(x) factor + add_scale add, which is an activation, a radial filter, a
 residual and a scaling at once; swap_add(x) adds, for each edge, the activated message to the edge and the one to its
@@ -34,10 +34,10 @@ def activate(
         x: any shape; float32, float64 or bfloat16.
         factor: like x, or None for one.
         add: like x, or None for zero.
-        scale: of the activation.
-        add_scale: of what is added.
-        in_place: overwrite x where no gradient needs it; for the result of a product that nobody else holds.
-        backend: whose kernels.
+        scale: factor of the activation.
+        add_scale: factor of `add`.
+        in_place: overwrite x if no gradient needs it; for the result of a product that nothing else refers to.
+        backend: whose kernels to use.
 
     Raises:
         ValueError: if shapes, types or devices do not fit together.
@@ -58,8 +58,8 @@ def swap_add(
         x: [E, 2 M], the messages to edges beside those to counter-edges; float32, float64 or bfloat16.
         swap: [E] int64, the counter-edge of each edge; it undoes itself.
         add: [E, M] or None.
-        scale: of the sum.
-        backend: whose kernels.
+        scale: factor of the sum.
+        backend: whose kernels to use.
 
     Returns:
         [E, M].

@@ -34,9 +34,9 @@ def linear_activate(
         weight: [out, in], of the same type.
         factor: [rows, out] or None for one.
         add: [rows, out] or None for zero; the result has its type.
-        scale: of the activation.
-        add_scale: of what is added.
-        backend: whose kernels.
+        scale: factor of the activation.
+        add_scale: factor of `add`.
+        backend: whose kernels to use.
 
     Returns:
         [rows, out].

@@ -34,7 +34,7 @@ def gather_add(
         source: [E] int64.
         swap: [E] int64, the counter-edge of each edge.
         ptr: [N + 1] int64, CSR pointers of the edges over targets.
-        backend: whose kernels.
+        backend: whose kernels to use.
 
     Returns:
         [E, M], like x.

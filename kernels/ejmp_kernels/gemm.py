@@ -33,7 +33,7 @@ def _onednn(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """Copy a matrix with gaps between its rows or columns: oneDNN multiplies those a hundred times more slowly."""
+    """Copy a matrix if it has gaps between its rows or columns, which make oneDNN a hundred times slower."""
     return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
 
 
@@ -122,7 +122,7 @@ _known: dict[Path, dict[str, str]] = {}
 
 
 def _choices() -> dict[str, str]:
-    """Return what is known for this machine; the file is read once, and a damaged one counts as empty."""
+    """Return the choices known for this machine; the file is read once, and a damaged one counts as empty."""
     path = cache_file()
     if path not in _known:
         try:
@@ -154,7 +154,7 @@ def _measure(key: str, a: Tensor, b: Tensor) -> str:
 
 
 def _write(path: Path, choices: dict[str, str]) -> None:
-    """Replace the file as a whole; without the right to write, choices last as long as the process."""
+    """Replace the file as a whole; where it cannot be written, choices last as long as the process."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:

@@ -22,7 +22,7 @@ def pair(h: Tensor, radial: Tensor, ptr: Tensor, source: Tensor, *, backend: Bac
         radial: [E, R].
         ptr: [N + 1] int64, CSR pointers of the edges over targets.
         source: [E] int64.
-        backend: whose kernels.
+        backend: whose kernels to use.
 
     Returns:
         [N, R * C], radial-major.

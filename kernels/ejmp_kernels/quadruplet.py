@@ -53,7 +53,7 @@ def quadruplet(
         main: the edges that send and receive.
         middle: the Q edges between them, over the same atoms.
         eps: |sin(angle)| under which three atoms are on a line; default: `collinear_eps`.
-        backend: whose kernels.
+        backend: whose kernels to use.
 
     Returns:
         [E, A * C], basis-major.
@@ -79,19 +79,19 @@ def quadruplet_linear(
     """Return linear(quadruplet(...), mix); on the CPU without gradients never hold all [E, A * C] sums.
 
     Args:
-        x: as for `quadruplet`, like the next four.
+        x: [E, C], as for `quadruplet`, like the next four.
         filters: [Q, S, C].
         weight: [E, A, S * S].
         main: the edges that send and receive.
         middle: the Q edges between them.
         mix: [out, A * C].
-        backend: whose kernels.
+        backend: whose kernels to use.
 
     Returns:
         [E, out].
 
     Raises:
-        ValueError: as `quadruplet`.
+        ValueError: if shapes, types or devices do not fit together, or an index is out of range.
     """
     inputs = (x, filters, weight, main.vector, middle.vector)
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, mix))

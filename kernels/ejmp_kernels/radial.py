@@ -35,9 +35,9 @@ def radial(
         offset: [R], centres in units of the cutoff.
         temps: [R], inverse squared widths.
         weight: [R, J].
-        cutoff: A.
-        exponent: of the envelope, at least 2.
-        backend: whose kernels.
+        cutoff: where the basis ends, in A.
+        exponent: degree of the envelope at the origin, at least 2.
+        backend: whose kernels to use.
 
     Returns:
         [E, J].

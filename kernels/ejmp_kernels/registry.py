@@ -21,6 +21,7 @@ from ejmp_kernels import availability, unfused
 Shape = Callable[..., Tensor]
 Backend = Literal["native", "triton"]
 NAMESPACES: dict[Backend, str] = {"native": "ejmp", "triton": "ejmp_triton"}
+"""Where the ops of each backend are, below torch.ops."""
 
 
 class _NotLoaded:
@@ -39,7 +40,7 @@ _registrations: list[Callable[[str], None]] = []
 
 
 def why_unavailable(backend: Backend, device: str | None = None) -> str | None:
-    """Return why a backend's ops cannot be had, at all or on a type of device, or None if they can."""
+    """Return why a backend's ops cannot run, anywhere or on a type of device, or None if they can."""
     if backend == "native":
         return availability.why_unavailable(device or "cpu")
     return availability.why_triton_unavailable(device)
@@ -49,7 +50,7 @@ def load_backend(backend: Backend) -> None:
     """Load a backend's ops and register their derivatives with torch; a second call changes nothing.
 
     Raises:
-        RuntimeError: if they cannot be had, with the reason.
+        RuntimeError: if the ops cannot run here, with the reason.
     """
     if not isinstance(_ops[backend], _NotLoaded):
         return
@@ -80,7 +81,7 @@ def when_loaded(register: Callable[[str], None]) -> Callable[[str], None]:
 
 
 def zeros_for(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Return the gradients with zeros, shaped like the inputs, in place of those that are missing."""
+    """Return the gradients, with zeros shaped like the input in place of each None."""
     return [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, inputs, strict=True)]
 
 
@@ -90,7 +91,7 @@ def _op(name: str) -> Any:
 
 
 def like(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return uninitialised contiguous tensors of the same shapes and types."""
+    """Return uninitialised contiguous tensors with the shapes and types of the given ones."""
     return tuple(x.new_empty(x.shape) for x in tensors)
 
 
@@ -100,7 +101,7 @@ def register_bilinear(name: str, fake: Shape, flops: Callable[..., int] | None =
     The gradient's gradient is made of both ops, so that they can be differentiated as often as one likes.
 
     Args:
-        name: of the op, with its namespace.
+        name: name of the op, with its namespace.
         fake: maps the op's arguments, of which all but the first two are index tensors, to an uninitialised result.
         flops: maps the shapes of the op's arguments, and of its result as `out_shape`, to floating-point operations;
             None to count none.
@@ -133,8 +134,8 @@ def register_nonlinear(name: str, num_inputs: int, fake: Shape, flops: Callable[
     """Register an op whose first `num_inputs` arguments are tensors with gradients, and its two gradient ops.
 
     Args:
-        name: of the op, with its namespace.
-        num_inputs: how many arguments have gradients; the rest are index tensors and options.
+        name: name of the op, with its namespace.
+        num_inputs: number of arguments that have gradients; the rest are index tensors and options.
         fake: maps the op's arguments to an uninitialised result.
         flops: maps the op's arguments to the floating-point operations of its sums over neighbours, and of the
             contraction after them.

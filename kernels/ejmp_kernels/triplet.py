@@ -28,7 +28,7 @@ def triplet(
         out: the edges that receive.
         into: the edges that send, over the same atoms.
         to_atoms: sum over the receiving edges of each atom.
-        backend: whose kernels.
+        backend: whose kernels to use.
 
     Returns:
         [E_out, A * C], or [N, A * C] with to_atoms; basis-major.

@@ -4,6 +4,7 @@ Triton's run in its interpreter, or on a GPU with TRITON_INTERPRET=0.
 """
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -42,6 +43,20 @@ class Make:
 PAIRS = [(backend, name) for backend in BOTH for name in CASES if (backend, name) != ("triton", "linear")]
 
 
+@functools.cache
+def derivatives_of(make, dtype, graph="full"):
+    """Return the derivatives of an op on its case's inputs, computed once for all tests that compare with them."""
+    case = make(dtype, graph)
+    return derivatives(case.call, case.inputs)
+
+
+@functools.cache
+def exact_derivatives(backend, name):
+    """Return the derivatives of an op's specification in float64, computed once for all types."""
+    exact = Make(backend, name)(torch.float64)
+    return derivatives(exact.spec, exact.inputs)
+
+
 @pytest.fixture(params=PAIRS, ids="-".join)
 def make(request):
     return Make(*request.param)
@@ -56,8 +71,7 @@ def ops(request):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_equal_to_the_specification(make, dtype):
-    case, exact = make(dtype), make(torch.float64)
-    results = derivatives(case.call, case.inputs), derivatives(exact.spec, exact.inputs)
+    results = derivatives_of(make, dtype), exact_derivatives(make.backend, make.name)
     for order, (mine, spec) in enumerate(zip(*results, strict=True)):
         for value, expected in zip(mine, spec, strict=True):
             assert relative_error(value.cpu(), expected.cpu()) <= tolerance("op", dtype, order)
@@ -99,7 +113,7 @@ def test_derivatives_by_finite_differences(make):
 def test_without_gradients_the_same(make):
     """The path that writes in place gives the same bits."""
     case = make(torch.float32)
-    with_grad = case.call(*(x.clone().requires_grad_() for x in case.inputs))
+    (with_grad,), *_ = derivatives_of(make, torch.float32)
     with torch.no_grad():
         assert torch.equal(case.call(*(x.clone() for x in case.inputs)), with_grad)
 
@@ -109,7 +123,7 @@ def test_any_strides(make):
     if make.name == "linear":
         pytest.skip("the vendor's product decides")
     strided = [x.mT.contiguous().mT if x.ndim > 1 else torch.stack([x, x], 1)[:, 0] for x in case.inputs]
-    results = derivatives(case.call, case.inputs), derivatives(case.call, strided)
+    results = derivatives_of(make, torch.float64, "tiny"), derivatives(case.call, strided)
     for packed, other in zip(*results, strict=True):
         assert all(map(torch.equal, packed, other))
 
@@ -120,7 +134,7 @@ def test_same_bits_every_run_and_with_any_threads(make):
     if make.name == "linear":
         pytest.skip("the vendor's product decides")
     threads = torch.get_num_threads()
-    first = derivatives(case.call, case.inputs)
+    first = derivatives_of(make, torch.float32, "tiny" if slow else "full")
     try:
         for number in (3,) if slow else (threads, 1, 3):
             torch.set_num_threads(number)

@@ -199,9 +199,6 @@ def test_misfits_are_refused(index, wrong, message):
         gemm.linear_activate(*arguments, ALPHA, BETA)
 
 
-# ---- what is chosen ----
-
-
 @pytest.fixture
 def launches(monkeypatch):
     """The arguments of every launch of a fused product."""

@@ -1,4 +1,4 @@
-"""What happens between products, in one pass over memory: see `ejmp_kernels.activation` and `ejmp_kernels.unfused`.
+"""The passes between matrix products: see `ejmp_kernels.activation`, and `ejmp_kernels.unfused` for the formulas.
 
 activate = alpha silu(x) factor + beta add is a flat pass over blocks of elements: 4 bytes per element and array in
 float32. swap_add = alpha (silu(x[e, 0]) + silu(x[swap[e], 1])) + add[e] is one over tiles of edges and channels; it

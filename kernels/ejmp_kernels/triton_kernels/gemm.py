@@ -133,7 +133,7 @@ def precision(x: Tensor) -> str:
 
 
 def fuses(x: Tensor) -> bool:
-    """Return whether the kernels here serve a type; else the vendor's product does, and a pass after it.
+    """Return whether a type takes these kernels, and not the vendor's product and a pass after it.
 
     They are for products that tensor cores make in one go. Three TF32 products for one of float32 are no faster than
     the vendor's on the ordinary cores and round otherwise, and in float64 the pass after the product costs little.

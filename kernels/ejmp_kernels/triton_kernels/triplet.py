@@ -32,7 +32,7 @@ from ejmp_kernels.triton_kernels.angles import (
 
 @triton.jit
 def _slots(n, first, last, BLOCK_E: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, TO_ATOMS: tl.constexpr):
-    """Return edge, embedding, row of the output and whether it exists of slots g."""
+    """Return the edge, the embedding and the output row of slots g, and whether they exist."""
     g = tl.arange(0, AP if TO_ATOMS else BLOCK_E * AP)
     edge, a = first + g // AP, g % AP
     row = n * A + a if TO_ATOMS else edge * A + a
@@ -41,7 +41,7 @@ def _slots(n, first, last, BLOCK_E: tl.constexpr, A: tl.constexpr, AP: tl.conste
 
 @triton.jit
 def _weights(w_ptr, edge, a, ok, e, l, ok_e, A: tl.constexpr, S: tl.constexpr, TO_ATOMS: tl.constexpr):
-    """Return W[g, r]'s addresses and which of them exist."""
+    """Return the addresses of W[g, r] and which of them exist."""
     exists = ok[:, None] & (ok_e & (l < S))[None, :]
     if not TO_ATOMS:
         exists = exists & (edge[:, None] == e[None, :])
@@ -99,7 +99,7 @@ def _by_output_kernel(
     TO_ATOMS: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, DOUBLE: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the weights and of the output edges' vectors; with DOUBLE their derivatives, and to_grad."""
+    """Write the gradients of weights and output edges' vectors; with DOUBLE their derivatives, and to_grad."""
     n = tl.program_id(0).to(tl.int64)
     first, last = tl.load(out_ptr + n), tl.load(out_ptr + n + 1)
     k_first, k_last = tl.load(in_ptr + n), tl.load(in_ptr + n + 1)
@@ -175,7 +175,7 @@ def _by_input_kernel(
     TO_ATOMS: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, DOUBLE: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of x and of the input edges' vectors; with DOUBLE their derivatives."""
+    """Write the gradients of x and of the input edges' vectors; with DOUBLE their derivatives."""
     n = tl.program_id(0).to(tl.int64)
     first, last = tl.load(out_ptr + n), tl.load(out_ptr + n + 1)
     k_first, k_last = tl.load(in_ptr + n), tl.load(in_ptr + n + 1)
