@@ -71,7 +71,7 @@ def swap_add(
 
 
 @when_loaded
-def _register(namespace: str) -> None:
+def _register_activate(namespace: str) -> None:
     ops = getattr(torch.ops, namespace)
 
     def setup(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -96,21 +96,6 @@ def _register(namespace: str) -> None:
         to_grad, to_x, to_factor = ops.activate_double(u_x, u_factor, grad, x, filters, ctx.alpha)
         return (to_grad, to_x, to_factor if factor else None, None)
 
-    def setup_swap(ctx: Any, inputs: tuple, output: Any) -> None:
-        x, swap, add, ctx.alpha = inputs
-        ctx.has_add = add is not None
-        ctx.save_for_backward(x, swap)
-
-    def swap_backward(ctx: Any, grad: Tensor) -> tuple:
-        return (ops.swap_add_backward(grad, *ctx.saved_tensors, ctx.alpha), None, grad if ctx.has_add else None, None)
-
-    def setup_swap_backward(ctx: Any, inputs: tuple, output: Any) -> None:
-        *tensors, ctx.alpha = inputs
-        ctx.save_for_backward(*tensors)
-
-    def swap_double(ctx: Any, u: Tensor) -> tuple:
-        return (*ops.swap_add_double(u, *ctx.saved_tensors, ctx.alpha), None, None)
-
     def or_nothing(x: Tensor, factor: Tensor | None) -> Tensor:
         return x.new_empty(0 if factor is None else x.shape)
 
@@ -122,15 +107,31 @@ def _register(namespace: str) -> None:
     )
     register_autograd(f"{namespace}::activate", backward, setup_context=setup)
     register_autograd(f"{namespace}::activate_backward", double, setup_context=setup_backward)
-    register_autograd(
-        f"{namespace}::activate_double", refuse_third_derivative, setup_context=lambda ctx, inputs, output: None
-    )
+    refuse_third_derivative(f"{namespace}::activate_double")
+
+
+@when_loaded
+def _register_swap_add(namespace: str) -> None:
+    ops = getattr(torch.ops, namespace)
+
+    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+        x, swap, add, ctx.alpha = inputs
+        ctx.has_add = add is not None
+        ctx.save_for_backward(x, swap)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return (ops.swap_add_backward(grad, *ctx.saved_tensors, ctx.alpha), None, grad if ctx.has_add else None, None)
+
+    def setup_backward(ctx: Any, inputs: tuple, output: Any) -> None:
+        *tensors, ctx.alpha = inputs
+        ctx.save_for_backward(*tensors)
+
+    def double(ctx: Any, u: Tensor) -> tuple:
+        return (*ops.swap_add_double(u, *ctx.saved_tensors, ctx.alpha), None, None)
 
     register_fake(f"{namespace}::swap_add")(lambda x, swap, add, alpha: x.new_empty(x.shape[0], x.shape[1] // 2))
     register_fake(f"{namespace}::swap_add_backward")(lambda grad, x, swap, alpha: like(x)[0])
     register_fake(f"{namespace}::swap_add_double")(lambda u, grad, x, swap, alpha: like(grad, x))
-    register_autograd(f"{namespace}::swap_add", swap_backward, setup_context=setup_swap)
-    register_autograd(f"{namespace}::swap_add_backward", swap_double, setup_context=setup_swap_backward)
-    register_autograd(
-        f"{namespace}::swap_add_double", refuse_third_derivative, setup_context=lambda ctx, inputs, output: None
-    )
+    register_autograd(f"{namespace}::swap_add", backward, setup_context=setup)
+    register_autograd(f"{namespace}::swap_add_backward", double, setup_context=setup_backward)
+    refuse_third_derivative(f"{namespace}::swap_add_double")

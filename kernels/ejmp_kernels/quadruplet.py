@@ -113,20 +113,8 @@ def _fake(x: Tensor, _filters: Tensor, weight: Tensor, *_: object) -> Tensor:
     return x.new_empty(weight.shape[0], weight.shape[1] * x.shape[1])
 
 
-def _flops(
-    x: Tensor,
-    filters: Tensor,
-    weight: Tensor,
-    _v: Tensor,
-    _v_middle: Tensor,
-    ptr: Tensor,
-    _source: Tensor,
-    _image: Tensor,
-    middle_ptr: Tensor,
-    middle_source: Tensor,
-    *_: object,
-    degree: Tensor | None = None,
-) -> tuple[int, int]:
+def _flops(x: Tensor, filters: Tensor, weight: Tensor, *rest: Any, degree: Tensor | None = None) -> tuple[int, int]:
+    _v, _v_middle, ptr, _source, _image, middle_ptr, middle_source, *_ = rest
     inputs = (ptr.diff() if degree is None else degree)[middle_source]
     outputs = ptr.diff().repeat_interleave(middle_ptr.diff())
     spherical, channels = filters.shape[1], x.shape[1]

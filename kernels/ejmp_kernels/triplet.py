@@ -11,6 +11,8 @@ Reads x, weight, v_out, v_in and writes out once: 4 (E_in (C + 3) + E_out (A S +
 product.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from ejmp_kernels.edges import Edges
@@ -41,36 +43,14 @@ def triplet(
     )
 
 
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    v_out: Tensor,
-    _v_in: Tensor,
-    out_ptr: Tensor,
-    _out_source: Tensor,
-    _out_image: Tensor,
-    _in_ptr: Tensor,
-    _in_source: Tensor,
-    _in_image: Tensor,
-    to_atoms: bool,
-) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, v_out: Tensor, _v_in: Tensor, out_ptr: Tensor, *rest: Any) -> Tensor:
+    *_ids, to_atoms = rest
     rows = out_ptr.shape[0] - 1 if to_atoms else v_out.shape[0]
     return x.new_empty(rows, weight.shape[1] * x.shape[1])
 
 
-def _flops(
-    x: Tensor,
-    weight: Tensor,
-    _v_out: Tensor,
-    _v_in: Tensor,
-    out_ptr: Tensor,
-    _out_source: Tensor,
-    _out_image: Tensor,
-    in_ptr: Tensor,
-    _in_source: Tensor,
-    _in_image: Tensor,
-    _to_atoms: bool,
-) -> tuple[int, int]:
+def _flops(x: Tensor, weight: Tensor, *rest: Any) -> tuple[int, int]:
+    _v_out, _v_in, out_ptr, _out_source, _out_image, in_ptr, *_ = rest
     pairs = int((out_ptr.diff() * in_ptr.diff()).sum())
     one = 2 * x.shape[1] * weight.shape[2]
     return one * pairs, one * weight.shape[0] * weight.shape[1]
