@@ -12,7 +12,10 @@ PANEL = 128
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch use one thread for a while. Threads that wait for each other take ten times longer on a busy machine."""
+    """Let torch use one thread for a while.
+
+    Threads that wait for each other take ten times as long while another process is busy.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
