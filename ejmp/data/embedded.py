@@ -10,13 +10,14 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from ejmp.data.catalog import CATALOG
 from ejmp.data.info import DatasetInfo, Statistics
 from ejmp.graph.structure import Structure
 
-DEMO_MIX = ("oc20", "oc22", "ani1x", "transition1x")
-"""To pre-train on."""
-DEMO_DOWNSTREAM = ("rmd17", "qm9", "spice", "md22", "qmof")
-"""To fine-tune on; these have a test split."""
+DEMO_MIX = tuple(entry.name for entry in CATALOG.values() if entry.pretraining is not None)
+"""Names of the four demo datasets to pre-train on."""
+DEMO_DOWNSTREAM = tuple(entry.name for entry in CATALOG.values() if entry.pretraining is None)
+"""Names of the five demo datasets to fine-tune on; these have a test split."""
 DEMO_FOLDER = Path(__file__).parent / "demo-mix"
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)

@@ -10,7 +10,6 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from support.data_store import make_format, make_structure, numbers_of, same
 from support.inputs import environment
 
 from ejmp import cli
-from ejmp.data import Format, Part, convert, open_store, verify
+from ejmp.data import FORMATS, Format, Part, convert, open_store, verify
 
 KILLS = {"slice": 10, "all": 200}
 
@@ -143,9 +142,6 @@ def test_bad_sources(tmp_path):
         open_store(tmp_path / "a" / "train")
 
 
-# Interruptions.
-
-
 def run_slowly(dest):
     convert("nowhere", dest, format=make_format(seconds=5e-4), shard_size=30, licence="CC0")
 
@@ -198,8 +194,6 @@ def test_killed_conversions(tmp_path, reference):
 def test_two_hundred_killed_conversions(tmp_path, reference):
     assert check_kills(tmp_path, reference, KILLS["all"], 1) > 5
 
-
-# Several processes.
 
 DRIVER = """
     import os, signal, sys
@@ -254,13 +248,12 @@ def test_three_ranks_write_the_same_bytes(tmp_path, reference):
     assert contents(tmp_path / "set") == reference
 
 
-# The command.
-
-
 @pytest.fixture
 def formats(monkeypatch):
-    stub = SimpleNamespace(FORMATS={"mine": make_format(), "ase": one_part([make_structure(1)])})
-    monkeypatch.setitem(sys.modules, "ejmp.data.read", stub)
+    for name in list(FORMATS):
+        monkeypatch.delitem(FORMATS, name)
+    monkeypatch.setitem(FORMATS, "mine", make_format())
+    monkeypatch.setitem(FORMATS, "ase", one_part([make_structure(1)]))
 
 
 @pytest.mark.usefixtures("formats")

@@ -11,9 +11,9 @@ from support import data_sources as made
 from support.data_sources import FRAMES, METHANE, NUMBERS, N, everything, oc_record, truth
 
 from ejmp.data import FORMATS, read
+from ejmp.data.readers.format import SLICE
 from ejmp.data.readers.hdf5 import ANI1X_LAYOUT, SPICE_LAYOUT, TRANSITION1X_LAYOUT
 from ejmp.data.readers.md import MD22_LAYOUT, RMD17_LAYOUT
-from ejmp.data.readers.source import SLICE
 
 HARTREE, KCAL, BOHR = 27.211386245988, 0.0433641042418, 0.529177210544
 POSITIONS, ENERGY, FORCES = truth()

@@ -121,7 +121,7 @@ def test_nothing_is_lost_or_repeated_when_ranks_change(worlds, balanced):
         assert times.max() <= -(-count // size)
 
 
-def test_a_slice_of_the_whole_mix(mix_sizes):
+def test_a_slice_of_the_whole_mix():
     """120 million structures; benchmarks/bench_data.py counts a whole epoch of them."""
     sampler = make(mix_sizes.SIZES)
     assert sampler.epoch_size == 174_049_185
@@ -227,7 +227,7 @@ def test_balance_refuses_what_it_cannot_balance():
 
 
 @pytest.mark.parametrize(("world_size", "steps"), [(8, 200), (64, 50), (512, 10)])
-def test_ranks_take_equally_long(world_size, steps, mix_sizes):
+def test_ranks_take_equally_long(world_size, steps):
     """Eight structures per rank of JMP's mix: the slowest rank of any step takes at most 1.10 of the mean."""
     rng = np.random.default_rng(0)
     edges = [mix_sizes.draw_edges(d, size, rng) for d, size in enumerate(SIZES)]

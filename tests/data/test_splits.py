@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from ejmp.data import Part, Structure
-from ejmp.data.splits import MD22_TRAIN, choose, choose_all
+from ejmp.data.catalog import CATALOG
+from ejmp.data.store.splits import choose, choose_all
 from ejmp.data.store.stats import Tally
 
 
@@ -143,7 +144,7 @@ def test_rules_that_cannot_be_followed(kind, name, total, message):
 
 def test_md22_sizes_are_the_specification(shared):
     specification = shared("spec/data.md").read_text()
-    for molecule, size in MD22_TRAIN.items():
+    for molecule, size in CATALOG["md22"].split.sizes.items():
         assert f"{molecule} {size}" in specification
 
 

@@ -114,7 +114,7 @@ def test_other_processes_read(made, method):
 
 
 def test_threads_share_a_store(made, monkeypatch):
-    monkeypatch.setattr("ejmp.data.store.OPEN_SHARDS", 1)
+    monkeypatch.setattr("ejmp.data.store.dataset.OPEN_SHARDS", 1)
     store = open_store(made)
     order = np.random.default_rng(0).permutation(160).tolist() * 5
     with ThreadPoolExecutor(8) as threads:
@@ -124,7 +124,7 @@ def test_threads_share_a_store(made, monkeypatch):
 
 
 def test_few_files_are_kept_open(made, monkeypatch):
-    monkeypatch.setattr("ejmp.data.store.OPEN_SHARDS", 2)
+    monkeypatch.setattr("ejmp.data.store.dataset.OPEN_SHARDS", 2)
     descriptors = Path("/proc/self/fd")
     store = open_store(made)
     before = len(list(descriptors.iterdir()))

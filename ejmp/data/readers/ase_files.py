@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from ejmp.data.readers.format import Format, Part
-from ejmp.data.readers.source import SourceError, check, file_in, list_files, optional, parse_slice, reading, slices
+from ejmp.data.readers.files import SourceError, file_in, import_optional, list_files, reading
+from ejmp.data.readers.format import Format, Part, parse_slice, slices
+from ejmp.data.readers.validation import validate
 from ejmp.data.readers.xyz import iter_frames, read_frames, split_part, xyz_parts
 from ejmp.graph.structure import TAGS, Structure
 
@@ -81,12 +82,12 @@ def parse_frame(lines: list[str]) -> Any:
         # ASE would make room for any number of columns.
         if sum(map(int, layout.split(":")[2::3])) > len(lines[2].split()):
             raise ValueError(f"more columns in {layout[:100]} than in the line of the first atom")
-    return next(optional("ase.io.extxyz").read_xyz(io.StringIO("".join(lines)), 0))
+    return next(import_optional("ase.io.extxyz").read_xyz(io.StringIO("".join(lines)), 0))
 
 
 def read_text(file: Path) -> list[Any]:
     """Return what is in a CIF, a POSCAR or a compressed text file as ASE atoms."""
-    with reading(file), optional("ase.io.formats").open_with_compression(str(file), "r") as lines:
+    with reading(file), import_optional("ase.io.formats").open_with_compression(str(file), "r") as lines:
         inner = Path(file.stem) if file.suffix in (".xz", ".gz") else file
         if inner.suffix in XYZ:
             return [parse_frame(frame) for frame in iter_frames(io.BytesIO(lines.read().encode()), file)]
@@ -97,7 +98,7 @@ def read_text(file: Path) -> list[Any]:
         text = lines.read()
         if kind == "vasp":
             _check_poscar(text.splitlines())
-        return list(optional("ase.io").iread(io.StringIO(text), index=":", format=kind))
+        return list(import_optional("ase.io").iread(io.StringIO(text), index=":", format=kind))
 
 
 def _check_poscar(lines: list[str]) -> None:
@@ -111,7 +112,7 @@ def _trajectory(file: Path) -> Any:
     with file.open("rb") as raw:
         if raw.read(8) != b"- of Ulm":  # the format before it was a pickle
             raise SourceError(file, "", "not a traj file, or one of before 2016, which ase.io converts")
-    return optional("ase.io.trajectory").TrajectoryReader(file)
+    return import_optional("ase.io.trajectory").TrajectoryReader(file)
 
 
 def _parts(path: Path) -> list[Part]:
@@ -124,7 +125,7 @@ def _parts(path: Path) -> list[Part]:
                 with _trajectory(file) as frames:
                     parts += slices(file.name, len(frames))
             elif file.suffix in DATABASES:
-                parts += slices(file.name, optional("ase.db").connect(file, use_lock_file=False).count())
+                parts += slices(file.name, import_optional("ase.db").connect(file, use_lock_file=False).count())
             else:
                 count = len(read_text(file))
                 parts.append(Part(name=f"{file.name}:0-{count}", count=count))
@@ -148,7 +149,7 @@ def _read(path: Path, part: Part) -> Iterator[Structure]:
             if found is None:
                 break
             structure = from_atoms(found[0], f"{file.name}:{k}", found[1])
-        yield check(structure, file, f"frame {k}")
+        yield validate(structure, file, f"frame {k}")
         k += 1
     if k != stop:
         raise SourceError(file, f"frame {k}", "not there")
@@ -161,7 +162,9 @@ def _frames(file: Path, start: int, stop: int) -> Iterator[tuple[Any, Mapping[st
             for k in range(start, stop):
                 yield frames[k], {}
     elif file.suffix in DATABASES:
-        for row in optional("ase.db").connect(file, use_lock_file=False).select(offset=start, limit=stop - start):
+        for row in (
+            import_optional("ase.db").connect(file, use_lock_file=False).select(offset=start, limit=stop - start)
+        ):
             yield row.toatoms(), {**row.data, **row.key_value_pairs}
     else:
         for atoms in read_text(file):

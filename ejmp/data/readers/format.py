@@ -6,6 +6,9 @@ from pathlib import Path
 
 from ejmp.graph.structure import Structure
 
+SLICE = 1000
+"""Most structures in a part that is a slice of something larger."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
@@ -30,3 +33,19 @@ class Format:
     """List a source's parts, always in the same order."""
     read: Callable[[Path, Part], Iterator[Structure]]
     """Yield a part's structures in order, in eV and A."""
+
+
+def slices(prefix: str, total: int, size: int = SLICE) -> list[Part]:
+    """Return the parts `prefix:start-stop` of a sequence of structures."""
+    starts = range(0, total, max(1, min(size, SLICE)))
+    return [
+        Part(name=f"{prefix}:{start}-{min(start + starts.step, total)}", count=min(starts.step, total - start))
+        for start in starts
+    ]
+
+
+def parse_slice(part: Part) -> tuple[str, int, int]:
+    """Return what `slices` made a part's name of: prefix, start, stop."""
+    prefix, _, span = part.name.rpartition(":")
+    start, _, stop = span.partition("-")
+    return prefix, int(start), int(stop)

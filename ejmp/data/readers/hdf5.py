@@ -18,19 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from ejmp.data.readers.format import Format, Part
-from ejmp.data.readers.source import (  # fmt: skip
-    MAX_ATOMS,
-    Layout,
-    SourceError,
-    check,
-    list_files,
-    optional,
-    parse_slice,
-    reading,
-    slices,
-)
+from ejmp.data.readers.files import SourceError, import_optional, list_files, reading
+from ejmp.data.readers.format import Format, Part, parse_slice, slices
+from ejmp.data.readers.layout import Layout
 from ejmp.data.readers.units import BOHR, HARTREE
+from ejmp.data.readers.validation import MAX_ATOMS, validate
 from ejmp.graph.structure import Structure
 
 MIN_ATOMS = 4
@@ -112,7 +104,7 @@ def _labelled(arrays: dict[str, Any], layout: Layout, start: int, stop: int) -> 
 
 
 def _parts(path: Path, layout: Layout, groups: Callable[[Any], list[tuple[str, str | None]]]) -> list[Part]:
-    h5py = optional("h5py")
+    h5py = import_optional("h5py")
     (source,) = list_files(path, ())
     parts = []
     with reading(source), h5py.File(source, "r") as file:
@@ -133,7 +125,7 @@ def _parts(path: Path, layout: Layout, groups: Callable[[Any], list[tuple[str, s
 
 
 def _read(path: Path, part: Part, layout: Layout) -> Iterator[Structure]:
-    h5py = optional("h5py")
+    h5py = import_optional("h5py")
     name, start, stop = parse_slice(part)
     with reading(path, name):
         with h5py.File(path, "r") as file:
@@ -153,7 +145,7 @@ def _read(path: Path, part: Part, layout: Layout) -> Iterator[Structure]:
             targets={key: float(values[key][k]) * unit for key, unit in layout.targets.items()},
             id=f"{name}:{start + k}{small}",
         )
-        yield check(structure, path, f"{name}, frame {start + k}")
+        yield validate(structure, path, f"{name}, frame {start + k}")
 
 
 def _format(layout: Layout, groups: Callable[[Any], list[tuple[str, str | None]]]) -> Format:

@@ -11,20 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ejmp.data.readers.format import Format, Part
-from ejmp.data.readers.source import (  # fmt: skip
-    Layout,
-    SourceError,
-    check,
-    file_in,
-    list_files,
-    once,
-    optional,
-    parse_slice,
-    reading,
-    slices,
-)
+from ejmp.data.readers.files import SourceError, cached_by_file, file_in, import_optional, list_files, reading
+from ejmp.data.readers.format import Format, Part, parse_slice, slices
+from ejmp.data.readers.layout import Layout
 from ejmp.data.readers.units import KCAL_PER_MOL
+from ejmp.data.readers.validation import validate
 from ejmp.data.readers.xyz import read_frames, split_part, xyz_parts
 from ejmp.graph.structure import Structure
 
@@ -32,7 +23,7 @@ RMD17_LAYOUT = Layout(numbers="nuclear_charges", positions="coords", energy="ene
 MD22_LAYOUT = Layout(numbers="z", positions="R", energy="E", forces="F")
 
 
-@once
+@cached_by_file
 def _arrays(file: Path) -> dict[str, np.ndarray]:
     with reading(file), np.load(file, allow_pickle=False) as arrays:
         return dict(arrays)
@@ -76,7 +67,7 @@ def _read_npz(path: Path, part: Part, layout: Layout) -> Iterator[Structure]:
             forces=forces[k] * KCAL_PER_MOL,
             id=f"{file.stem}:{k}",
         )
-        yield check(structure, file, f"frame {k}")
+        yield validate(structure, file, f"frame {k}")
 
 
 def _md22_parts(path: Path) -> list[Part]:
@@ -94,11 +85,11 @@ def _read_md22(path: Path, part: Part) -> Iterator[Structure]:
     for k, lines in read_frames(file, part):
         with reading(file, f"frame {k}"):
             structure = _sgdml(lines, f"{file.stem}:{k}")
-        yield check(structure, file, f"frame {k}")
+        yield validate(structure, file, f"frame {k}")
 
 
 def _sgdml(lines: list[str], place: str) -> Structure:
-    symbols = optional("ase.data").atomic_numbers
+    symbols = import_optional("ase.data").atomic_numbers
     comment = lines[1].strip()
     layout = re.search(r"Properties=(\S+)", comment)
     if layout and layout[1] != "species:S:1:pos:R:3:forces:R:3":

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from ejmp.data.readers.format import Format, Part
+from ejmp.data.readers.files import SourceError, file_in, list_files, reading
+from ejmp.data.readers.format import Format, Part, parse_slice, slices
 from ejmp.data.readers.lmdb_pages import LmdbFile
-from ejmp.data.readers.source import SourceError, check, file_in, list_files, parse_slice, reading, slices
 from ejmp.data.readers.unpickle import fields, loads
+from ejmp.data.readers.validation import validate
 from ejmp.graph.structure import Structure
 
 FIELDS = ("pos", "atomic_numbers", "cell", "natoms", "tags", "fixed", "y", "y_relaxed", "force", "sid", "fid")
@@ -43,7 +44,7 @@ def _read(path: Path, part: Part, energies: tuple[str, ...]) -> Iterator[Structu
                 if raw is None:
                     raise SourceError(file, f"record {key}", "not there")
                 structure = _structure(_flat(fields(loads(raw))), f"{file.name}/{key}", energies)
-            yield check(structure, file, f"record {key}")
+            yield validate(structure, file, f"record {key}")
 
 
 def _structure(values: Mapping[str, Any], place: str, energies: tuple[str, ...]) -> Structure:

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ejmp.data.readers.format import Format, Part
-from ejmp.data.readers.source import SourceError, check, list_files, once, optional, parse_slice, reading, slices
+from ejmp.data.readers.files import SourceError, cached_by_file, import_optional, list_files, reading
+from ejmp.data.readers.format import Format, Part, parse_slice, slices
 from ejmp.data.readers.units import HARTREE
 from ejmp.data.readers.unpickle import fields, load_pt
+from ejmp.data.readers.validation import validate
 from ejmp.graph.structure import Structure
 
 TARGETS: tuple[str, ...] = (
@@ -93,20 +94,20 @@ def _read(path: Path, part: Part) -> Iterator[Structure]:
         for k, values in _molecules(path)[start:stop]:
             with reading(path, f"molecule {k}"):
                 structure = _from_pyg(values, k)
-            yield check(structure, path, f"molecule {k}")
+            yield validate(structure, path, f"molecule {k}")
     elif path.is_file() and path.suffix != ".xyz":
         with reading(path):
             for archive, member in _tar_members(path):
                 with reading(path, member.name):
                     contents = archive.extractfile(member)
                     structure = _from_raw(contents.read(MAX_RAW) if contents else b"", member.name)
-                yield check(structure, path, member.name)
+                yield validate(structure, path, member.name)
     else:
         _, start, stop = parse_slice(part)
         for file in _raw_files(path)[start:stop]:
             with reading(file), file.open("rb") as contents:
                 structure = _from_raw(contents.read(MAX_RAW), file.name)
-            yield check(structure, file, "")
+            yield validate(structure, file, "")
 
 
 def _float(text: str) -> float:
@@ -115,7 +116,7 @@ def _float(text: str) -> float:
 
 
 def _from_raw(contents: bytes, name: str) -> Structure:
-    symbols = optional("ase.data").atomic_numbers
+    symbols = import_optional("ase.data").atomic_numbers
     lines = contents.decode().splitlines()
     n = int(lines[0])
     values = lines[1].split()
@@ -141,7 +142,7 @@ def _from_raw(contents: bytes, name: str) -> Structure:
     )
 
 
-@once
+@cached_by_file
 def _molecules(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
     """Return PyG's molecules by place: from a list of Data or dicts, or from Data joined end to end, with slices."""
     with reading(path):

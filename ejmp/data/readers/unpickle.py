@@ -1,9 +1,10 @@
 """Pickles of PyG data, read without running anything they contain.
 
-A pickle is a program for a small stack machine. This one knows the operations that pickled PyG data, tensors and
-numpy arrays consist of, and an exact list of names. A name stands for a function of `ejmp.data.readers.pickle_names` that
-checks what it is given and returns plain values: nothing is imported, called or constructed on a pickle's word. Every
-length is compared with the bytes that are there, and what the functions return with MAX_GROWTH.
+A pickle is a program for a small stack machine. The machine here knows the operations that pickled PyG data, tensors
+and numpy arrays consist of, and an exact list of names. A name stands for a function of
+`ejmp.data.readers.pickle_names` that checks what it is given and returns numbers, text and arrays: nothing is imported,
+called or constructed because a pickle asks for it. Every length is compared with the bytes that are there, and the size
+of what the functions return with MAX_GROWTH.
 """
 
 import pickle

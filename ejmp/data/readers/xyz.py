@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from ejmp.data.readers.format import Part
-from ejmp.data.readers.source import MAX_ATOMS, SLICE, SourceError, parse_slice
+from ejmp.data.readers.files import SourceError
+from ejmp.data.readers.format import SLICE, Part, parse_slice
+from ejmp.data.readers.validation import MAX_ATOMS
 
 
 def iter_frames(lines: IO[bytes], file: Path, first: int = 0) -> Iterator[list[str]]:

@@ -1,8 +1,8 @@
 """Distribute the structures of one step over ranks so that all take about as long.
 
-JMP's multiply-adds are proportional to main edges to within 2% (`ejmp.measure.flops`, molecules to frameworks), so the edges
-of a structure are its cost. Every rank gets the same number of structures: data-parallel training averages the ranks'
-gradients, and only with equal numbers is that the gradient of the mean over all structures of the step.
+JMP's multiply-adds are proportional to main edges to within 2% (`ejmp.measure.flops`, molecules to frameworks), so
+the edges of a structure are its cost. Every rank gets the same number of structures: data-parallel training averages
+the ranks' gradients, and only with equal numbers is that the gradient of the mean over all structures of the step.
 """
 
 import heapq
