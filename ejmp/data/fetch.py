@@ -10,21 +10,23 @@ from typing import Any
 from ejmp.data.catalog import RemoteFile
 
 _CHUNK = 1 << 20
+"""Bytes read at a time."""
 _TIMEOUT = 60
+"""Seconds without an answer after which a server counts as unreachable."""
 _PARTIAL_CONTENT = 206
 _RANGE_NOT_SATISFIABLE = 416
 
 
 def fetch(remote: RemoteFile, folder: str | Path, progress: Callable[[int, int | None], None] | None = None) -> Path:
-    """Download a file, go on with one that broke off (`NAME.part`), and check its hash; keep one that is right.
+    """Download a file and check its hash. A complete file is kept, and a broken download (`NAME.part`) continued.
 
     Args:
-        remote: what to download.
-        folder: where to put it.
-        progress: is called with the bytes that are there and all, if the server says how many.
+        remote: the file to download.
+        folder: the folder to put it in.
+        progress: called with the number of bytes that are there and of all; None if the server does not say how many.
 
     Returns:
-        the file.
+        The path of the file.
 
     Raises:
         OSError: if the server cannot be reached or the connection breaks, with the URL to fetch by hand.
@@ -56,7 +58,7 @@ def fetch(remote: RemoteFile, folder: str | Path, progress: Callable[[int, int |
 
 
 def _download(url: str, partial: Path, progress: Callable[[int, int | None], None] | None) -> None:
-    """Append to a partial file what is missing of it, or begin anew if the server sends all."""
+    """Append what is missing to a partial file, or begin anew if the server sends the whole file."""
     done = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})  # noqa: S310
     try:

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class SourceError(ValueError):
-    """A source is damaged, or not what it was said to be."""
+    """Raised for a source that is damaged or not of its format; the message names the file and the place in it."""
 
     def __init__(self, path: Path, where: str, problem: str) -> None:
         super().__init__(f"{path}: {where}: {problem}" if where else f"{path}: {problem}")
@@ -19,7 +19,7 @@ class SourceError(ValueError):
 
 @contextmanager
 def reading(path: Path, where: str = "") -> Iterator[None]:
-    """Turn whatever a damaged source makes a library raise into an error that names the source.
+    """Turn every error that a library raises for a damaged source into one that names the source.
 
     Raises:
         SourceError: in place of any error but a missing file, a missing permission or a missing package.
@@ -35,7 +35,7 @@ def reading(path: Path, where: str = "") -> Iterator[None]:
 
 
 def import_optional(name: str) -> Any:
-    """Return a package that ejmp works without.
+    """Import a package that is not needed by the rest of ejmp.
 
     Raises:
         ImportError: naming the extra that brings it.
@@ -47,7 +47,7 @@ def import_optional(name: str) -> Any:
 
 
 def cached_by_file(load: Callable[[Path], T]) -> Callable[[Path], T]:
-    """Keep the last two files that were loaded whole, so that reading them part by part loads them once."""
+    """Let a function that loads a whole file keep its last two results, so that reading by parts loads a file once."""
 
     @lru_cache(maxsize=2)
     def version(path: Path, _size: int, _modified: int) -> T:
@@ -61,7 +61,7 @@ def cached_by_file(load: Callable[[Path], T]) -> Callable[[Path], T]:
 
 
 def list_files(path: Path, patterns: tuple[str, ...]) -> list[Path]:
-    """Return the path itself if it is a file, else the files in it that match a pattern, in order of name.
+    """Return the path itself if it is a file, or else the files in it that match a pattern, in order of name.
 
     Raises:
         FileNotFoundError: if there is nothing at the path.

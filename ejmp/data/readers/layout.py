@@ -1,4 +1,4 @@
-"""What a dataset calls its arrays."""
+"""The layout of a dataset: names and units of its arrays."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,14 +6,21 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What a dataset calls its arrays of frames, and what its units are in eV and A."""
+    """The names of a dataset's arrays of frames, and the sizes of its units."""
 
     numbers: str
+    """Name of the atomic numbers."""
     positions: str
+    """Name of the positions."""
     energy: str
+    """Name of the total energies."""
     forces: str
-    length: float = 1.0
-    per_energy: float = 1.0
-    per_force: float = 1.0
+    """Name of the forces, or of the gradients if their unit is negative."""
+    length_unit: float = 1.0
+    """Unit of the positions, A."""
+    energy_unit: float = 1.0
+    """Unit of the energies, eV."""
+    force_unit: float = 1.0
+    """Unit of the forces, eV/A."""
     targets: Mapping[str, float] = field(default_factory=dict)
-    """By what the source calls them, the unit in eV."""
+    """Names of the other labels, and the unit of each, eV."""

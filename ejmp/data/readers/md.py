@@ -1,7 +1,8 @@
 """rMD17 and MD22: trajectories of one molecule per file, in kcal/mol and A.
 
-A source is a file, or a folder of them: `rmd17_<molecule>.npz`; `md22_<molecule>.npz`, or the xyz files of sGDML, whose
-comment is the energy, alone or as `Energy=`, and whose atoms are followed by their forces. Ids are `<file>:<frame>`.
+A source is one file or a folder of them. The files are `rmd17_<molecule>.npz`, `md22_<molecule>.npz`, or the xyz files
+of sGDML: their comment line is the energy, alone or as `Energy=`, and each atom's line ends with its force. Ids are
+`<file>:<frame>`.
 """
 
 import re
@@ -30,7 +31,7 @@ def _arrays(file: Path) -> dict[str, np.ndarray]:
 
 
 def _layout_arrays(file: Path, layout: Layout) -> list[np.ndarray]:
-    """Return numbers [n], positions [f, n, 3], energies [f] and forces [f, n, 3] once their shapes agree."""
+    """Return numbers [n], positions [f, n, 3], energies [f] and forces [f, n, 3] if their shapes agree."""
     arrays = _arrays(file)
     names = (layout.numbers, layout.positions, layout.energy, layout.forces)
     missing = [name for name in names if name not in arrays]
@@ -89,6 +90,7 @@ def _read_md22(path: Path, part: Part) -> Iterator[Structure]:
 
 
 def _sgdml(lines: list[str], place: str) -> Structure:
+    """Return one frame of an xyz file of sGDML as a structure."""
     symbols = import_optional("ase.data").atomic_numbers
     comment = lines[1].strip()
     layout = re.search(r"Properties=(\S+)", comment)

@@ -1,8 +1,8 @@
-"""OC20 as published text: `N.extxyz` with total energies, `N.txt` with a line for each frame; both may be .xz.
+"""OC20 as published text: `N.extxyz` with total energies, and `N.txt` with a line for each frame; both may be .xz.
 
-A line of the txt is "system,frame,reference energy". The energy that is yielded is the total less the reference, which
-is what upstream's LMDB files hold; where a line has no reference, it is the total. Forces are eV/A; atoms that
-`move_mask` holds are `fixed`. Ids are `<file>/<frame of the file>/<system>/<frame>`.
+A line of the txt file is "system,frame,reference energy". The energy of a structure is the total energy less this
+reference, as in fairchem's LMDB files; if the line has no reference, it is the total energy. Forces are in eV/A; atoms
+that `move_mask` holds in place are `fixed`. Ids are `<file>/<frame of the file>/<system>/<frame>`.
 """
 
 import lzma

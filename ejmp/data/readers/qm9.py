@@ -1,11 +1,11 @@
 """QM9: the raw files (a folder of `dsgdb9nsd_*.xyz`, or a tar of them), or a file of PyG's processed list.
 
-The energy is U0 in eV, total; there are no forces. Targets have the names and units of PyG's 19: mu (D), alpha (a0^3),
-homo, lumo, gap (eV), r2 (a0^2), zpve, U0, U, H, G (eV), Cv (cal/mol/K), U0_atom, U_atom, H_atom, G_atom (eV, less the
-free atoms), A, B, C (GHz). PyG's file has them so; the raw files' are made so here.
+The energy is the total energy U0 in eV; there are no forces. The targets have the names and units of PyG's 19: mu (D),
+alpha (a0^3), homo, lumo, gap (eV), r2 (a0^2), zpve, U0, U, H, G (eV), Cv (cal/mol/K), U0_atom, U_atom, H_atom, G_atom
+(eV, less the energies of the free atoms), A, B, C (GHz). The values of the raw files are converted to these.
 
 The molecules listed in `uncharacterized.txt`, if that is beside the source or in it, are left out (3,054 of 133,885).
-Ids are `gdb_<number>`, or `<place in the file>` where PyG's file has no names.
+Ids are `gdb_<number>`, or `<place in the file>` if PyG's file has no names.
 """
 
 import re
@@ -37,15 +37,15 @@ FREE_ATOMS = {
     "O": {"U0": -75.064579, "U": -75.063163, "H": -75.062219, "G": -75.079532},
     "F": {"U0": -99.718730, "U": -99.717314, "H": -99.716370, "G": -99.733544},
 }
-"""Hartree; the atomref.txt published with QM9."""
+"""Energies of the free atoms by element, hartree, from the atomref.txt published with QM9."""
 MAX_MOLECULES = 1_000_000
 RAW_NAME = re.compile(r"dsgdb9nsd_(\d+)\.xyz$")
 MAX_RAW = 1 << 20
-"""bytes; the raw file of one molecule has about one thousandth of it."""
+"""Most bytes read of a molecule's raw file, which has about a thousandth of it."""
 
 
 def _uncharacterized(path: Path) -> set[int]:
-    """Return the numbers of the molecules to leave out: the lines that start with one."""
+    """Return the numbers of the molecules to leave out, from the lines that start with a number."""
     folder = path if path.is_dir() else path.parent
     file = folder / "uncharacterized.txt"
     if not file.exists():
@@ -111,7 +111,7 @@ def _read(path: Path, part: Part) -> Iterator[Structure]:
 
 
 def _float(text: str) -> float:
-    """Return a number as QM9 spells it: 1.5*^-6 is 1.5e-6."""
+    """Parse a number as QM9 spells it: 1.5*^-6 is 1.5e-6."""
     return float(text.replace("*^", "e"))
 
 
@@ -144,7 +144,7 @@ def _from_raw(contents: bytes, name: str) -> Structure:
 
 @cached_by_file
 def _molecules(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
-    """Return PyG's molecules by place: from a list of Data or dicts, or from Data joined end to end, with slices."""
+    """Return PyG's molecules with their places: from a list of Data or dicts, or from Data joined end to end."""
     with reading(path):
         loaded = load_pt(path)
         joined = isinstance(loaded, tuple) and len(loaded) in (2, 3) and isinstance(loaded[1], dict)
@@ -157,7 +157,7 @@ def _molecules(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
 
 
 def _split(whole: Mapping[str, Any], bounds: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the molecules of PyG's joined form: `bounds[name]` says where each one's rows of `whole[name]` start."""
+    """Return the molecules of PyG's joined form: `bounds[name]` says where the rows of each in `whole[name]` start."""
     rows = {name: bounds[name] for name in ("z", "pos", "y", "name", "idx") if name in bounds}
     counts = {len(bound) for bound in rows.values()}
     if not {"z", "pos", "y"} <= rows.keys() or len(counts) != 1 or max(counts) > MAX_MOLECULES:

@@ -1,11 +1,11 @@
-"""QMOF: metal-organic frameworks with PBE band gaps, as the database's pair of JSON files, or as CIF files and a CSV.
+"""QMOF: metal-organic frameworks with PBE band gaps, as the two JSON files of the database, or as CIF files and a CSV.
 
-- JSON: a folder with `qmof.json` (labels) and `qmof_structure_data.json` (structures as pymatgen writes them). Those
-  without a gap are left out. Ids are QMOF's.
-- CIF: a folder with one CSV file, that has a column of FILE_COLUMNS, the file's name with or without its ending, and
-  columns of GAP_COLUMNS. Rows whose file is not in the folder are left out. Ids are the files' names.
+- JSON: a folder with `qmof.json` (labels) and `qmof_structure_data.json` (structures as pymatgen writes them).
+  Structures without a gap are left out. Ids are QMOF's.
+- CIF: a folder with CIF files and one CSV file, which has one of FILE_COLUMNS (a file's name with or without ending)
+  and some of GAP_COLUMNS. Rows whose file is not in the folder are left out. Ids are the files' names.
 
-Targets: `bandgap` (PBE, eV) and, where a CSV has it, `bandgap_hse06` (eV). There is no energy.
+The targets are `bandgap` (PBE, eV) and, if a CSV has it, `bandgap_hse06` (eV). There is no energy.
 """
 
 import csv
@@ -34,7 +34,7 @@ STRUCTURE_ENDINGS = ("", ".cif", ".CONTCAR")
 
 @cached_by_file
 def _records(file: Path) -> dict[str, Mapping[str, Any]]:
-    """Return the records of one of the JSON files by their id."""
+    """Return the records of one of the JSON files by their ids."""
     with reading(file):
         records = json.loads(file.read_bytes())
         return {str(record["qmof_id"]): record for record in records}

@@ -13,18 +13,18 @@ MAX_ATOMS = 100_000
 
 
 def validate(structure: Structure, path: Path, where: str) -> Structure:
-    """Return a structure as float64 and int64 arrays, once everything about it is possible.
+    """Return a structure as float64 and int64 arrays, after checking that everything about it is possible.
 
     Raises:
         SourceError: naming the file, the place in it and the field.
     """
     try:
-        return _checked(structure)
+        return _validated(structure)
     except (ValueError, TypeError, OverflowError) as error:
         raise SourceError(path, where, str(error)) from error
 
 
-def _checked(structure: Structure) -> Structure:
+def _validated(structure: Structure) -> Structure:
     numbers = _integers("atomic numbers", structure.numbers)
     n = len(numbers)
     if numbers.ndim != 1 or not 1 <= n <= MAX_ATOMS:
@@ -50,7 +50,7 @@ def _checked(structure: Structure) -> Structure:
 
 
 def _floats(field: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Return finite numbers of a shape; float32 and float64 stay what they are."""
+    """Return an array of finite numbers of the given shape; float32 stays float32, other types become float64."""
     array = np.asarray(value)
     if array.dtype.kind not in "fiu" or array.shape != shape:
         raise ValueError(f"{field}: expected numbers {list(shape)}, got {array.dtype} {list(array.shape)}")
@@ -61,7 +61,7 @@ def _floats(field: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _integers(field: str, value: Any) -> np.ndarray:
-    """Return int64; whole numbers kept as floats, which OC20 has, are integers too."""
+    """Return an int64 array; whole numbers that are stored as floats, as in OC20, are accepted."""
     array = np.asarray(value)
     if array.dtype.kind not in "biuf" or array.size > MAX_ATOMS:
         raise ValueError(f"{field}: expected integers, at most {MAX_ATOMS}, got {array.dtype} {list(array.shape)}")
