@@ -1,4 +1,4 @@
-"""Conversion: the same store out of any number of processes and after any number of interruptions."""
+"""Conversion gives the same store with any number of processes and after any number of interruptions."""
 
 import json
 import multiprocessing
@@ -23,13 +23,13 @@ KILLS = {"slice": 10, "all": 200}
 
 
 def contents(dest):
-    """Every file of a conversion by its name; the name of the folder, which dataset.json has, is the same in all."""
+    """Return the contents of every file of a conversion by its name; all conversions here are of one dataset name."""
     return {str(path.relative_to(dest)): path.read_bytes() for path in sorted(dest.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """The files of one undisturbed conversion."""
+    """Return the files of one undisturbed conversion."""
     dest = tmp_path_factory.mktemp("reference") / "set"
     convert("nowhere", dest, format=make_format(), shard_size=30, licence="CC0")
     return contents(dest)
@@ -147,7 +147,7 @@ def run_slowly(dest):
 
 
 def check_kills(folder, reference, kills, seed):
-    """Kill conversions at random moments, begin each again until it is complete; return how many were complete."""
+    """Kill conversions at random moments and restart each until it is complete; return how many became complete."""
     context, random = multiprocessing.get_context("fork"), np.random.default_rng(seed)
     start = time.monotonic()
     run_slowly(folder / "timed" / "set")
@@ -173,7 +173,7 @@ def check_kills(folder, reference, kills, seed):
 
 
 def check_readable(dest, reference):
-    """What has its own name is complete; a split that can be opened is all there."""
+    """Check that every file with its final name is complete, and that a split that can be opened is complete."""
     if not dest.exists():
         return
     for name, data in contents(dest).items():
@@ -236,7 +236,7 @@ def mpirun(folder, dest, mode):
 
 
 def test_three_ranks_write_the_same_bytes(tmp_path, reference):
-    """Also after a rank was killed, and after one met an error: these end the others and leave nothing visible."""
+    """A rank that is killed or fails ends the others and leaves no visible dataset; the next run completes it."""
     for mode in ("kill", "error"):
         run = mpirun(tmp_path, tmp_path / "set", mode)
         assert run.returncode != 0

@@ -1,4 +1,4 @@
-"""Fetching, from a server on this machine."""
+"""Downloads from a server on this machine: broken, repeated, damaged and refused ones."""
 
 import dataclasses
 import hashlib
@@ -18,7 +18,7 @@ HASH = "sha256:" + hashlib.sha256(DATA).hexdigest()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves DATA, with Range; `/cut` breaks off, `/whole` ignores Range, `/challenge` answers 202."""
+    """A server of DATA that supports Range; `/cut` breaks off, `/whole` ignores Range, `/challenge` answers 202."""
 
     requests: list = []  # noqa: RUF012, one list for all
 

@@ -63,7 +63,7 @@ def linear_reference(structures: Sequence[Structure]) -> dict[int, float]:
 
 
 def statistics(structures: Sequence[Structure], reference: Mapping[int, float]) -> dict[str, Statistics]:
-    """Return the statistics of energies less their reference, of targets, and of free atoms' force components about 0."""
+    """Return statistics of energies less their reference, of targets, and of free atoms' force components about 0."""
     referenced = _counts(structures, np.array(list(reference))) @ np.array(list(reference.values()))
     energy = _energies(structures) - referenced
     found = {"energy": Statistics(mean=float(energy.mean()), std=float(energy.std()), unit="eV")}
