@@ -1,5 +1,7 @@
 # Everything starts from a bare python3 >= 3.11; nothing needs to be installed before.
 #   make test    set up .venv, then the whole test suite
+#   make quick   set up .venv, then what shows most in under 3 minutes: golden outputs, ops on the CPU, a training step,
+#                a conversion
 #   make slow    the tests too long for every day: all truncations and bit flips of a shard, 200 killed conversions
 #   make bench   set up .venv, then the block-count benchmark (table, results/blocks.json, results/blocks.png)
 #   make fuzz    100,000 damaged sources for every reader (hours; nightly)
@@ -22,9 +24,14 @@ GPU := PYTHONPATH=.:kernels:benchmarks $(PYTHON) benchmarks/gpu_campaign.py
 GPU_STEPS := $(addprefix gpu-,build test sanitize ceilings ops chain blocks compare train profile report)
 GPU_OPTIONS = $(if $(RESULTS),--out $(RESULTS)) $(if $(BUDGET),--seconds $(BUDGET))
 
-.PHONY: test slow fuzz bench demo gpu gpu-dry $(GPU_STEPS) lint format clean
+QUICK := -k "not triton" tests/model/test_golden.py tests/kernels/test_ops.py tests/train/test_engine.py tests/data/test_convert.py
+
+.PHONY: test quick slow fuzz bench demo gpu gpu-dry $(GPU_STEPS) lint format clean
 test: .venv/built
 	$(BIN)/python -m pytest
+
+quick: .venv/built
+	$(BIN)/python -m pytest $(QUICK)
 
 slow: .venv/built
 	$(BIN)/python -m pytest -m slow
@@ -47,11 +54,11 @@ $(GPU_STEPS): gpu-%:
 gpu-dry:
 	TRITON_INTERPRET=1 $(GPU) all --dry $(GPU_OPTIONS)
 
-lint: .venv/linters
+lint: .venv/built
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
-format: .venv/linters
+format: .venv/built
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format . ; $(BIN)/clang-format -i $(CSRC)
 
 # Third-party packages: needs the network once, and again only when pyproject.toml changes. The package itself goes in
@@ -60,10 +67,6 @@ format: .venv/linters
 	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('ejmp needs Python 3.11 or newer: PYTHON=...')"
 	$(PIP) --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(PIP) install $(TORCH) "setuptools>=77"
-	CXX=false $(PIP) install --no-build-isolation --editable .[test]
-	touch $@
-
-.venv/linters: .venv/built
 	CXX=false $(PIP) install --no-build-isolation --editable .[dev]
 	touch $@
 

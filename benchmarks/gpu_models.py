@@ -26,7 +26,7 @@ import ejmp
 from ejmp.measure import bench
 from ejmp.measure.flops import count_macs
 from ejmp.measure.instruments import synchronize
-from ejmp.model.jmp import tf32_products
+from ejmp.model.precision import tf32_products
 
 CHECKED = 4
 """Structures whose energies are compared with float64."""

@@ -28,8 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ejmp.measure import datasheets
 from ejmp.measure.instruments import copy_rate, gemm_rates
 from ejmp.model.backend import why_unavailable
-from ejmp.model.jmp import LOW_PRECISION, tf32_products
 from ejmp.model.layers import INV_SQRT_2, Residual
+from ejmp.model.precision import LOW_PRECISION, tf32_products
 from ejmp_kernels.dense import linear_activate
 
 FEATURES = {

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
 import ejmp
-from ejmp.model.jmp import tf32_products
+from ejmp.model.precision import tf32_products
 from ejmp.provenance import provenance
 from ejmp_kernels import registry
 

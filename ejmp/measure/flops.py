@@ -8,7 +8,7 @@ as the model defines them, seven (or 49) spherical functions per triplet (or qua
 from dataclasses import dataclass
 
 from ejmp.graph.graph import AtomGraph
-from ejmp.model.angle_tables import compute_geometry
+from ejmp.model.angle_tables import angle_tables
 from ejmp.model.config import JMPConfig
 
 
@@ -41,12 +41,12 @@ def graph_sizes(graph: AtomGraph, *, padded: bool = False) -> GraphSizes:
         graph: a batch.
         padded: count every place of the reference backend's padded tables instead of what is really there.
     """
-    geometry = compute_geometry(graph, 1)
-    quads = geometry.quadruplets
+    tables = angle_tables(graph, 1)
+    quads = tables.quadruplets
     masks = {
-        "edge_to_edge": geometry.edge_to_edge.valid,
-        "atom_to_edge": geometry.atom_to_edge.valid,
-        "edge_to_atom": geometry.edge_to_atom.valid,
+        "edge_to_edge": tables.edge_to_edge.valid,
+        "atom_to_edge": tables.atom_to_edge.valid,
+        "edge_to_atom": tables.edge_to_atom.valid,
         "quad_inputs": quads.inputs_valid,
         "quad_outputs": quads.middles_valid,
         "quadruplets": quads.valid,
@@ -57,7 +57,7 @@ def graph_sizes(graph: AtomGraph, *, padded: bool = False) -> GraphSizes:
         atom_edges=graph.atom_edges.num_edges,
         quad_edges=graph.quad_edges.num_edges,
         pairs=graph.atom_pairs.num_edges,
-        pair_terms=geometry.pairs.numel() if padded else graph.atom_pairs.num_edges,
+        pair_terms=tables.pairs.numel() if padded else graph.atom_pairs.num_edges,
         **{name: mask.numel() if padded else int(mask.sum()) for name, mask in masks.items()},
     )
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ejmp.model.config import Precision
-from ejmp.model.jmp import LOW_PRECISION, check_precision, tf32_products
+from ejmp.model.precision import LOW_PRECISION, check_precision, tf32_products
 from ejmp_kernels import gemm
 
 

@@ -1,27 +1,24 @@
 """Where the work and the time of a forward pass go: by module, by op, and against what the machine could do.
 
-Two counts of work stand side by side. "model": what the model defines (`ejmp.measure.flops`), the same for every backend; rates
-and utilisation are of this one. "run": what the products and many-body sums that were run count themselves
-(torch.utils.flop_counter; ejmp's ops have formulas), which a backend can make less or more.
+Two counts of work stand side by side. "model" is what the model defines (`ejmp.measure.flops`), the same for every
+backend; rates and utilisation are of this one. "run" is what the products and many-body sums that were run count
+themselves (torch.utils.flop_counter; ejmp's ops have formulas), which a backend can make less or more.
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-import ejmp.model.jmp
 from ejmp.graph.graph import AtomGraph
 from ejmp.measure import datasheets
 from ejmp.measure.bench import FLOP_CONVENTION, make_models, workload_graph
@@ -29,46 +26,23 @@ from ejmp.measure.flops import GraphSizes, count_macs, graph_sizes
 from ejmp.measure.instruments import gemm_rates, repeated_seconds, synchronize
 from ejmp.measure.workloads import Workload
 from ejmp.model.backend import Backend
-from ejmp.model.bases import Bases, EdgeEmbedding
 from ejmp.model.config import JMPConfig, Precision
-from ejmp.model.interactions import (
-    AtomUpdate,
-    InteractionBlock,
-    OutputBlock,
-    PairInteraction,
-    QuadrupletInteraction,
-    TripletInteraction,
-)
-from ejmp.model.jmp import JMP, AtomEmbedding
+from ejmp.model.jmp import JMP
+from ejmp.model.regions import observed_by
 from ejmp.provenance import provenance
 
-OF_BLOCK = {
-    "trip_interaction": "edge_to_edge",
-    "quad_interaction": "quadruplets",
-    "atom_edge_interaction": "atom_to_edge",
-    "edge_atom_interaction": "edge_to_atom",
-    "atom_interaction": "atom_pairs",
-    "atom_update": "atom_updates",
-    "atom_emb_layers": "atom_updates",
-}
-"""Parts of an interaction block, by the name of the submodule; the rest are updates of edges."""
-PARTS = (*dict.fromkeys(OF_BLOCK.values()), "edge_updates")
-OTHER = "other"
-"""Between the parts: types changed, tensors joined."""
-METHODS: tuple[tuple[type, tuple[str, ...]], ...] = (
-    (JMP, ("final_mlp", "heads")),
-    (AtomEmbedding, ("forward",)),
-    (Bases, ("forward",)),
-    (EdgeEmbedding, ("forward",)),
-    (InteractionBlock, ("forward",)),
-    (TripletInteraction, ("inputs", "to_edges", "to_atoms")),
-    (QuadrupletInteraction, ("forward",)),
-    (PairInteraction, ("forward",)),
-    (AtomUpdate, ("forward",)),
-    (OutputBlock, ("energy", "forces")),
-    (nn.Sequential, ("forward",)),
+PARTS = (
+    "edge_to_edge",
+    "quadruplets",
+    "atom_to_edge",
+    "edge_to_atom",
+    "atom_pairs",
+    "atom_updates",
+    "edge_updates",
 )
-"""Where the reference backend passes from one part to another; the fused ones do in the methods of `Fused`."""
+"""Parts of an interaction block: the regions inside it (`ejmp.model.regions`), and the rest, which updates edges."""
+OTHER = "other"
+"""What runs between the parts: types changed, tensors joined."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,9 +155,6 @@ def analytic(config: JMPConfig, sizes: GraphSizes) -> dict[str, int]:
     return found | {name: parts[name] for name in ("final_mlp", "heads")}
 
 
-# Which part of the model runs
-
-
 class Clock:
     """Seconds since the last mark; on CUDA by events, which are read after the pass."""
 
@@ -199,92 +170,43 @@ class Clock:
         return event
 
 
+class Marks:
+    """Observes the regions of a forward pass: reads a meter at each passage from one part of the model to another."""
+
+    def __init__(self, meter: Callable[[], Any]) -> None:
+        self.meter = meter
+        self.inside: list[str] = []
+        self.marks = [(meter(), OTHER)]
+
+    def enter(self, name: str) -> None:
+        """Note that a region begins."""
+        self.inside.append(name)
+        self.marks.append((self.meter(), self._part()))
+
+    def leave(self) -> None:
+        """Note that the region that began last ends."""
+        self.inside.pop()
+        self.marks.append((self.meter(), self._part()))
+
+    def _part(self) -> str:
+        if len(self.inside) == 1 and self.inside[0].startswith("block "):
+            return f"{self.inside[0]} edge_updates"
+        return " ".join(self.inside) or OTHER
+
+
 def by_part(model: JMP, graph: AtomGraph, meter: Callable[[], Any]) -> dict[str, Any]:
-    """Run a forward pass and return what a meter advanced in each part of the model: a `Clock`, or a count.
-
-    What runs between two calls into the same part belongs to it too: methods hold sums between layers.
-    """
-    names = {id(module): name for name, module in model.named_modules()}
-    stack, marks = [OTHER], []
-
-    def enter(part: str) -> None:
-        if part != stack[-1]:
-            marks.append((meter(), part))
-        stack.append(part)
-
-    def leave() -> None:
-        if stack.pop() != stack[-1]:
-            marks.append((meter(), stack[-1]))
-
+    """Run a forward pass and return what a meter advanced in each part of the model: a `Clock`, or a count."""
     synchronize(graph.device)
-    with _watched(names, enter, leave):
-        marks.append((meter(), OTHER))
-        model(graph)
-        marks.append((meter(), OTHER))
+    marks = Marks(meter)
+    with observed_by(marks):
+        model.forward(graph)
+    marks.marks.append((meter(), OTHER))
     synchronize(graph.device)
-    parts = [part for _, part in marks[:-1]]
-    for i in range(1, len(parts) - 1):
-        if parts[i - 1] == parts[i + 1] and parts[i] in (OTHER, _rest_of(parts[i - 1])):
-            parts[i] = parts[i - 1]
     advanced: dict[str, Any] = {}
-    for part, ((start, _), (end, _)) in zip(parts, itertools.pairwise(marks), strict=True):
+    for (start, part), (end, _) in itertools.pairwise(marks.marks):
         step = 1e-3 * start.elapsed_time(end) if isinstance(start, torch.cuda.Event) else end - start
         advanced[part] = advanced.get(part, 0) + step
     return advanced
-
-
-def _rest_of(part: str) -> str:
-    return " ".join((*part.split()[:2], "edge_updates"))
-
-
-def part_of(method: str, name: str) -> str | None:
-    """Return the part of the model that a method of a module (by its name) runs, or None to stay in the present one."""
-    if method in ("final_mlp", "heads"):
-        return method
-    if method == "embed" or name.endswith("bases.edge_emb"):
-        return "edge_embedding"
-    place = name.removeprefix("backbone.").split(".")
-    if place[0] == "int_blocks":
-        part = "edge_to_atom" if method == "edges_to_atoms" else OF_BLOCK.get(".".join(place[2:3]), "edge_updates")
-        return f"block {place[1]} {part}"
-    if place[0] == "out_blocks":
-        return f"output block {place[1]}"
-    return place[0] if place[0] in ("bases", "embedding") else None
-
-
-@contextlib.contextmanager
-def _watched(names: dict[int, str], enter: Callable[[str], None], leave: Callable[[], None]) -> Iterator[None]:
-    """Tell of every passage from one part of the model to another, for a while."""
-
-    def watch(function: Callable, position: int, fixed: str | None = None) -> Callable:
-        @functools.wraps(function)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            part = fixed
-            if part is None and len(args) > position and id(args[position]) in names:
-                part = part_of(function.__name__, names[id(args[position])])
-            if part is None:
-                return function(*args, **kwargs)
-            enter(part)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                leave()
-
-        return watched
-
-    from ejmp.model.fused import Fused  # noqa: PLC0415 - defines ops, which the reference backend does without
-
-    methods = [(owner, name, 0) for owner, found in METHODS for name in found]
-    methods += [(Fused, name, 1) for name, value in vars(Fused).items() if callable(value) and name[0] != "_"]
-    with contextlib.ExitStack() as patches:
-        for owner, name, position in methods:
-            patches.enter_context(mock.patch.object(owner, name, watch(getattr(owner, name), position)))
-        angles = watch(ejmp.model.jmp.compute_geometry, 0, "angles")
-        patches.enter_context(mock.patch.object(ejmp.model.jmp, "compute_geometry", angles))
-        yield
-
-
-# Which op runs
 
 
 def by_op(model: JMP, graph: AtomGraph, flops: dict[Any, int]) -> list[dict[str, Any]]:
@@ -335,9 +257,6 @@ def _own_op(event: Any) -> Any:
     return outermost
 
 
-# fvcore
-
-
 class ByNumbers(nn.Module):
     """A model as a function of one tensor, which is what fvcore traces."""
 
@@ -371,11 +290,7 @@ def fvcore_table(model: JMP, graph: AtomGraph, *, depth: int = 4) -> str:
     """
     from fvcore.nn import FlopCountAnalysis, flop_count_table  # noqa: PLC0415
 
-    before = model.precision, model.requested_backend
-    model.precision, model.requested_backend = "fp32", "reference"
-    try:
-        analysis = FlopCountAnalysis(ByNumbers(model, graph), (graph.atomic_numbers,))
-        analysis.unsupported_ops_warnings(enabled=False).uncalled_modules_warnings(enabled=False)
-        return flop_count_table(analysis, max_depth=depth, show_param_shapes=False)
-    finally:
-        model.precision, model.requested_backend = before
+    reference = model.on(backend="reference", precision="fp32")
+    analysis = FlopCountAnalysis(ByNumbers(reference, graph), (graph.atomic_numbers,))
+    analysis.unsupported_ops_warnings(enabled=False).uncalled_modules_warnings(enabled=False)
+    return flop_count_table(analysis, max_depth=depth, show_param_shapes=False)

@@ -11,22 +11,22 @@ from ejmp_kernels.specification import Quadruplets, Triplets
 
 
 @dataclass(frozen=True, kw_only=True)
-class Geometry:
-    """Everything about angles that the four many-body interactions need."""
+class AngleTables:
+    """Tables of neighbours and spherical functions of their angles, for the four sums over neighbours."""
 
     edge_to_edge: Triplets
     atom_to_edge: Triplets
     edge_to_atom: Triplets
     quadruplets: Quadruplets
     pairs: Tensor
-    """[N, K] ids of atom pairs, padded."""
+    """Ids of the atom pairs into each atom, [N, K], padded."""
 
 
-def compute_geometry(graph: AtomGraph, num_spherical: int) -> Geometry:
+def angle_tables(graph: AtomGraph, num_spherical: int) -> AngleTables:
     """Evaluate all angular functions of a graph."""
     main, near = graph.main, graph.atom_edges
     atoms = torch.arange(graph.num_atoms, device=graph.device)
-    return Geometry(
+    return AngleTables(
         edge_to_edge=specification.triplets(main, main, num_spherical, same_set=True),
         atom_to_edge=specification.triplets(main, near, num_spherical),
         edge_to_atom=specification.triplets(near, main, num_spherical),

@@ -22,8 +22,8 @@ def why_unavailable(backend: Backend, device: str | None = None, dtype: torch.dt
     return reason
 
 
-def check(backend: Backend) -> Backend:
-    """Return the backend if this installation has it.
+def check_backend(backend: Backend) -> Backend:
+    """Return the backend, or raise if this installation does not have it.
 
     Raises:
         ValueError: if there is no such backend.

@@ -12,7 +12,7 @@ from ejmp_kernels import specification
 
 
 class GaussianBasis(nn.Module):
-    """Centres and inverse widths of the Gaussians, with the float32 values that upstream stores."""
+    """The centres and inverse widths of the Gaussians, with the float32 values that upstream stores."""
 
     offset: Tensor
     temps: Tensor
@@ -78,7 +78,7 @@ class PairProjection(nn.Module):
 
 
 class EdgeEmbedding(nn.Module):
-    """Dense([h_source, h_target, x]): the first edge features, and the update at the end of a block."""
+    """A dense layer on [h_source, h_target, x]: it makes the first edge features, and updates them at a block's end."""
 
     def __init__(self, num_atom: int, num_edge: int, num_out: int) -> None:
         super().__init__()
@@ -94,33 +94,37 @@ class ProjectedBases:
     """Projected bases of one graph; every interaction block reads the same."""
 
     rbf_quad: Tensor
-    """[E, rbf], like the next four."""
+    """Radial basis on main edges for the quadruplet interaction, [E, rbf]."""
     rbf_trip: Tensor
+    """Radial basis on main edges for the edge-to-edge interaction, [E, rbf]."""
     rbf_edge_atom: Tensor
+    """Radial basis on main edges for the edge-to-atom interaction, [E, rbf]."""
     rbf_atom_update: Tensor
+    """Radial basis on main edges for the updates of atoms in blocks, [E, rbf]."""
     rbf_out: Tensor
+    """Radial basis on main edges for the output blocks, [E, rbf]."""
     rbf_atom_edge: Tensor
-    """[E_atom_edges, rbf]."""
+    """Radial basis on atom edges for the atom-to-edge interaction, [E_atom_edges, rbf]."""
     rbf_pair: Tensor
-    """[E_pairs, rbf]."""
+    """Radial basis on atom pairs, [E_pairs, rbf]."""
     cbf_trip: Tensor
-    """[E, cbf, S]."""
+    """Circular basis of the edge-to-edge interaction's outputs, [E, cbf, S]."""
     cbf_atom_edge: Tensor
-    """[E, cbf, S]."""
+    """Circular basis of the atom-to-edge interaction's outputs, [E, cbf, S]."""
     cbf_edge_atom: Tensor
-    """[E_atom_edges, cbf, S]."""
+    """Circular basis of the edge-to-atom interaction's outputs, [E_atom_edges, cbf, S]."""
     cbf_quad: Tensor
-    """[E_quad, cbf, S]."""
+    """Circular basis of the quadruplets' middle edges, [E_quad, cbf, S]."""
     sbf_quad: Tensor
-    """[E, sbf, S^2]."""
+    """Spherical basis of the quadruplet interaction's outputs, [E, sbf, S^2]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BasisValues(ProjectedBases):
-    """The same, and the basis that the first edge embedding reads."""
+    """Projected bases of one graph, and the unprojected one that the first edge embedding reads."""
 
     radial: Tensor
-    """[E, R] of the main edges, unprojected."""
+    """Radial basis on main edges before any projection, [E, R]."""
 
 
 class Bases(nn.Module):
@@ -129,6 +133,7 @@ class Bases(nn.Module):
     def __init__(self, config: JMPConfig) -> None:
         super().__init__()
         radial, spherical = config.num_radial, config.num_spherical
+        self.num_spherical = spherical
         basis = RadialBasis(config)
         self.radial_basis = basis
         for name in ("cbf_basis_qint", "sbf_basis_qint", "cbf_basis_aeint", "cbf_basis_eaint", "cbf_basis_tint"):

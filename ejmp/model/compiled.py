@@ -1,12 +1,13 @@
 """The compiled model: padded graphs of few shapes, torch.compile without graph breaks, CUDA graphs.
 
-`JMP.compile` says what it does for its caller. One call pads the graph (`ejmp.graph.padding`), runs traced code or replays a
-CUDA graph, and cuts the result back to the real structures and atoms. Nothing in it waits for the device.
+`JMP.compile` says what it does for its caller. A `Compiled` wraps a model: one call pads the graph
+(`ejmp.graph.padding`), runs traced code or replays a CUDA graph, and cuts the result back to the real structures and
+atoms. Nothing in it waits for the device.
 """
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
@@ -14,15 +15,20 @@ from torch import Tensor, nn
 
 from ejmp.graph.graph import AtomGraph, EdgeSet
 from ejmp.graph.padding import Buckets, GraphShape, pad_graph
-from ejmp.model.jmp import JMP, Features, Output, tf32_products
+from ejmp.model.config import JMPConfig, Precision
+from ejmp.model.outputs import Features, Output
+from ejmp.model.precision import tf32_products
 
 Mode = Literal["throughput", "latency", "off"]
+Location = tuple[Mapping[str, Tensor | None], str]
+"""Where a module keeps a parameter or buffer: its dictionary of them, and the name there."""
 Value = TypeVar("Value", AtomGraph, EdgeSet)
 Result = tuple[Tensor, ...]
 WARM_UP = 3
-"""Runs before a CUDA graph is recorded: they compile, load and choose what is compiled, loaded and chosen once."""
+"""Number of runs before a CUDA graph is recorded: they compile, load and choose what is compiled, loaded and chosen
+once."""
 _SHAPES = 1 << 10
-"""More shapes than torch.compile would trace on its own."""
+"""Number of shapes that are traced, more than torch.compile would by default."""
 
 
 class Recorder(Protocol):
@@ -33,8 +39,53 @@ class Recorder(Protocol):
         ...
 
 
+class Compilable(Protocol):
+    """What is asked of a model; `ejmp.JMP` is one."""
+
+    config: JMPConfig
+    precision: Precision
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the parameters."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        ...
+
+    def check_graph(self, graph: AtomGraph) -> None:
+        """Raise ValueError if the model cannot run on a graph."""
+        ...
+
+    def forward(self, graph: AtomGraph, *, direct_forces: bool) -> Output:
+        """Run the model as it is, without what `Compiled` adds."""
+        ...
+
+    def features(self, graph: AtomGraph, *, direct_forces: bool) -> Features:
+        """Run everything but the heads."""
+        ...
+
+    def heads(self, features: Features, graph: AtomGraph) -> Output:
+        """Run the heads."""
+        ...
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Return the model and all modules in it."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Return all parameters."""
+        ...
+
+    def buffers(self) -> Iterator[Tensor]:
+        """Return all buffers."""
+        ...
+
+
 class Compiled:
-    """A model as `JMP.compile` sets it up.
+    """A model that runs padded graphs through traced code or CUDA graphs; `JMP.compile` makes one.
 
     Args:
         model: whose parameters are used.
@@ -44,7 +95,7 @@ class Compiled:
     """
 
     def __init__(
-        self, model: JMP, mode: Mode, buckets: Buckets | None = None, compiler: str | None = "inductor"
+        self, model: Compilable, mode: Mode, buckets: Buckets | None = None, compiler: str | None = "inductor"
     ) -> None:
         if mode not in get_args(Mode):
             raise ValueError(f"mode: expected one of {get_args(Mode)}, got {mode!r}")
@@ -55,14 +106,16 @@ class Compiled:
             self.record = record_cuda_graph
         self.model = model
         self.buckets = Buckets() if buckets is None else buckets
-        self._plain, self._features, self._heads = (_traced(f, compiler) for f in (_plain, _features, _heads))
+        self._forward, self._features, self._heads = (_traced(f, compiler) for f in (_forward, _features, _heads))
         self._seen: set[tuple] = set()
-        self._frozen: JMP | None = None
+        self._frozen: Compilable | None = None
         self._replays: dict[tuple, Replay] = {}
+        self._locations = list(_locations(model))
+        self._addresses = self._where()
 
     def __call__(self, graph: AtomGraph, *, direct_forces: bool = True) -> Output:
-        """Do what `JMP.plain` does."""
-        self._check(graph)
+        """Return what the model's `forward` returns."""
+        self._prepare(graph)
         shape = self.buckets.choose(graph)
         forces = direct_forces and self.model.config.direct_forces
 
@@ -77,8 +130,8 @@ class Compiled:
         return Output(energy=energy, forces=direct[0] if direct else None)
 
     def gradient_forces(self, graph: AtomGraph, task: int) -> Tensor:
-        """Do what `ejmp.gradient_forces` does for forces that nobody differentiates; no parameter gets a gradient."""
-        self._check(graph)
+        """Return what `ejmp.gradient_forces` returns, for forces that nobody differentiates, [N, 3]."""
+        self._prepare(graph)
         shape = self.buckets.choose(graph)
         if self._frozen is None:
             self._frozen = frozen(self.model)
@@ -96,23 +149,28 @@ class Compiled:
             (gradient,) = self._replayed(("gradient", shape, task), run, padded)
         return -gradient[: graph.num_atoms].to(self.model.dtype)
 
-    def forget(self) -> None:
-        """Drop what holds on to where the parameters are."""
-        self._frozen = None
-        self._replays.clear()
-
-    def _check(self, graph: AtomGraph) -> None:
-        """Check what traced code does not."""
-        self.model.check(graph)
-        if self.record is not None and graph.device.type != "cuda":
+    def _prepare(self, graph: AtomGraph) -> None:
+        """Check what traced code does not, and drop what holds on to where the parameters were."""
+        self.model.check_graph(graph)
+        if self.record is record_cuda_graph and graph.device.type != "cuda":
             raise RuntimeError(f'mode="latency" needs a CUDA device, the graph is on {graph.device}')
+        addresses = self._where()
+        if addresses != self._addresses:  # moved, converted, or loaded by assignment
+            self._addresses = addresses
+            self._frozen = None
+            self._replays.clear()
+
+    def _where(self) -> list[int]:
+        """Return the addresses of all parameters and buffers, in some 0.1 ms."""
+        tensors = (tensors[name] for tensors, name in self._locations)
+        return [x.data_ptr() for x in tensors if x is not None]
 
     def _recorded(self, graph: AtomGraph) -> bool:
         """Return whether autograd records a call."""
         given = (graph.positions, graph.main.distance, graph.main.vector)
         return torch.is_grad_enabled() and any(x.requires_grad for x in (*given, *self.model.parameters()))
 
-    def _run(self, model: JMP, graph: AtomGraph, shape: GraphShape, *, forces: bool) -> Output:
+    def _run(self, model: Compilable, graph: AtomGraph, shape: GraphShape, *, forces: bool) -> Output:
         """Run traced code, and trace it for a new shape."""
         key = (shape, forces, model is self.model, torch.is_grad_enabled())
         if key in self._seen:
@@ -121,9 +179,9 @@ class Compiled:
         with torch._dynamo.config.patch(recompile_limit=_SHAPES):  # noqa: SLF001 - documented under this name
             return self._traced_run(model, graph, forces=forces)
 
-    def _traced_run(self, model: JMP, graph: AtomGraph, *, forces: bool) -> Output:
+    def _traced_run(self, model: Compilable, graph: AtomGraph, *, forces: bool) -> Output:
         if model.precision != "tf32":
-            return self._plain(model, graph, forces)
+            return self._forward(model, graph, forces)
         with tf32_products():  # not the heads
             features = self._features(model, graph, forces)
         return self._heads(model, features, graph)
@@ -137,15 +195,15 @@ class Compiled:
         return self._replays[key](graph)
 
 
-def _plain(model: JMP, graph: AtomGraph, forces: bool) -> Output:
-    return model.plain(graph, direct_forces=forces)
+def _forward(model: Compilable, graph: AtomGraph, forces: bool) -> Output:
+    return model.forward(graph, direct_forces=forces)
 
 
-def _features(model: JMP, graph: AtomGraph, forces: bool) -> Features:
+def _features(model: Compilable, graph: AtomGraph, forces: bool) -> Features:
     return model.features(graph, direct_forces=forces)
 
 
-def _heads(model: JMP, features: Features, graph: AtomGraph) -> Output:
+def _heads(model: Compilable, features: Features, graph: AtomGraph) -> Output:
     return model.heads(features, graph)
 
 
@@ -153,7 +211,13 @@ def _traced(function: Callable[..., Any], compiler: str | None) -> Callable[...,
     return function if compiler is None else torch.compile(function, backend=compiler, fullgraph=True, dynamic=False)
 
 
-def frozen(model: JMP) -> JMP:
+def _locations(model: Compilable) -> Iterator[Location]:
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):  # noqa: SLF001 - .to() and loading replace what is in them
+            yield from ((tensors, name) for name in tensors)
+
+
+def frozen(model: Compilable) -> Compilable:
     """Return a model on the same memory whose parameters take no gradients, so that nothing computes them."""
     shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     shared |= {id(buffer): buffer for buffer in model.buffers()}
@@ -161,7 +225,7 @@ def frozen(model: JMP) -> JMP:
 
 
 class Replay:
-    """A function of a graph, recorded once and replayed on other graphs of the same shape.
+    """A function of a graph that is recorded once and replayed on other graphs of the same shape.
 
     Args:
         function: what to record; it waits for nothing.

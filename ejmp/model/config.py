@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+from ejmp.model.upstream import sizes_from_upstream
+
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 """Type of the linear maps; see `ejmp.JMP`."""
 
@@ -20,28 +22,35 @@ class JMPConfig:
     blocks: int = 6
     """Interaction blocks, 1..6 in the published models."""
     num_tasks: int = 4
-    """T, energy (and force) heads."""
+    """T, the number of heads, each for energies and, with direct forces, for forces."""
     direct_forces: bool = True
     """Whether the model has the edge branch that predicts forces without a gradient."""
     energy_reduction: Literal["sum", "mean"] = "sum"
-    """"mean" over atoms for intensive targets (QMOF, Matbench)."""
+    """How atoms make a structure's value: "sum", or "mean" for intensive targets (QMOF, Matbench)."""
     kept_blocks: tuple[int, ...] | None = None
     """Which blocks of the unpruned model these are; None if the model was never pruned."""
 
     emb_size_atom: int = 256
+    """C, the channels of atoms."""
     emb_size_edge: int = 1024
+    """M, the channels of edges."""
     emb_size_trip_in: int = 64
+    """Channels that are summed over triplets; `_out`: after the mixing that follows. So also for the next two."""
     emb_size_trip_out: int = 128
     emb_size_quad_in: int = 64
     emb_size_quad_out: int = 32
     emb_size_pair_in: int = 64
     emb_size_pair_out: int = 64
     emb_size_rbf: int = 32
+    """Width of a projected radial basis; cbf: circular, sbf: spherical."""
     emb_size_cbf: int = 16
     emb_size_sbf: int = 64
     num_radial: int = 128
+    """R, the Gaussians of the radial basis."""
     num_spherical: int = 7
+    """S, the Legendre polynomials of an angle."""
     num_before_skip: int = 2
+    """Residual layers before the skip connection; the numbers below are of residual layers elsewhere."""
     num_after_skip: int = 2
     num_concat: int = 4
     num_atom: int = 3
@@ -49,9 +58,11 @@ class JMPConfig:
     num_atom_emb_layers: int = 2
     num_global_out_layers: int = 2
     num_elements: int = 120
+    """Rows of the atom embedding."""
     rbf_cutoff: float = 12.0
-    """A, where every radial basis ends, whatever the graph's cutoff is."""
+    """Distance in A at which every radial basis ends, whatever the graph's cutoff is."""
     envelope_exponent: int = 5
+    """Exponent of the polynomial that takes every radial function smoothly to zero at its end."""
 
     def __post_init__(self) -> None:
         """Check the sizes."""
@@ -87,64 +98,7 @@ class JMPConfig:
         Raises:
             ValueError: if a size is missing, or a setting asks for something JMP does not use.
         """
-        for name, expected in _UPSTREAM_FIXED.items():
-            if config.get(name, expected) != expected:
-                raise ValueError(f"upstream config: {name}: only {expected!r} is supported, got {config[name]!r}")
-        missing = [name for name in _UPSTREAM_NAMES if name not in config]
-        if missing:
-            raise ValueError(f"upstream config: missing {', '.join(missing)}")
-        sizes = {ours: config[theirs] for theirs, ours in _UPSTREAM_NAMES.items()}
-        return cls(
-            num_tasks=num_tasks,
-            direct_forces=bool(config.get("direct_forces", True) and config.get("regress_forces", True)),
-            envelope_exponent=config.get("envelope", {}).get("exponent", 5),
-            energy_reduction="sum" if config.get("extensive", True) else "mean",
-            **sizes,
-        )
-
-
-_UPSTREAM_NAMES = {
-    "num_blocks": "blocks",
-    "emb_size_atom": "emb_size_atom",
-    "emb_size_edge": "emb_size_edge",
-    "emb_size_trip_in": "emb_size_trip_in",
-    "emb_size_trip_out": "emb_size_trip_out",
-    "emb_size_quad_in": "emb_size_quad_in",
-    "emb_size_quad_out": "emb_size_quad_out",
-    "emb_size_aint_in": "emb_size_pair_in",
-    "emb_size_aint_out": "emb_size_pair_out",
-    "emb_size_rbf": "emb_size_rbf",
-    "emb_size_cbf": "emb_size_cbf",
-    "emb_size_sbf": "emb_size_sbf",
-    "num_radial": "num_radial",
-    "num_spherical": "num_spherical",
-    "num_before_skip": "num_before_skip",
-    "num_after_skip": "num_after_skip",
-    "num_concat": "num_concat",
-    "num_atom": "num_atom",
-    "num_output_afteratom": "num_output_after_atom",
-    "num_atom_emb_layers": "num_atom_emb_layers",
-    "num_global_out_layers": "num_global_out_layers",
-    "num_elements": "num_elements",
-    "absolute_rbf_cutoff": "rbf_cutoff",
-}
-
-_UPSTREAM_FIXED = {
-    "activation": "scaled_silu",
-    "quad_interaction": True,
-    "atom_edge_interaction": True,
-    "edge_atom_interaction": True,
-    "atom_interaction": True,
-    "scale_basis": False,
-    "unique_basis_per_layer": False,
-    "learnable_rbf": False,
-    "forces_coupled": False,
-    "rbf": {"name": "gaussian"},
-    "rbf_spherical": None,
-    "cbf": {"name": "spherical_harmonics"},
-    "sbf": {"name": "legendre_outer"},
-    "qint_tags": [1, 2],
-}
+        return cls(num_tasks=num_tasks, **sizes_from_upstream(config))
 
 
 def jmp_l(*, blocks: int = 6, scalar: bool = False) -> JMPConfig:

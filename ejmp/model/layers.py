@@ -4,20 +4,21 @@ Attribute names are upstream's, because the state dict's names are.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from ejmp.model.initialisation import orthogonal_
 
 INV_SQRT_2 = 1 / math.sqrt(2)
 INV_SQRT_3 = 1 / math.sqrt(3)
 
 
 class ScaledSiLU(nn.Module):
-    """SiLU(x) / 0.6, which keeps the variance of normal inputs near one (GemNet, arXiv 2106.08903)."""
+    """The activation SiLU(x) / 0.6, which keeps the variance of normal inputs near one (GemNet, arXiv 2106.08903)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply elementwise."""
+        """Apply the activation to each element."""
         return nn.functional.silu(x) * (1 / 0.6)
 
 
@@ -30,7 +31,7 @@ def he_orthogonal_(weight: Tensor) -> Tensor:
     """
     if weight.is_meta:
         return weight
-    nn.init.orthogonal_(weight)
+    orthogonal_(weight.flatten(1))
     inputs = [0, 1] if weight.ndim == 3 else [1]
     fan_in = math.prod(weight.shape[i] for i in inputs)
     variance, mean = torch.var_mean(weight, dim=inputs, unbiased=True, keepdim=True)
@@ -38,7 +39,7 @@ def he_orthogonal_(weight: Tensor) -> Tensor:
 
 
 class Linear(nn.Module):
-    """Linear without bias or activation; initialised he-orthogonal."""
+    """A linear map without bias or activation, with he-orthogonal random weights."""
 
     def __init__(self, num_in: int, num_out: int) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ class Linear(nn.Module):
 
 
 class Dense(Linear):
-    """Linear without bias, then ScaledSiLU."""
+    """A linear map without bias, then ScaledSiLU."""
 
     def __init__(self, num_in: int, num_out: int) -> None:
         super().__init__(num_in, num_out)
@@ -65,7 +66,7 @@ class Dense(Linear):
 
 
 class Residual(nn.Module):
-    """(x + Dense(Dense(x))) / sqrt(2)."""
+    """The residual layer (x + Dense(Dense(x))) / sqrt(2)."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -81,28 +82,35 @@ def residuals(num: int, size: int) -> nn.Sequential:
     return nn.Sequential(*(Residual(size) for _ in range(num)))
 
 
-Comparison = Callable[[], tuple[Tensor, Tensor | None]]
-"""What a ScaleFactor compares its output with: rows [n, C], and how often each row counts [n] or None for once."""
-
-
 class ScaleFactor(nn.Module):
-    """Multiply by a fitted number that gives an output the variance of a reference. 1 until it is fitted."""
+    """Multiply by a fitted number that gives an output the variance of a reference (`ejmp.fit_scale_factors`).
+
+    The number is 1 until it is fitted.
+    """
 
     scale_factor: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("scale_factor", torch.ones(()))
-        self.observer: Callable[[ScaleFactor, Tensor, Comparison], None] | None = None
 
-    def forward(self, x: Tensor, compared_with: Comparison, rows: Tensor | None = None) -> Tensor:
-        """Scale x.
-
-        Args:
-            x: [..., C].
-            compared_with: evaluated only while factors are being fitted (`ejmp.fit_scale_factors`).
-            rows: [...] bool, which rows of x exist; None for all.
-        """
-        if self.observer is not None:
-            self.observer(self, x if rows is None else x[rows], compared_with)
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale a tensor of any shape, in its own type."""
         return x * self.scale_factor.to(x.dtype)
+
+
+class FinalMLP(nn.Module):
+    """Join the outputs of all blocks: Dense down to the size of one, then residuals (the paper's g)."""
+
+    def __init__(self, num_outputs: int, size: int, num_layers: int) -> None:
+        super().__init__()
+        self.out_mlp = nn.ModuleList([Dense(num_outputs * size, size), *(Residual(size) for _ in range(num_layers))])
+
+    def forward(self, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Map blocks + 1 tensors [., size] to the output of each layer, [., size]."""
+        value = torch.cat(x, dim=-1)
+        outputs = []
+        for layer in self.out_mlp:
+            value = layer(value)
+            outputs.append(value)
+        return tuple(outputs)

@@ -15,7 +15,7 @@ from ejmp_kernels import registry, specification
 
 pytest.importorskip("triton")
 
-from ejmp.model.jmp import tf32_products
+from ejmp.model.precision import tf32_products
 from ejmp_kernels.availability import interpreted
 from ejmp_kernels.dense import linear_activate
 

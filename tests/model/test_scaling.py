@@ -6,7 +6,7 @@ import torch
 from ase.build import molecule
 
 import ejmp
-from ejmp.model.angle_tables import compute_geometry
+from ejmp.model.angle_tables import angle_tables
 
 
 @pytest.fixture
@@ -71,10 +71,10 @@ def test_values_follow_the_definition(model, graphs):
         refs.setdefault(name, []).append(reference)
 
     for graph in graphs:
-        geometry = compute_geometry(graph, model.config.num_spherical)
+        tables = angle_tables(graph, model.config.num_spherical)
         for name, layer, triplets in (
-            ("trip_interaction", trip, geometry.edge_to_edge),
-            ("atom_edge_interaction", near, geometry.atom_to_edge),
+            ("trip_interaction", trip, tables.edge_to_edge),
+            ("atom_edge_interaction", near, tables.atom_to_edge),
         ):
             x = capture(model, graph, layer.dense_ba)[1]
             if name == "atom_edge_interaction":
@@ -83,7 +83,7 @@ def test_values_follow_the_definition(model, graphs):
             add(f"{name}.scale_rbf", down_in / layer.scale_rbf.scale_factor, x)
             inputs = down_out[triplets.table[triplets.valid]]
             add(f"{name}.scale_cbf_sum", capture(model, graph, layer.mlp_cbf)[1], inputs)
-        quads = geometry.quadruplets
+        quads = tables.quadruplets
         x = capture(model, graph, quad.down_projection)[1]
         x = torch.cat([x, torch.zeros_like(x[:1])])[quads.inputs]
         x_t = x * capture(model, graph, quad.mlp_cbf)[1]
@@ -91,7 +91,7 @@ def test_values_follow_the_definition(model, graphs):
         x_t = torch.cat([x_t, torch.zeros_like(x_t[:1])]) * quad.scale_cbf.scale_factor
         add("quad_interaction.scale_sbf_sum", capture(model, graph, quad.mlp_sbf)[1], x_t[quads.middles][quads.valid])
         x = capture(model, graph, pair.down_projection)[1]
-        near_atoms, triplets = block.edge_atom_interaction, geometry.edge_to_atom
+        near_atoms, triplets = block.edge_atom_interaction, tables.edge_to_atom
         down_out = capture(model, graph, near_atoms.down_projection)[1]
         inputs = down_out[triplets.table[triplets.valid]]
         add("edge_atom_interaction.scale_cbf_sum", capture(model, graph, near_atoms.mlp_cbf)[1], inputs)

@@ -1,4 +1,4 @@
-"""The forward pass on fused ops: the same model as `interactions` and `model` spell out, from the same parameters.
+"""The forward pass on fused ops: what `reference_executor` spells out in plain torch, from the same parameters.
 
 It runs on the native or the Triton kernels, which have the same ops. Nothing here lists a triplet, pads a table or
 waits for the device. Scale factors are folded into the small weights beside them, activations, filters, residuals and
@@ -6,11 +6,14 @@ scalings are one pass after each product (in Triton its epilogue), and of a laye
 part of m runs on edges. Tested to give what the reference backend gives.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
 from ejmp.graph.graph import AtomGraph, EdgeSet
 from ejmp.model.bases import Bases, BasisProjection, ProjectedBases
+from ejmp.model.executor import Executor
 from ejmp.model.interactions import (
     AtomUpdate,
     InteractionBlock,
@@ -19,11 +22,12 @@ from ejmp.model.interactions import (
     QuadrupletInteraction,
     TripletInteraction,
 )
-from ejmp.model.layers import INV_SQRT_2, INV_SQRT_3, Dense, Linear, Residual, ScaleFactor
+from ejmp.model.layers import INV_SQRT_2, INV_SQRT_3, Dense, FinalMLP, Linear, Residual, ScaleFactor
+from ejmp.model.regions import region
 from ejmp_kernels.activation import activate, swap_add
 from ejmp_kernels.atom_sum import atom_sum
 from ejmp_kernels.dense import linear_activate
-from ejmp_kernels.edge_embedding import gather_add
+from ejmp_kernels.edge_embedding import edge_sum, gather_add
 from ejmp_kernels.linear import linear
 from ejmp_kernels.pair import pair
 from ejmp_kernels.quadruplet import quadruplet_linear
@@ -32,32 +36,35 @@ from ejmp_kernels.registry import Backend
 from ejmp_kernels.triplet import triplet
 
 
-class Fused:
-    """The layers on one graph, with linear maps in one type.
+class FusedExecutor(Executor):
+    """The steps of a forward pass on kernels; see `Executor`. Linear maps take their type from their operands.
 
     Args:
         graph: a batch.
-        dtype: of the linear maps of blocks and final MLP; None for that of the parameters.
+        low: the 16-bit type of the linear maps; None for the parameters' own.
         backend: whose kernels.
     """
 
-    def __init__(self, graph: AtomGraph, dtype: torch.dtype | None, backend: Backend) -> None:
-        self.graph = graph
-        self.dtype = dtype
+    bases: ProjectedBases
+
+    def __init__(self, graph: AtomGraph, low: torch.dtype | None, backend: Backend) -> None:
+        super().__init__(graph, low)
         self.backend: Backend = backend
         assert graph.main.swap is not None
         self.swap = graph.main.swap
 
-    # ---- layers ----
+    def linear_maps(self) -> AbstractContextManager[object]:
+        """Return an empty context: the methods below cast operands themselves."""
+        return nullcontext()
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """Map [rows, in] to [rows, out] in the low type, if there is one."""
         return linear(*self._low(x, weight), backend=self.backend)
 
     def _low(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return (x, weight) if self.dtype is None else (x.to(self.dtype), weight.to(self.dtype))
+        return (x, weight) if self.low is None else (x.to(self.low), weight.to(self.low))
 
-    def plain(self, layer: Linear, x: Tensor, scale: ScaleFactor | None = None) -> Tensor:
+    def linear_layer(self, layer: Linear, x: Tensor, scale: ScaleFactor | None = None) -> Tensor:
         """Apply a linear layer, with a scale factor folded into its weight."""
         return self.linear(x, layer.linear.weight if scale is None else self._folded(layer, scale))
 
@@ -108,9 +115,7 @@ class Fused:
         """Give sums over neighbours the type of the geometry; Triton's kernels take low types and sum in float32."""
         return x if self.backend == "triton" else x.to(self.graph.dtype)
 
-    # ---- bases ----
-
-    def bases(self, bases: Bases) -> ProjectedBases:
+    def project(self, bases: Bases) -> ProjectedBases:
         """Evaluate and project every radial basis, those of equal distances in one call."""
         graph = self.graph
         near, main = graph.atom_edges.distance, graph.main.distance
@@ -152,13 +157,11 @@ class Fused:
         offset, temps = (x.to(distance.dtype) for x in (basis.rbf.offset, basis.rbf.temps))
         return radial(distance, offset, temps, weight, basis.cutoff, basis.exponent, backend=self.backend)
 
-    # ---- interactions ----
-
     def filtered(
         self, layer: TripletInteraction | QuadrupletInteraction, dense: Dense, m: Tensor, rbf: Tensor
     ) -> Tensor:
         """Apply a dense layer, filter by the radial basis and down-project: [E_in, .] to [E_in, C]."""
-        factor = self.plain(layer.mlp_rbf, rbf, layer.scale_rbf)
+        factor = self.linear_layer(layer.mlp_rbf, rbf, layer.scale_rbf)
         return self._wide(self.dense(layer.down_projection, self.dense(dense, m, factor)))
 
     def triplets(
@@ -177,9 +180,9 @@ class Fused:
         weight = torch.cat([layer.up_projection_ca.linear.weight, layer.up_projection_ac.linear.weight])
         return swap_add(self.linear(y, weight), self.swap, add, scale=0.5 * INV_SQRT_2, backend=self.backend)
 
-    def quadruplets(self, layer: QuadrupletInteraction, m: Tensor, bases: ProjectedBases) -> Tensor:
+    def quadruplets(self, layer: QuadrupletInteraction, m: Tensor) -> Tensor:
         """Sum over quadruplets and mix, [E, quad_out]."""
-        graph = self.graph
+        graph, bases = self.graph, self.bases
         x = self.filtered(layer, layer.dense_db, m, bases.rbf_quad)
         cbf = bases.cbf_quad.mT
         weight = self._folded(layer.mlp_cbf, layer.scale_cbf)
@@ -188,71 +191,85 @@ class Fused:
         edges = graph.main, graph.quad_edges
         return quadruplet_linear(x, filters, bases.sbf_quad, *edges, mix, backend=self.backend)
 
-    def messages_to_edges(self, block: InteractionBlock, h: Tensor, m: Tensor, bases: ProjectedBases) -> Tensor:
+    def messages_to_edges(self, block: InteractionBlock, h: Tensor, m: Tensor) -> Tensor:
         """Return half the sum of what a block sends to edges, [E, M]."""
-        graph, trip, near, quad = (
-            self.graph,
-            block.trip_interaction,
-            block.atom_edge_interaction,
-            block.quad_interaction,
-        )
+        graph, bases = self.graph, self.bases
+        trip, quad, near = block.trip_interaction, block.quad_interaction, block.atom_edge_interaction
         out = self.dense(block.dense_ca, m, scale=0.5)
-        x = self.filtered(trip, trip.dense_ba, m, bases.rbf_trip)
-        out = self.to_edges(trip, self.triplets(trip, x, bases.cbf_trip, graph.main, graph.main), out)
-        out = self.to_edges(quad, self.quadruplets(quad, m, bases), out)
-        # atoms are activated before they are gathered onto edges
-        x = self.dense(near.dense_ba, h).index_select(0, graph.atom_edges.source)
-        x = x * self.plain(near.mlp_rbf, bases.rbf_atom_edge, near.scale_rbf)
-        x = self._wide(self.dense(near.down_projection, x))
-        y = self.triplets(near, x, bases.cbf_atom_edge, graph.main, graph.atom_edges)
-        return self.to_edges(near, y, out)
+        with region("edge_to_edge"):
+            x = self.filtered(trip, trip.dense_ba, m, bases.rbf_trip)
+            out = self.to_edges(trip, self.triplets(trip, x, bases.cbf_trip, graph.main, graph.main), out)
+        with region("quadruplets"):
+            out = self.to_edges(quad, self.quadruplets(quad, m), out)
+        with region("atom_to_edge"):
+            # atoms are activated before they are gathered onto edges
+            x = self.dense(near.dense_ba, h).index_select(0, graph.atom_edges.source)
+            x = x * self.linear_layer(near.mlp_rbf, bases.rbf_atom_edge, near.scale_rbf)
+            x = self._wide(self.dense(near.down_projection, x))
+            y = self.triplets(near, x, bases.cbf_atom_edge, graph.main, graph.atom_edges)
+            return self.to_edges(near, y, out)
 
-    def edges_to_atoms(self, block: InteractionBlock, m: Tensor, bases: ProjectedBases) -> Tensor:
+    def edges_to_atoms(self, layer: TripletInteraction, m: Tensor) -> Tensor:
         """Sum triplets into atoms, [N, C]."""
-        graph, layer = self.graph, block.edge_atom_interaction
+        graph, bases = self.graph, self.bases
         x = self.filtered(layer, layer.dense_ba, m, bases.rbf_edge_atom)
         y = self.triplets(layer, x, bases.cbf_edge_atom, graph.atom_edges, graph.main, to_atoms=True)
         return self.dense(layer.up_projection_ca, y)
 
-    def pairs(self, layer: PairInteraction, h: Tensor, bases: ProjectedBases) -> Tensor:
-        """Sum over pairs, [N, C]."""
+    def pairs(self, layer: PairInteraction, h: Tensor) -> Tensor:
+        """Sum over pairs of atoms, [N, C]."""
         edges = self.graph.atom_pairs
         x = self._wide(self.dense(layer.down_projection, h))
-        summed = pair(x, bases.rbf_pair, edges.ptr, edges.source, backend=self.backend)
+        summed = pair(x, self.bases.rbf_pair, edges.ptr, edges.source, backend=self.backend)
         return self.dense(layer.up_projection, self._mix(summed, self._folded(layer.bilinear, layer.scale_rbf_sum)))
 
     def atom_sum(self, layer: AtomUpdate, m: Tensor, rbf: Tensor) -> Tensor:
-        """Sum edges into atoms through a radial filter, [E, M] to [N, M]."""
-        summed = atom_sum(m, self.plain(layer.dense_rbf, rbf), self.graph.main.ptr, backend=self.backend)
+        """Sum edges into atoms through a filter of the radial basis and scale, [E, M] to [N, M]."""
+        summed = atom_sum(m, self.linear_layer(layer.dense_rbf, rbf), self.graph.main.ptr, backend=self.backend)
         return summed * layer.scale_sum.scale_factor.to(summed.dtype)
 
-    def block(self, block: InteractionBlock, h: Tensor, m: Tensor, bases: ProjectedBases) -> tuple[Tensor, Tensor]:
-        """Update atoms [N, C] and edges [E, M]."""
-        new_m = self.messages_to_edges(block, h, m, bases)
-        h = (h + self.edges_to_atoms(block, m, bases) + self.pairs(block.atom_interaction, h, bases)) * INV_SQRT_3
+    def embed(self, bases: Bases, h: Tensor) -> Tensor:
+        """Evaluate the bases, and return the first edge features, [N, C] to [E, M]."""
+        with region("edge_embedding"):
+            dense = bases.edge_emb.dense
+            x = self._radial_product(bases, self.graph.main.distance, dense.linear.weight[:, 2 * h.shape[1] :].mT)
+            m = self.embed_edges(dense, h, x if self.low is None else x.to(self.low))
+        with region("bases"):
+            self.bases = self.project(bases)
+        return m
+
+    def block(self, block: InteractionBlock, h: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        """Update atoms [N, C] and edges [E, M] by one interaction block."""
+        new_m = self.messages_to_edges(block, h, m)
+        with region("edge_to_atom"):
+            from_edges = self.edges_to_atoms(block.edge_atom_interaction, m)
+        with region("atom_pairs"):
+            from_atoms = self.pairs(block.atom_interaction, h)
+        h = (h + from_edges + from_atoms) * INV_SQRT_3
         new_m = self.residuals(block.layers_before_skip, new_m, scale=INV_SQRT_2)
         m = self.residuals(block.layers_after_skip, torch.add(new_m, m, alpha=INV_SQRT_2))
-        h = self.residuals(block.atom_emb_layers, h)
-        update = block.atom_update
-        h2 = self.dense_residuals(update.layers, self.atom_sum(update, m, bases.rbf_atom_update))[-1]
-        h = (h + h2) * INV_SQRT_2
+        with region("atom_updates"):
+            h = self.residuals(block.atom_emb_layers, h)
+            update = self.atom_sum(block.atom_update, m, self.bases.rbf_atom_update)
+            h = (h + self.dense_residuals(block.atom_update.layers, update)[-1]) * INV_SQRT_2
         dense = block.concat_layer.dense
         m2 = self.embed_edges(dense, h, self.linear(m, dense.linear.weight[:, 2 * h.shape[1] :]))
         return h, torch.add(self.residuals(block.residual_m, m2, scale=INV_SQRT_2), m, alpha=INV_SQRT_2)
 
-    # ---- outputs ----
-
-    def embed(self, bases: Bases, h: Tensor) -> Tensor:
-        """Return the first edge features, [E, M]."""
-        dense = bases.edge_emb.dense
-        x = self._radial_product(bases, self.graph.main.distance, dense.linear.weight[:, 2 * h.shape[1] :].mT)
-        return self.embed_edges(dense, h, x if self.dtype is None else x.to(self.dtype))
-
-    def energy(self, block: OutputBlock, h: Tensor, m: Tensor, bases: ProjectedBases) -> Tensor:
-        """Return x_E, [N, C]."""
-        x = self.dense_residuals(block.layers, self.atom_sum(block, m, bases.rbf_out))[-1]
+    def energy(self, block: OutputBlock, h: Tensor, m: Tensor) -> Tensor:
+        """Read out atoms and edges, x_E [N, C]."""
+        x = self.dense_residuals(block.layers, self.atom_sum(block, m, self.bases.rbf_out))[-1]
         return self.residuals(block.seq_energy2, (x + h) * INV_SQRT_2)
 
-    def forces(self, block: OutputBlock, m: Tensor, bases: ProjectedBases) -> Tensor:
-        """Return x_F, [E, M]."""
-        return self.residuals(block.seq_forces, m) * self.plain(block.dense_rbf_F, bases.rbf_out, block.scale_rbf_F)
+    def forces(self, block: OutputBlock, m: Tensor) -> Tensor:
+        """Read out edges, x_F [E, M]."""
+        filters = self.linear_layer(block.dense_rbf_F, self.bases.rbf_out, block.scale_rbf_F)
+        return self.residuals(block.seq_forces, m) * filters
+
+    def final_mlp(self, mlp: FinalMLP, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the output of each layer of the final MLP, [., size]."""
+        return self.dense_residuals(mlp.out_mlp, torch.cat(x, dim=-1))
+
+    def sum_by_target(self, x: Tensor, target: Tensor, ptr: Tensor) -> Tensor:  # noqa: ARG002 - ptr says the same
+        """Sum rows by target in a fixed order, [E, M] to [N, M]."""
+        return edge_sum(x, ptr, backend=self.backend)

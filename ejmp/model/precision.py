@@ -1,0 +1,54 @@
+"""The precisions of the linear maps: which there are on a device, and what each means."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import get_args
+
+import torch
+
+from ejmp.model.config import Precision
+
+LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""The 16-bit type of each precision that has one."""
+
+
+def check_name(precision: Precision) -> Precision:
+    """Return the precision if there is one of that name.
+
+    Raises:
+        ValueError: if there is not.
+    """
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision: expected one of {get_args(Precision)}, got {precision!r}")
+    return precision
+
+
+def check_precision(precision: Precision, device: torch.device) -> None:
+    """Raise ValueError if a device does not have a precision.
+
+    Raises:
+        ValueError: tf32 needs an NVIDIA GPU of compute capability 8.0 or newer, and bf16 such a GPU or a CPU.
+    """
+    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if not capable and (precision == "tf32" or (precision == "bf16" and device.type == "cuda")):
+        raise ValueError(f'precision="{precision}" needs CUDA and compute capability 8.0, the model is on {device}')
+
+
+@contextmanager
+def tf32_products() -> Iterator[None]:
+    """Use TF32 in float32 matrix products on CUDA for a while."""
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def products(precision: Precision) -> AbstractContextManager[None]:
+    """Return the context in which float32 matrix products have a precision.
+
+    No compiler can look into a change of that setting, so the compiled model makes it around what is traced.
+    """
+    return tf32_products() if precision == "tf32" and not torch.compiler.is_compiling() else nullcontext()
