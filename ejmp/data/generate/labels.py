@@ -65,7 +65,7 @@ def xtb(atoms: Any, method: str) -> tuple[float, np.ndarray[Any, Any], float] | 
     Periodic structures are computed at the Gamma point.
     """
     from ase.units import Bohr, Hartree  # noqa: PLC0415
-    from tblite.interface import Calculator  # noqa: PLC0415
+    from tblite.interface import Calculator  # noqa: PLC0415 # pyright: ignore[reportMissingImports] - an extra
 
     lattice = {"lattice": np.array(atoms.cell) / Bohr, "periodic": np.array(atoms.pbc)} if atoms.pbc.any() else {}
     calculator = Calculator(method, atoms.numbers, atoms.positions / Bohr, **lattice)
@@ -89,7 +89,7 @@ def attach(atoms: Any, method: Method) -> None:
     if method == "EMT":
         atoms.calc = EMT()
     else:
-        from tblite.ase import TBLite  # noqa: PLC0415
+        from tblite.ase import TBLite  # noqa: PLC0415 # pyright: ignore[reportMissingImports] - an extra
 
         atoms.calc = TBLite(method=method, verbosity=0)
     if "fixed" in atoms.arrays:
