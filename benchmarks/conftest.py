@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ejmp.measure import bench, workloads
-from ejmp.measure.instruments import precisions_of
+from ejmp.measure.rates import precisions_of
 from ejmp.provenance import provenance as describe_machine
 
 

@@ -23,7 +23,8 @@ from ejmp.graph.graph import AtomGraph
 from ejmp.measure import datasheets
 from ejmp.measure.bench import FLOP_CONVENTION, make_models, workload_graph
 from ejmp.measure.flops import GraphSizes, count_macs, graph_sizes
-from ejmp.measure.instruments import gemm_rates, repeated_seconds, synchronize
+from ejmp.measure.rates import gemm_rates
+from ejmp.measure.timing import repeated_seconds, synchronize
 from ejmp.measure.workloads import Workload
 from ejmp.model.backend import Backend
 from ejmp.model.config import JMPConfig, Precision
@@ -46,41 +47,56 @@ OTHER = "other"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What to profile."""
+class ProfileRequest:
+    """A request to profile one workload through one model.
+
+    Raises:
+        ValueError: if blocks or rounds is not positive.
+    """
 
     workload: Workload
+    """Batch that the model runs on."""
     blocks: int = 4
+    """Number of blocks."""
     precision: Precision = "fp32"
+    """Precision of the linear maps."""
     device: str = "cpu"
+    """Device as torch names it."""
     backend: Backend = "auto"
+    """Backend that is profiled."""
     small: bool = False
-    """JMP-S instead of JMP-L."""
+    """Whether to use JMP-S instead of JMP-L."""
     rounds: int = 3
+    """Number of passes whose median counts."""
     fvcore: bool = True
-    """Also make fvcore's table, on the reference backend in fp32."""
+    """Whether to make fvcore's table too, on the reference backend in fp32."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name, value in (("blocks", self.blocks), ("rounds", self.rounds)):
+            if value < 1:
+                raise ValueError(f"--{name}: expected 1 or more, got {value}")
 
 
-def run(plan: Plan) -> dict[str, Any]:
+def run(request: ProfileRequest) -> dict[str, Any]:
     """Profile a scalar model with random weights; return everything found, ready for JSON.
 
     Raises:
         ModuleNotFoundError: if fvcore's table is wanted and fvcore is not installed.
         ValueError: if the workload has no edges.
     """
-    if plan.fvcore:
+    if request.fvcore:
         need_fvcore()
-    device = torch.device(plan.device)
-    graph = workload_graph(plan.workload, device=device)
+    device, workload = torch.device(request.device), request.workload
+    graph = workload_graph(workload, device=device)
     if graph.main.num_edges == 0:
-        raise ValueError(f"{plan.workload.name}: no two atoms are within {plan.workload.cutoff} A: nothing to profile")
-    options: Any = {"small": plan.small, "device": device, "backend": plan.backend}
-    model = make_models([plan.blocks], **options)[plan.blocks]
-    model.precision = plan.precision
-    name = f"{'JMP-S' if plan.small else 'JMP-L'} scalar, {plan.blocks} blocks"
-    head = {"model": name, "workload": plan.workload.name, "provenance": provenance(device)}
-    found = profile_model(model, graph, rounds=plan.rounds)
-    return head | found | {"fvcore": fvcore_table(model, graph) if plan.fvcore else None}
+        raise ValueError(f"{workload.name}: no two atoms are within {workload.cutoff} A: nothing to profile")
+    models = make_models([request.blocks], small=request.small, device=device, backend=request.backend)
+    model = models[request.blocks].on(precision=request.precision)
+    name = f"{'JMP-S' if request.small else 'JMP-L'} scalar, {request.blocks} blocks"
+    head = {"model": name, "workload": workload.name, "provenance": provenance(device)}
+    found = profile_model(model, graph, rounds=request.rounds)
+    return head | found | {"fvcore": fvcore_table(model, graph) if request.fvcore else None}
 
 
 @torch.no_grad()
