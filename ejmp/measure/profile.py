@@ -104,12 +104,12 @@ def profile_model(model: JMP, graph: AtomGraph, *, rounds: int = 3) -> dict[str,
     """Profile a model's forward pass at its precision, on its backend and device.
 
     Args:
-        model: any.
-        graph: a batch with edges.
-        rounds: medians are of this many passes.
+        model: model to profile.
+        graph: batch with edges.
+        rounds: number of passes whose median counts.
 
     Returns:
-        "modules" and "ops" (lists of rows), "totals" and what was measured on; see `text`.
+        "modules" and "ops" (lists of rows), "totals", and what was measured on what; `profile_report.text` shows it.
     """
     device, sizes = graph.device, graph_sizes(graph)
     call = functools.partial(model, graph)
@@ -142,7 +142,7 @@ def profile_model(model: JMP, graph: AtomGraph, *, rounds: int = 3) -> dict[str,
 def totals(
     macs: int, executed: int, seconds: float, gemm_gflops: float, device: torch.device, precision: str
 ) -> dict[str, Any]:
-    """Return the work of a pass in both conventions and its rate beside the datasheet's and the measured one."""
+    """Return the work of a pass in both conventions, and its rate beside the datasheet's and the measured one."""
     card, peak = datasheets.card_of(device), datasheets.peak_tflops(device, precision)
     tflops = 2e-12 * macs / seconds
     return {
@@ -172,7 +172,7 @@ def analytic(config: JMPConfig, sizes: GraphSizes) -> dict[str, int]:
 
 
 class Clock:
-    """Seconds since the last mark; on CUDA by events, which are read after the pass."""
+    """A meter of time in seconds; on CUDA it gives events, which are read after the pass."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -211,7 +211,7 @@ class Marks:
 
 
 def by_part(model: JMP, graph: AtomGraph, meter: Callable[[], Any]) -> dict[str, Any]:
-    """Run a forward pass and return what a meter advanced in each part of the model: a `Clock`, or a count."""
+    """Run a forward pass; return by how much a meter, a `Clock` or a count, advanced in each part of the model."""
     synchronize(graph.device)
     marks = Marks(meter)
     with observed_by(marks):
@@ -228,12 +228,12 @@ def by_part(model: JMP, graph: AtomGraph, meter: Callable[[], Any]) -> dict[str,
 def by_op(model: JMP, graph: AtomGraph, flops: dict[Any, int]) -> list[dict[str, Any]]:
     """Run a forward pass under torch's profiler; return calls, work and time of each op, the longest first.
 
-    What an op of ejmp's calls counts as its own.
+    The time of an op of ejmp's includes that of the ops it calls.
 
     Args:
-        model: any.
-        graph: a batch.
-        flops: of each op, from a `FlopCounterMode`.
+        model: model to profile.
+        graph: batch to run it on.
+        flops: operations of each op, from a `FlopCounterMode`.
     """
     cuda = graph.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -264,7 +264,7 @@ def by_op(model: JMP, graph: AtomGraph, flops: dict[Any, int]) -> list[dict[str,
 
 
 def _own_op(event: Any) -> Any:
-    """Return the op of ejmp's that an op was called from, or the op itself."""
+    """Return the outermost op of ejmp's that an op was called from, or the op itself."""
     outermost, parent = event, event.cpu_parent
     while parent is not None:
         if parent.name.startswith(("ejmp::", "ejmp_triton::")):
@@ -287,7 +287,7 @@ class ByNumbers(nn.Module):
 
 
 def need_fvcore() -> None:
-    """Find out before a measurement whether fvcore's table can be made.
+    """Raise ModuleNotFoundError before a measurement, not after it, if fvcore's table cannot be made.
 
     Raises:
         ModuleNotFoundError: if fvcore is not installed.
