@@ -12,7 +12,7 @@ from gpu_timing import backends, ceilings, milliseconds_or_why, peak_mib, rate_a
 from torch.utils.flop_counter import FlopCounterMode
 
 import ejmp
-from ejmp.compress.distill import DistillConfig
+from ejmp.compress.config import DistillConfig
 from ejmp.data.sampling.batch import Batch
 from ejmp.measure import profile, profile_report
 from ejmp.measure.timing import median_ratio

@@ -56,7 +56,7 @@ def gemm_rates(
         w = torch.randn(width_out, width_in, device=device, dtype=dtype)
         providers: dict[str, Callable[..., Tensor]] = {"torch": torch.nn.functional.linear}
         if device.type == "cpu" and precision == "fp32" and torch.backends.mkldnn.is_available():
-            providers["onednn"] = lambda x, w: gemm.LIBRARIES["onednn"](x, w.mT)
+            providers["onednn"] = lambda x, w: gemm.PROVIDERS["onednn"](x, w.mT)
         for provider, product in providers.items():
             with products(precision):
                 call = functools.partial(product, x, w)
