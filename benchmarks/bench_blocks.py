@@ -40,7 +40,7 @@ def bench_forward(benchmark, provenance, models, workload, machine, blocks):
 
 @pytest.mark.parametrize("blocks", [4])
 def bench_gradient_forces(benchmark, provenance, models, workload, blocks):
-    """Energy and its gradient, as fine-tuned models are used in molecular dynamics; fp32 on the CPU."""
+    """Time the energy and its gradient, as molecular dynamics uses fine-tuned models; fp32 on the CPU."""
     graph = bench.workload_graph(workload)
     forces = gradient_forces(models[blocks], graph)
     assert torch.isfinite(forces).all()

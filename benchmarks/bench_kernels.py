@@ -160,7 +160,7 @@ GROWING = {"edge_to_edge": SIZES, "quadruplet": EIGHTH, "pair": SIZES}
 @pytest.mark.parametrize("num_atoms", [100, 200, 500, 1000, 2000, 5000])
 @pytest.mark.parametrize("op", GROWING)
 def bench_growth(benchmark, provenance, op, num_atoms):
-    """Cost per atom at constant density."""
+    """Measure the cost per atom at constant density."""
     from bench_graph import sodium_chloride
 
     graph = ejmp.build_graph(sodium_chloride(num_atoms), 12.0, 30)

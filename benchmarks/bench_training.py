@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="session")
 def frames(request):
-    """A graph of molecules: of the first frames of an rMD17 file, or of the built-in molecules."""
+    """The graph of the first frames of an rMD17 file, or of the built-in molecules."""
     path = request.config.getoption("structures")
     if path is None or path.suffix != ".npz":
         return bench.workload_graph(workloads.molecules())
@@ -37,7 +37,7 @@ def frames(request):
 
 
 def step(model, graph):
-    """Loss on energies and gradient forces, and its gradients."""
+    """Differentiate a loss on energies and gradient forces by every parameter; return the loss."""
     model.zero_grad(set_to_none=True)
     positions = graph.positions.clone().requires_grad_()
     energy = model(graph.with_positions(positions)).energy[:, 0]
@@ -77,7 +77,7 @@ def bench_training_step(benchmark, provenance, models, frames, blocks):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def bench_precision(benchmark, provenance, request, models, precision):
-    """Errors against float64 of energies and of gradient forces, relative to the largest value."""
+    """Measure errors of energies and gradient forces against float64, relative to the largest value."""
     if precision not in precisions_of(CPU):
         pytest.skip(f"the CPU has no {precision}")
     model = copy.deepcopy(models[6]).on(precision=precision)
