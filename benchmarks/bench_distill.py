@@ -10,10 +10,10 @@ import statistics
 
 import pytest
 import torch
+from training_steps import zero_labels
 
 import ejmp
 from ejmp.compress.config import DistillConfig
-from ejmp.data.sampling.batch import Batch
 from ejmp.measure import workloads
 from ejmp.measure.bench import workload_graph
 from ejmp.measure.timing import Rounds, by_turns, median_ratio
@@ -26,18 +26,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def batch():
-    graph = workload_graph(workloads.molecules())
-    B, N = graph.num_structures, graph.num_atoms
-    return Batch(
-        graph=graph,
-        energy=torch.zeros(B, dtype=torch.float64),
-        forces=torch.zeros(N, 3),
-        fixed=torch.zeros(N, dtype=torch.bool),
-        targets={},
-        dataset=torch.zeros(B, dtype=torch.int64),
-        ids=("",) * B,
-        position=0,
-    )
+    """The built-in molecules."""
+    return zero_labels(workload_graph(workloads.molecules()))
 
 
 @pytest.mark.parametrize("blocks", [4])

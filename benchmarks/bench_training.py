@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from ase.build import molecule
+from training_steps import train_on_gradient_forces
 
 import ejmp
 from ejmp.measure import bench, workloads
@@ -36,21 +37,13 @@ def frames(request):
     return ejmp.build_graph([ejmp.Structure(numbers=numbers, positions=r) for r in positions], 7.0, 100)
 
 
-def step(model, graph):
-    """Differentiate a loss on energies and gradient forces by every parameter; return the loss."""
-    model.zero_grad(set_to_none=True)
-    positions = graph.positions.clone().requires_grad_()
-    energy = model(graph.with_positions(positions)).energy[:, 0]
-    (gradient,) = torch.autograd.grad(energy.sum(), positions, create_graph=True)
-    loss = (energy**2).mean() + (gradient**2).sum()
-    loss.backward()
-    return loss.item()
-
-
 @pytest.mark.parametrize("blocks", [6])
 def bench_training_step(benchmark, provenance, models, frames, blocks):
     model = models[blocks]
-    steps = {name: functools.partial(step, model.on(backend=name), frames) for name in ("reference", "native")}
+    steps = {
+        name: functools.partial(train_on_gradient_forces, model.on(backend=name), frames)
+        for name in ("reference", "native")
+    }
     memory = {name: peak_memory(call, CPU, tensors_of(model, frames)) / 2**20 for name, call in steps.items()}
     losses = {name: call() for name, call in steps.items()}
     assert losses["native"] == pytest.approx(losses["reference"], rel=1e-4)

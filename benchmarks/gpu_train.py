@@ -1,5 +1,6 @@
 """Steps of the GPU campaign beyond the forward pass: training, distillation, and where the time goes."""
 
+import functools
 import itertools
 import time
 from statistics import median
@@ -10,10 +11,10 @@ from gpu_setting import Setting, make_model
 from gpu_step import Skip, Step, reasons, require_error
 from gpu_timing import backends, ceilings, milliseconds_or_why, peak_mib, rate_and_shares
 from torch.utils.flop_counter import FlopCounterMode
+from training_steps import train_on_gradient_forces, zero_labels
 
 import ejmp
 from ejmp.compress.config import DistillConfig
-from ejmp.data.sampling.batch import Batch
 from ejmp.measure import profile, profile_report
 from ejmp.measure.timing import median_ratio
 from ejmp.train.objective import Distillation
@@ -63,8 +64,8 @@ def train_one(step: Step, key: tuple[str, str], make, parts: tuple) -> None:
             if why is not None:
                 raise Skip(why)
             if expected is None:
-                expected = make(setting, *(m.on(backend="reference", precision="fp32") for m in models), graph)()
-            call = make(setting, *(m.on(backend=backend, precision=precision) for m in models), graph)
+                expected = make(*(m.on(backend="reference", precision="fp32") for m in models), graph)()
+            call = make(*(m.on(backend=backend, precision=precision) for m in models), graph)
             start = time.perf_counter()
             with FlopCounterMode(display=False) as counter:
                 loss = call()
@@ -87,34 +88,14 @@ def train_one(step: Step, key: tuple[str, str], make, parts: tuple) -> None:
                 row["x of reference"] = median_ratio(times["reference"], mine)
 
 
-def training_step(_setting: Setting, student: ejmp.JMP, _teacher: ejmp.JMP, graph):
+def training_step(student: ejmp.JMP, _teacher: ejmp.JMP, graph: ejmp.AtomGraph):
     """Return a step that trains the smaller model on energies and gradient forces; it returns the loss."""
-
-    def call():
-        student.zero_grad(set_to_none=True)
-        positions = graph.positions.clone().requires_grad_()
-        energy = student(graph.with_positions(positions)).energy[:, 0]
-        (gradient,) = torch.autograd.grad(energy.sum(), positions, create_graph=True)
-        loss = (energy**2).mean() + (gradient**2).sum()
-        loss.backward()
-        return loss.item()
-
-    return call
+    return functools.partial(train_on_gradient_forces, student, graph)
 
 
-def distillation_step(setting: Setting, student: ejmp.JMP, teacher: ejmp.JMP, graph):
+def distillation_step(student: ejmp.JMP, teacher: ejmp.JMP, graph: ejmp.AtomGraph):
     """Return a step that distils the larger model into the smaller one; it returns the loss."""
-    B, N = graph.num_structures, graph.num_atoms
-    batch = Batch(
-        graph=graph,
-        energy=torch.zeros(B, dtype=torch.float64, device=setting.device),
-        forces=torch.zeros(N, 3, device=setting.device),
-        fixed=torch.zeros(N, dtype=torch.bool, device=setting.device),
-        targets={},
-        dataset=torch.zeros(B, dtype=torch.int64, device=setting.device),
-        ids=("",) * B,
-        position=0,
-    )
+    batch = zero_labels(graph)
     objective = Distillation(student, teacher, Tasks([Task(name="rocksalt")]), DistillConfig())
 
     def call():
