@@ -32,7 +32,7 @@ SIZES = {"train": 150, "val": 25, "test": 25}
 
 
 class Frames:
-    """Some frames in memory."""
+    """A dataset of frames in memory."""
 
     def __init__(self, frames, split):
         self.frames = frames
@@ -57,7 +57,7 @@ def _mean(frames):
 
 
 def splits_of(path):
-    """Divide the frames by RandomState(42), as rMD17's rule does."""
+    """Divide the frames of a file by RandomState(42), as rMD17's rule does; return them by split."""
     frames = list(read(path, format="rmd17"))
     order = np.random.RandomState(42).permutation(len(frames))
     ends = np.cumsum([0, *SIZES.values()])

@@ -1,6 +1,7 @@
 """The `ejmp` command."""
 
 import argparse
+import dataclasses
 import functools
 import json
 import sys
@@ -82,15 +83,16 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
 def _bench(options: argparse.Namespace) -> int:
     import torch  # noqa: PLC0415
 
-    from ejmp.measure import bench, instruments, report  # noqa: PLC0415
+    from ejmp.measure import bench, report  # noqa: PLC0415
+    from ejmp.measure.rates import precisions_of  # noqa: PLC0415
 
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    plan = bench.Plan(
+    request = bench.BenchRequest(
         workload=_workload(options),
         blocks=tuple(options.blocks or ((4, 3, 2) if options.small else (6, 5, 4, 3, 2))),
-        precisions=tuple(options.precision or instruments.precisions_of(device)),
+        precisions=tuple(options.precision or precisions_of(device)),
         device=str(device),
-        seconds=options.seconds,
+        rounds=dataclasses.replace(bench.ROUNDS, seconds=options.seconds),
         small=options.small,
         backend=options.backend,
         compare=options.compare,
@@ -98,7 +100,7 @@ def _bench(options: argparse.Namespace) -> int:
     if options.output is not None:
         report.need_matplotlib()
         options.output.parent.mkdir(parents=True, exist_ok=True)
-    result = bench.run(plan, report=lambda line: print(line, file=sys.stderr, flush=True))
+    result = bench.run(request, report=lambda line: print(line, file=sys.stderr, flush=True))
     print(report.summary(result), report.table(result), sep="\n\n")
     if options.output is not None:
         options.output.write_text(json.dumps(result, indent=1) + "\n")
@@ -126,10 +128,7 @@ def _profile(options: argparse.Namespace) -> int:
 
     from ejmp.measure import profile, profile_report  # noqa: PLC0415
 
-    for name in ("blocks", "rounds"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name}: expected 1 or more, got {getattr(options, name)}")
-    plan = profile.Plan(
+    request = profile.ProfileRequest(
         workload=_workload(options),
         blocks=options.blocks,
         precision=options.precision,
@@ -139,7 +138,7 @@ def _profile(options: argparse.Namespace) -> int:
         rounds=options.rounds,
         fvcore=not options.no_fvcore,
     )
-    result = profile.run(plan)
+    result = profile.run(request)
     print(profile_report.text(result))
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)

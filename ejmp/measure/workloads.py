@@ -1,4 +1,4 @@
-"""Structures to measure on: four built in, or anything ase.io reads."""
+"""Structures to measure on: four batches that are built in, or anything that ase.io reads."""
 
 import fnmatch
 import tempfile
@@ -21,11 +21,13 @@ class Workload:
     """A batch of structures with the graph settings its dataset is used with."""
 
     name: str
+    """Name of the batch in results."""
     structures: list[Any]
+    """The structures, as `ejmp.build_graph` takes them."""
     cutoff: float
-    """A."""
+    """Cutoff of the graph, in A."""
     max_neighbors: list[int]
-    """One per structure."""
+    """Largest number of neighbours of an atom, one number per structure."""
 
 
 def _as_in(dataset: str, name: str, structures: list[Any]) -> Workload:
@@ -80,8 +82,8 @@ def rocksalt(structures: int = 1, *, repeats: int = 2) -> Workload:
     """Return rattled crystals of sodium chloride, 8 repeats^3 atoms each, at OC20's settings; needs no ase.
 
     Args:
-        structures: how many, each rattled differently.
-        repeats: of the cubic cell of 5.64 A, along each axis.
+        structures: number of crystals, each rattled differently.
+        repeats: number of cubic cells of 5.64 A along each axis.
     """
     cell = np.array([[0, 0, 0], [0, 1, 1], [1, 0, 1], [1, 1, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]]) / 2
     places = np.stack(np.meshgrid(*[np.arange(repeats)] * 3, indexing="ij"), axis=-1).reshape(-1, 1, 3)
@@ -101,6 +103,7 @@ def rocksalt(structures: int = 1, *, repeats: int = 2) -> Workload:
 
 
 BUILT_IN = {"framework": framework, "molecules": molecules, "slab": slab, "rocksalt": rocksalt}
+"""Functions that make the built-in batches, by name."""
 
 
 def read_structures(path: Path, *, select: str = "*", most: int = 1) -> list[Any]:
@@ -108,8 +111,8 @@ def read_structures(path: Path, *, select: str = "*", most: int = 1) -> list[Any
 
     Args:
         path: a file ase.io reads, or a folder or zip archive of such files.
-        select: glob that the files' names in a folder or archive must match.
-        most: how many structures to read; a file may hold several.
+        select: glob that the names of files in a folder or archive must match.
+        most: largest number of structures to read; a file may hold several.
 
     Raises:
         FileNotFoundError: if there is no such path.
@@ -162,10 +165,10 @@ def from_files(path: Path, *, select: str = "*", most: int = 1, cutoff: float | 
     """Make a workload of files: QMOF's settings (19 A) for periodic structures, QM9's (8 A) for molecules.
 
     Args:
-        path: see `read_structures`.
-        select: see `read_structures`.
-        most: see `read_structures`.
-        cutoff: A, overrides the dataset's.
+        path: what to read, as for `read_structures`.
+        select: which files to read, as for `read_structures`.
+        most: largest number of structures, as for `read_structures`.
+        cutoff: cutoff in A, instead of the dataset's.
     """
     structures = read_structures(path, select=select, most=most)
     if cutoff is None:
