@@ -1,5 +1,7 @@
 """Backends of the model: what is chosen, what is refused, and that results and state dict do not depend on it."""
 
+import dataclasses
+
 import pytest
 import torch
 from ase.build import molecule
@@ -120,3 +122,31 @@ def test_doctor(capsys):
     text = capsys.readouterr().out
     for word in ("quadruplets", "cpu  float32", "triton backend", "matrix products"):
         assert word in text
+
+
+def test_a_model_on_another_backend_shares_its_parameters(tiny_config):
+    require_native()
+    model = ejmp.JMP(dataclasses.replace(tiny_config, blocks=1), "native")
+    model.compile(compiler=None)
+    other = model.on(backend="reference", precision="bf16")
+    assert (other.backend, other.precision, other.compiled) == ("reference", "bf16", None)
+    assert (model.backend, model.precision) == ("native", "fp32")
+    assert model.compiled is not None
+    pairs = zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+    assert all(a.data_ptr() == b.data_ptr() for a, b in pairs)
+    graph = ejmp.build_graph([molecule("CH3OH")], 8.0)
+    reference = model.on(backend="reference")
+    before = reference(graph).energy
+    with torch.no_grad():
+        model.output.out_energy[0][-1].weight.mul_(2)
+    assert torch.equal(reference(graph).energy[:, 0], 2 * before[:, 0])
+    assert model.on().precision == "fp32"
+
+
+def test_there_is_no_other_backend_or_precision(tiny_config):
+    with torch.device("meta"):
+        model = ejmp.JMP(dataclasses.replace(tiny_config, blocks=1))
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        model.on(backend="fast")
+    with pytest.raises(ValueError, match="precision: expected one of"):
+        model.on(precision="fp8")
