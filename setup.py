@@ -48,11 +48,11 @@ options = {
     # the library registers torch ops and does not touch Python: one file for every Python version
     "py_limited_api": True,
 }
-sources = ["csrc/bindings.cpp", "csrc/bindings_dense.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
+sources = ["csrc/bindings/cpu.cpp", "csrc/bindings/dense.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
 choices = [CppExtension("ejmp_kernels._C", sources, extra_compile_args=host_flags, **options)]
 choices[0].what = "C++ extension was"
 if torch.version.cuda and CUDA_HOME:
-    sources = [*sources, "csrc/bindings_cuda.cpp", *sorted(map(str, Path("csrc/cuda").glob("*.cu")))]
+    sources = [*sources, "csrc/bindings/cuda.cpp", *sorted(map(str, Path("csrc/cuda").glob("*.cu")))]
     targets = ["70", "80", "90"] if torch.version.cuda.startswith("12.") else ["80", "90"]
     device_flags = ["-O3", "-std=c++20", *(f"-gencode=arch=compute_{x},code=sm_{x}" for x in targets)]
     device_flags += ["-gencode=arch=compute_90,code=compute_90"]  # for cards that came later

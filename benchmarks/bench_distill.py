@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ejmp
-from ejmp.compress.distill import DistillConfig
+from ejmp.compress.config import DistillConfig
 from ejmp.data.sampling.batch import Batch
 from ejmp.measure import workloads
 from ejmp.measure.bench import workload_graph

@@ -203,7 +203,7 @@ def backends(setting: Setting) -> dict[str, str | None]:
     for name in ("native", "triton"):
         if found[name] is None:
             try:
-                registry.load(name)
+                registry.load_backend(name)
             except Exception as error:  # noqa: BLE001 - whatever a backend does, the others are measured
                 found[name] = f"does not load: {type(error).__name__}: {error}"
     return found

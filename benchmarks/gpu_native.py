@@ -29,7 +29,7 @@ def main() -> int:
     if reason is not None:
         print(reason)
         return 3
-    registry.load("native")
+    registry.load_backend("native")
     setting = Setting(device=device, dry=options.tiny, out=Path(), seconds=0)
     graph = setting.graph(1) if options.tiny else bench.workload_graph(workloads.rocksalt(repeats=1), device=device)
     host = (

@@ -23,6 +23,7 @@ from gpu_common import (
     ratio,
     reasons,
 )
+from op_cases import Case, model_sizes
 from torch.utils.flop_counter import FlopCounterMode
 
 from ejmp.measure import datasheets
@@ -93,13 +94,12 @@ class Inputs:
     """
 
     def __init__(self, setting: Setting, **graphs) -> None:
-        bench_kernels.SIZES, bench_kernels.DEVICE = setting.config, setting.device
-        self.graphs = graphs
+        self.graphs, self.sizes = graphs, model_sizes(setting.config)
         self.cases: dict = {}
 
-    def case(self, op: str, graph: str) -> bench_kernels.Case:
+    def case(self, op: str, graph: str) -> Case:
         if (op, graph) not in self.cases:
-            self.cases[op, graph] = bench_kernels.OPS[op](self.graphs[graph])
+            self.cases[op, graph] = bench_kernels.make_case(op, self.graphs[graph], self.sizes)
         return self.cases[op, graph]
 
     def contestant(self, op: str, graph: str, precision: str, backend: str):

@@ -23,7 +23,7 @@ from gpu_models import Exact, peak_mib
 from torch.utils.flop_counter import FlopCounterMode
 
 import ejmp
-from ejmp.compress.distill import DistillConfig
+from ejmp.compress.config import DistillConfig
 from ejmp.data.sampling.batch import Batch
 from ejmp.measure import profile, profile_report
 from ejmp.train.objective import Distillation

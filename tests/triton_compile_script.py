@@ -24,7 +24,7 @@ from ejmp.model.precision import tf32_products
 from ejmp.provenance import provenance
 from ejmp_kernels import registry
 
-registry.load("triton")
+registry.load_backend("triton")
 from ejmp_kernels.triton_kernels import gemm, launch  # noqa: E402 - defines ops, which the line above registers
 
 PROCESSORS = {80: 108, 90: 132}
@@ -79,7 +79,7 @@ class Compiler:
         return torch.zeros(*shape, dtype=self.dtype)
 
     def wide(self, *shape):
-        """Geometry and bases."""
+        """Return zeros in the type of geometry and bases."""
         return torch.zeros(*shape, dtype=real(self.dtype))
 
     def _note(self, function, kernel, settings):

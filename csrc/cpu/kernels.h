@@ -4,6 +4,7 @@
 namespace ejmp::EJMP_ISA {
 // clang-format off
 #include "simd.h"
+#include "../dual.h"
 #include "tile.h"
 #include "by_source.h"
 #include "triplet.h"

@@ -1,51 +1,5 @@
-// Small arrays with, in the second backward (D), their derivative along a direction beside their value, and the angular
-// functions on them. Included once per instruction set, after simd.h.
-//
-// The backward of an op is the gradient of <grad, op(inputs)>. Its own backward is the directional derivative of that
-// gradient and of the op along the incoming gradients (a Hessian is symmetric), so the same code, run on dual numbers,
-// is the second backward.
-
-template <class T, bool D>
-struct Number {  // a value and its derivative
-    T value, along;
-    Number() = default;
-    Number(T v) : value(v), along(0) {}
-    Number(T v, T a) : value(v), along(a) {}
-};
-template <class T>
-struct Number<T, false> {
-    T value;
-    Number() = default;
-    Number(T v, T = 0) : value(v) {}
-};
-
-template <class T, bool D>
-inline T slope(const Number<T, D>& x) {
-    if constexpr (D) return x.along;
-    return 0;
-}
-template <class T, bool D>
-inline Number<T, D> operator+(Number<T, D> x, Number<T, D> y) {
-    return {x.value + y.value, slope(x) + slope(y)};
-}
-template <class T, bool D>
-inline Number<T, D> operator-(Number<T, D> x, Number<T, D> y) {
-    return {x.value - y.value, slope(x) - slope(y)};
-}
-template <class T, bool D>
-inline Number<T, D> operator*(Number<T, D> x, Number<T, D> y) {
-    return {x.value * y.value, slope(x) * y.value + x.value * slope(y)};
-}
-template <class T, bool D>
-inline Number<T, D> inverse_sqrt(Number<T, D> x) {
-    const T root = 1 / std::sqrt(x.value);
-    return {root, T(-0.5) * root / x.value * slope(x)};
-}
-// the same number with no derivative
-template <class T, bool D>
-inline Number<T, D> constant(Number<T, D> x) {
-    return {x.value, T(0)};
-}
+// Small arrays of dual numbers (dual.h), and the angular functions on them. Included once per instruction set, after
+// simd.h.
 
 // Where numbers are: `value` or `along` may be null in a result that does not need it.
 template <class T, bool D>
@@ -125,10 +79,6 @@ inline void transpose(int64_t m, int64_t n, Tile<T, D> x, Tile<T, D> out, int64_
 }
 
 template <class T, bool D>
-struct Vector {
-    Number<T, D> x, y, z;
-};
-template <class T, bool D>
 inline Vector<T, D> vector(Tile<T, D> v, int64_t i) {
     return {v[3 * i], v[3 * i + 1], v[3 * i + 2]};
 }
@@ -136,48 +86,6 @@ template <class T, bool D>
 inline void add_vector(Tile<T, D> out, int64_t i, Vector<T, D> v) {
     out.add(3 * i, v.x), out.add(3 * i + 1, v.y), out.add(3 * i + 2, v.z);
 }
-template <class T, bool D>
-inline Number<T, D> dot(Vector<T, D> a, Vector<T, D> b) {
-    return a.x * b.x + a.y * b.y + a.z * b.z;
-}
-template <class T, bool D>
-inline Vector<T, D> cross(Vector<T, D> a, Vector<T, D> b) {
-    return {a.y * b.z - a.z * b.y, a.z * b.x - a.x * b.z, a.x * b.y - a.y * b.x};
-}
-template <class T, bool D>
-inline Vector<T, D> operator*(Number<T, D> s, Vector<T, D> v) {
-    return {s * v.x, s * v.y, s * v.z};
-}
-template <class T, bool D>
-inline Vector<T, D> operator+(Vector<T, D> a, Vector<T, D> b) {
-    return {a.x + b.x, a.y + b.y, a.z + b.z};
-}
-template <class T, bool D>
-inline Vector<T, D> operator-(Vector<T, D> a, Vector<T, D> b) {
-    return {a.x - b.x, a.y - b.y, a.z - b.z};
-}
-
-// v / max(|v|, eps); where |v| <= eps it has no derivative and is not `regular`.
-template <class T, bool D>
-struct Unit {
-    Vector<T, D> direction;
-    Number<T, D> inverse;  // 1 / max(|v|, eps)
-    bool regular;
-
-    Unit(Vector<T, D> v, T eps) {
-        const Number<T, D> squared = dot(v, v);
-        regular = squared.value > eps * eps;
-        inverse = regular ? inverse_sqrt(squared) : Number<T, D>(1 / eps);
-        if (!regular) v = {constant(v.x), constant(v.y), constant(v.z)};
-        direction = inverse * v;
-    }
-    // gradient with respect to v from the gradient with respect to the direction
-    Vector<T, D> backward(Vector<T, D> grad) const {
-        if (!regular) return {T(0), T(0), T(0)};
-        return inverse * (grad - dot(direction, grad) * direction);
-    }
-};
-
 // out[k] = v . (axes[0, k], axes[1, k], axes[2, k]) for k < count, a multiple of the vector width; axes [3, count]
 template <class T, bool D>
 void project(const Number<T, D> (&v)[3], Tile<T, D> axes, int64_t count, Tile<T, D> out) {

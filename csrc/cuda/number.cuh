@@ -1,48 +1,13 @@
-// Numbers that carry, in the second backward (D), their derivative along a direction, and the geometry made of them.
-//
-// The second backward of an op is the derivative of its backward and of itself along the incoming gradients (see
-// cpu/tile.h), so the kernels are written once, for numbers of both kinds.
+// Dual numbers (dual.h) on the GPU: how they are read and stored, and the angular functions of them.
 #pragma once
+
+#include <cmath>
 
 #include "device.cuh"
 
 namespace ejmp::cuda {
 
-template <class T, bool D>
-struct Number {  // a value and its derivative
-    T value, along;
-    Number() = default;
-    __device__ Number(T v) : value(v), along(0) {}
-    __device__ Number(T v, T a) : value(v), along(a) {}
-};
-template <class T>
-struct Number<T, false> {
-    T value;
-    Number() = default;
-    __device__ Number(T v, T = 0) : value(v) {}
-};
-
-template <class T, bool D>
-__device__ T slope(Number<T, D> x) {
-    if constexpr (D) return x.along;
-    return 0;
-}
-template <class T, bool D>
-__device__ Number<T, D> operator+(Number<T, D> x, Number<T, D> y) {
-    return {x.value + y.value, slope(x) + slope(y)};
-}
-template <class T, bool D>
-__device__ Number<T, D> operator-(Number<T, D> x, Number<T, D> y) {
-    return {x.value - y.value, slope(x) - slope(y)};
-}
-template <class T, bool D>
-__device__ Number<T, D> operator*(Number<T, D> x, Number<T, D> y) {
-    return {x.value * y.value, slope(x) * y.value + x.value * slope(y)};
-}
-template <class T, bool D>
-__device__ void operator+=(Number<T, D>& x, Number<T, D> y) {
-    x = x + y;
-}
+#include "../dual.h"
 
 // Entry i of an input; one without a direction (the incoming gradient) is constant.
 template <bool D, class T>
@@ -58,10 +23,6 @@ __device__ T stored(Number<T, D> x) {
     return x.value;
 }
 
-template <class T, bool D>
-struct Vector {
-    Number<T, D> x, y, z;
-};
 template <bool D, class T>
 __device__ Vector<T, D> read_vector(In<T> v, int64_t i) {
     return {read<D>(v, 3 * i), read<D>(v, 3 * i + 1), read<D>(v, 3 * i + 2)};
@@ -71,58 +32,6 @@ template <class T, bool D>
 __device__ void add_stored(T* v, int64_t i, Vector<T, D> x) {
     v[3 * i] += stored(x.x), v[3 * i + 1] += stored(x.y), v[3 * i + 2] += stored(x.z);
 }
-template <class T, bool D>
-__device__ Number<T, D> dot(Vector<T, D> a, Vector<T, D> b) {
-    return a.x * b.x + a.y * b.y + a.z * b.z;
-}
-template <class T, bool D>
-__device__ Vector<T, D> cross(Vector<T, D> a, Vector<T, D> b) {
-    return {a.y * b.z - a.z * b.y, a.z * b.x - a.x * b.z, a.x * b.y - a.y * b.x};
-}
-template <class T, bool D>
-__device__ Vector<T, D> operator*(Number<T, D> s, Vector<T, D> v) {
-    return {s * v.x, s * v.y, s * v.z};
-}
-template <class T, bool D>
-__device__ Vector<T, D> operator+(Vector<T, D> a, Vector<T, D> b) {
-    return {a.x + b.x, a.y + b.y, a.z + b.z};
-}
-template <class T, bool D>
-__device__ Vector<T, D> operator-(Vector<T, D> a, Vector<T, D> b) {
-    return {a.x - b.x, a.y - b.y, a.z - b.z};
-}
-template <class T, bool D>
-__device__ void operator+=(Vector<T, D>& a, Vector<T, D> b) {
-    a = a + b;
-}
-
-// v / max(|v|, eps); where |v| <= eps it has no derivative and is not `regular`.
-template <class T, bool D>
-struct Unit {
-    Vector<T, D> direction;
-    Number<T, D> inverse;  // 1 / max(|v|, eps)
-    bool regular;
-
-    Unit() = default;
-    __device__ Unit(Vector<T, D> v, T eps) {
-        const Number<T, D> squared = dot(v, v);
-        regular = squared.value > eps * eps;
-        if (regular) {
-            const T root = 1 / std::sqrt(squared.value);
-            inverse = {root, T(-0.5) * root / squared.value * slope(squared)};
-        } else {
-            inverse = {1 / eps, T(0)};
-            v = {{v.x.value, T(0)}, {v.y.value, T(0)}, {v.z.value, T(0)}};
-        }
-        direction = inverse * v;
-    }
-    // gradient with respect to v from the gradient with respect to the direction
-    __device__ Vector<T, D> backward(Vector<T, D> grad) const {
-        if (!regular) return {T(0), T(0), T(0)};
-        return inverse * (grad - dot(direction, grad) * direction);
-    }
-};
-
 // Most spherical functions. Scores have so many entries, zeros after the functions that there are.
 constexpr int SPHERICAL = 8;
 

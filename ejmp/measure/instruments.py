@@ -107,7 +107,7 @@ def gemm_rates(
     *,
     sizes: tuple[int, int] = (1024, 1024),
 ) -> dict[str, float]:
-    """Measure the machine's matrix products with every library at hand, in GFLOP/s.
+    """Measure the machine's matrix products with every provider at hand, in GFLOP/s.
 
     torch's float32 product goes to MKL, which is slow on AMD CPUs; the oneDNN in the same torch is often twice as fast.
 
@@ -124,14 +124,14 @@ def gemm_rates(
         dtype = LOW_PRECISION.get(precision, torch.float32)
         x = torch.randn(rows, width_in, device=device, dtype=dtype)
         w = torch.randn(width_out, width_in, device=device, dtype=dtype)
-        libraries: dict[str, Callable[..., Tensor]] = {"torch": torch.nn.functional.linear}
+        products: dict[str, Callable[..., Tensor]] = {"torch": torch.nn.functional.linear}
         if device.type == "cpu" and precision == "fp32" and torch.backends.mkldnn.is_available():
-            libraries["onednn"] = lambda x, w: gemm.LIBRARIES["onednn"](x, w.mT)
-        for library, product in libraries.items():
+            products["onednn"] = lambda x, w: gemm.PROVIDERS["onednn"](x, w.mT)
+        for provider, product in products.items():
             with tf32_products() if precision == "tf32" else nullcontext():
                 call = functools.partial(product, x, w)
                 seconds = repeated_seconds(call, device, repeats or (20 if device.type == "cuda" else 3))
-            rates[f"{precision} {library}"] = 2e-9 * rows * width_out * width_in / statistics.median(seconds)
+            rates[f"{precision} {provider}"] = 2e-9 * rows * width_out * width_in / statistics.median(seconds)
     return rates
 
 

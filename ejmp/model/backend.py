@@ -56,7 +56,7 @@ def resolve(backend: Backend, device: str, dtype: torch.dtype) -> Kernels:
         reason = why_unavailable(candidate, device, dtype)
         if reason is None:
             if candidate != "reference":
-                registry.load(candidate)
+                registry.load_backend(candidate)
             if candidate == "reference" and device == "cpu" and reasons:
                 warnings.warn(f"ejmp: using plain torch, because {reasons[-1]}", stacklevel=2)
             return candidate

@@ -25,14 +25,14 @@ from ejmp.model.interactions import (
 from ejmp.model.layers import INV_SQRT_2, INV_SQRT_3, Dense, FinalMLP, Linear, Residual, ScaleFactor
 from ejmp.model.regions import region
 from ejmp_kernels.activation import activate, swap_add
-from ejmp_kernels.atom_sum import atom_sum
 from ejmp_kernels.dense import linear_activate
-from ejmp_kernels.edge_embedding import edge_sum, gather_add
+from ejmp_kernels.edge_embedding import gather_add
 from ejmp_kernels.linear import linear
 from ejmp_kernels.pair import pair
 from ejmp_kernels.quadruplet import quadruplet_linear
 from ejmp_kernels.radial import radial
 from ejmp_kernels.registry import Backend
+from ejmp_kernels.sums import atom_sum, edge_sum
 from ejmp_kernels.triplet import triplet
 
 

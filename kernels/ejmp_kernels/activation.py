@@ -1,4 +1,4 @@
-"""What happens between the products of the dense chain, in one pass over memory each.
+"""The passes between the matrix products of dense layers, each of which reads and writes memory once.
 
 activate(x, factor, add) = scale ScaledSiLU(x) factor + add_scale add, which is an activation, a radial filter, a
 residual and a scaling at once; swap_add(x) adds, for each edge, the activated message to the edge and the one to its
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake
 
-from ejmp_kernels.registry import Backend, for_each_backend, like, ops, third_derivative, zeros_for
+from ejmp_kernels.registry import Backend, like, ops_of, refuse_third_derivative, when_loaded, zeros_for
 
 SCALED_SILU = 1 / 0.6
 
@@ -34,17 +34,17 @@ def activate(
         x: any shape; float32, float64 or bfloat16.
         factor: like x, or None for one.
         add: like x, or None for zero.
-        scale: of the activation.
-        add_scale: of what is added.
-        in_place: overwrite x where no gradient needs it; for the result of a product that nobody else holds.
-        backend: whose kernels.
+        scale: factor of the activation.
+        add_scale: factor of `add`.
+        in_place: overwrite x if no gradient needs it; for the result of a product that nothing else refers to.
+        backend: whose kernels to use.
 
     Raises:
         ValueError: if shapes, types or devices do not fit together.
     """
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, factor, add))
     in_place = in_place and not recorded and x.is_contiguous() and not torch.compiler.is_compiling()
-    space = ops(backend)
+    space = ops_of(backend)
     op = space.activate_ if in_place else space.activate
     return op(x, factor, add, scale * SCALED_SILU, add_scale)
 
@@ -58,8 +58,8 @@ def swap_add(
         x: [E, 2 M], the messages to edges beside those to counter-edges; float32, float64 or bfloat16.
         swap: [E] int64, the counter-edge of each edge; it undoes itself.
         add: [E, M] or None.
-        scale: of the sum.
-        backend: whose kernels.
+        scale: factor of the sum.
+        backend: whose kernels to use.
 
     Returns:
         [E, M].
@@ -67,12 +67,12 @@ def swap_add(
     Raises:
         ValueError: if shapes, types or devices do not fit together, or an index is out of range.
     """
-    return ops(backend).swap_add(x, swap, add, scale * SCALED_SILU)
+    return ops_of(backend).swap_add(x, swap, add, scale * SCALED_SILU)
 
 
-@for_each_backend
-def _register(namespace: str) -> None:
-    own = getattr(torch.ops, namespace)
+@when_loaded
+def _register_activate(namespace: str) -> None:
+    ops = getattr(torch.ops, namespace)
 
     def setup(ctx: Any, inputs: tuple, output: Any) -> None:
         x, factor, add, ctx.alpha, ctx.beta = inputs
@@ -81,7 +81,7 @@ def _register(namespace: str) -> None:
 
     def backward(ctx: Any, grad: Tensor) -> tuple:
         x, *factor = ctx.saved_tensors
-        to_x, to_factor = own.activate_backward(grad.contiguous(), x, factor[0] if factor else None, ctx.alpha)
+        to_x, to_factor = ops.activate_backward(grad.contiguous(), x, factor[0] if factor else None, ctx.alpha)
         to_add = grad * ctx.beta if ctx.has_add and ctx.needs_input_grad[2] else None
         return (to_x, to_factor if factor else None, to_add, None, None)
 
@@ -93,23 +93,8 @@ def _register(namespace: str) -> None:
         grad, x, *factor = ctx.saved_tensors
         u_x, *u_factors = zeros_for((u_x, u_factor)[: 1 + len(factor)], (x, *factor))
         u_factor, filters = (u_factors[0], factor[0]) if factor else (None, None)
-        to_grad, to_x, to_factor = own.activate_double(u_x, u_factor, grad, x, filters, ctx.alpha)
+        to_grad, to_x, to_factor = ops.activate_double(u_x, u_factor, grad, x, filters, ctx.alpha)
         return (to_grad, to_x, to_factor if factor else None, None)
-
-    def setup_swap(ctx: Any, inputs: tuple, output: Any) -> None:
-        x, swap, add, ctx.alpha = inputs
-        ctx.has_add = add is not None
-        ctx.save_for_backward(x, swap)
-
-    def swap_backward(ctx: Any, grad: Tensor) -> tuple:
-        return (own.swap_add_backward(grad, *ctx.saved_tensors, ctx.alpha), None, grad if ctx.has_add else None, None)
-
-    def setup_swap_backward(ctx: Any, inputs: tuple, output: Any) -> None:
-        *tensors, ctx.alpha = inputs
-        ctx.save_for_backward(*tensors)
-
-    def swap_double(ctx: Any, u: Tensor) -> tuple:
-        return (*own.swap_add_double(u, *ctx.saved_tensors, ctx.alpha), None, None)
 
     def or_nothing(x: Tensor, factor: Tensor | None) -> Tensor:
         return x.new_empty(0 if factor is None else x.shape)
@@ -122,11 +107,31 @@ def _register(namespace: str) -> None:
     )
     register_autograd(f"{namespace}::activate", backward, setup_context=setup)
     register_autograd(f"{namespace}::activate_backward", double, setup_context=setup_backward)
-    register_autograd(f"{namespace}::activate_double", third_derivative, setup_context=lambda ctx, inputs, output: None)
+    refuse_third_derivative(f"{namespace}::activate_double")
+
+
+@when_loaded
+def _register_swap_add(namespace: str) -> None:
+    ops = getattr(torch.ops, namespace)
+
+    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+        x, swap, add, ctx.alpha = inputs
+        ctx.has_add = add is not None
+        ctx.save_for_backward(x, swap)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return (ops.swap_add_backward(grad, *ctx.saved_tensors, ctx.alpha), None, grad if ctx.has_add else None, None)
+
+    def setup_backward(ctx: Any, inputs: tuple, output: Any) -> None:
+        *tensors, ctx.alpha = inputs
+        ctx.save_for_backward(*tensors)
+
+    def double(ctx: Any, u: Tensor) -> tuple:
+        return (*ops.swap_add_double(u, *ctx.saved_tensors, ctx.alpha), None, None)
 
     register_fake(f"{namespace}::swap_add")(lambda x, swap, add, alpha: x.new_empty(x.shape[0], x.shape[1] // 2))
     register_fake(f"{namespace}::swap_add_backward")(lambda grad, x, swap, alpha: like(x)[0])
     register_fake(f"{namespace}::swap_add_double")(lambda u, grad, x, swap, alpha: like(grad, x))
-    register_autograd(f"{namespace}::swap_add", swap_backward, setup_context=setup_swap)
-    register_autograd(f"{namespace}::swap_add_backward", swap_double, setup_context=setup_swap_backward)
-    register_autograd(f"{namespace}::swap_add_double", third_derivative, setup_context=lambda ctx, inputs, output: None)
+    register_autograd(f"{namespace}::swap_add", backward, setup_context=setup)
+    register_autograd(f"{namespace}::swap_add_backward", double, setup_context=setup_backward)
+    refuse_third_derivative(f"{namespace}::swap_add_double")

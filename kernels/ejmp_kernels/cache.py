@@ -1,4 +1,4 @@
-"""Where ejmp keeps what it has measured or made, between runs."""
+"""The folder in which ejmp keeps what it has measured or made between runs."""
 
 import os
 from pathlib import Path

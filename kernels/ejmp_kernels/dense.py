@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ejmp_kernels.activation import SCALED_SILU, activate
 from ejmp_kernels.linear import linear
-from ejmp_kernels.registry import NAMESPACES, Backend, for_each_backend, ops
+from ejmp_kernels.registry import NAMESPACES, Backend, ops_of, when_loaded
 
 
 def linear_activate(
@@ -34,9 +34,9 @@ def linear_activate(
         weight: [out, in], of the same type.
         factor: [rows, out] or None for one.
         add: [rows, out] or None for zero; the result has its type.
-        scale: of the activation.
-        add_scale: of what is added.
-        backend: whose kernels.
+        scale: factor of the activation.
+        add_scale: factor of `add`.
+        backend: whose kernels to use.
 
     Returns:
         [rows, out].
@@ -47,16 +47,16 @@ def linear_activate(
     dtype = x.dtype if add is None else add.dtype  # the atoms' residual stream stays in float32
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, factor, add))
     if backend == "triton" and dtype == x.dtype and not recorded:
-        return ops(backend).linear_activate(x, weight, factor, add, scale * SCALED_SILU, add_scale)
+        return ops_of(backend).linear_activate(x, weight, factor, add, scale * SCALED_SILU, add_scale)
     out = linear(x, weight, backend=backend).to(dtype)
     return activate(out, factor, add, scale=scale, add_scale=add_scale, in_place=True, backend=backend)
 
 
-@for_each_backend
+@when_loaded
 def _register(namespace: str) -> None:
     if namespace != NAMESPACES["triton"]:
         return
-    own = getattr(torch.ops, namespace)
+    ops = getattr(torch.ops, namespace)
 
     def setup(ctx: Any, inputs: tuple, output: Any) -> None:
         x, weight, factor, add, ctx.alpha, ctx.beta = inputs
@@ -66,7 +66,7 @@ def _register(namespace: str) -> None:
     def backward(ctx: Any, grad: Tensor) -> tuple:
         x, weight, *factor = ctx.saved_tensors
         z = torch.nn.functional.linear(x, weight)
-        to_z, to_factor = own.activate_backward(grad.contiguous(), z, factor[0] if factor else None, ctx.alpha)
+        to_z, to_factor = ops.activate_backward(grad.contiguous(), z, factor[0] if factor else None, ctx.alpha)
         to_x = to_z @ weight if ctx.needs_input_grad[0] else None
         to_weight = to_z.mT @ x if ctx.needs_input_grad[1] else None
         to_add = grad * ctx.beta if ctx.has_add and ctx.needs_input_grad[3] else None
@@ -78,4 +78,4 @@ def _register(namespace: str) -> None:
     name = f"{namespace}::linear_activate"
     register_fake(name)(lambda x, weight, factor, add, alpha, beta: x.new_empty(x.shape[0], weight.shape[0]))
     register_autograd(name, backward, setup_context=setup)
-    register_flop_formula([own.linear_activate])(flops)
+    register_flop_formula([ops.linear_activate])(flops)

@@ -1,9 +1,9 @@
 """Gather-add of the edge embedding: out[e] = x[e] + source_rows[source[e]] + target_rows[target[e]].
 
 A linear layer of [h_source, h_target, m] is three: two on atoms, N rows instead of E, and one on edges; this adds them.
-Reads x, writes out: 8 E M bytes in float32. `edge_sum`, its transpose, sums edges into atoms in a fixed order, without
-atomics: because main edges are closed under swapping, the edges from an atom are the counter-edges of those into it.
-Specification: `specification.gather_add`, `specification.segment_sum`.
+Reads x, writes out: 8 E M bytes in float32. Its gradients are the sums of edges into atoms by `sums`: because main
+edges are closed under swapping, the edges from an atom are the counter-edges of those into it. Specification:
+`specification.gather_add`.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake
 
-from ejmp_kernels.registry import Backend, by_atom, for_each_backend, like, ops, wide
+from ejmp_kernels.registry import Backend, ops_of, when_loaded
 
 
 def gather_add(
@@ -34,7 +34,7 @@ def gather_add(
         source: [E] int64.
         swap: [E] int64, the counter-edge of each edge.
         ptr: [N + 1] int64, CSR pointers of the edges over targets.
-        backend: whose kernels.
+        backend: whose kernels to use.
 
     Returns:
         [E, M], like x.
@@ -42,29 +42,12 @@ def gather_add(
     Raises:
         ValueError: if shapes, types or devices do not fit together, or an index is out of range.
     """
-    return ops(backend).gather_add(x, source_rows, target_rows, source, swap, ptr)
+    return ops_of(backend).gather_add(x, source_rows, target_rows, source, swap, ptr)
 
 
-def edge_sum(x: Tensor, ptr: Tensor, *, backend: Backend = "native") -> Tensor:
-    """Sum rows into what they belong to, in a fixed order.
-
-    Args:
-        x: [E, M], float32, float64 or bfloat16.
-        ptr: [N + 1] int64, CSR pointers of the rows.
-        backend: whose kernels.
-
-    Returns:
-        [N, M], float64 if x is, or else float32.
-
-    Raises:
-        ValueError: if shapes, types or devices do not fit together.
-    """
-    return ops(backend).edge_sum(x, None, ptr)
-
-
-@for_each_backend
+@when_loaded
 def _register(namespace: str) -> None:
-    own = getattr(torch.ops, namespace)
+    ops = getattr(torch.ops, namespace)
 
     def setup(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.has_x = inputs[0] is not None
@@ -72,25 +55,11 @@ def _register(namespace: str) -> None:
 
     def backward(ctx: Any, grad: Tensor) -> tuple:
         swap, ptr = ctx.saved_tensors
-        to_source, to_target = own.edge_sum(grad, swap, ptr), own.edge_sum(grad, None, ptr)
+        to_source, to_target = ops.edge_sum(grad, swap, ptr), ops.edge_sum(grad, None, ptr)
         return (grad if ctx.has_x else None, to_source, to_target, None, None, None)
-
-    def setup_sum(ctx: Any, inputs: tuple, output: Any) -> None:
-        x, order, ptr = inputs
-        ctx.num_edges, ctx.dtype, ctx.ordered = x.shape[0], x.dtype, order is not None
-        ctx.save_for_backward(*([ptr] if order is None else [ptr, order]))
-
-    def sum_backward(ctx: Any, grad: Tensor) -> tuple:
-        ptr, *order = ctx.saved_tensors
-        rows = grad.to(ctx.dtype).index_select(0, by_atom(ptr, ctx.num_edges))
-        if ctx.ordered:
-            rows = like(rows)[0].index_copy(0, order[0], rows)
-        return (rows, None, None)
 
     def fake(x: Tensor | None, source_rows: Tensor, target_rows: Tensor, source: Tensor, *_: Tensor) -> Tensor:
         return (source_rows if x is None else x).new_empty(source.shape[0], source_rows.shape[1])
 
     register_fake(f"{namespace}::gather_add")(fake)
-    register_fake(f"{namespace}::edge_sum")(lambda x, order, ptr: wide(x, ptr.shape[0] - 1))
     register_autograd(f"{namespace}::gather_add", backward, setup_context=setup)
-    register_autograd(f"{namespace}::edge_sum", sum_backward, setup_context=setup_sum)

@@ -1,4 +1,4 @@
-"""What message passing needs to know of a set of edges; `ejmp.graph.EdgeSet` is one."""
+"""The interface of a set of edges that the ops of message passing need; `ejmp.graph.EdgeSet` has it."""
 
 from typing import Protocol
 
@@ -10,22 +10,22 @@ class Edges(Protocol):
 
     @property
     def ptr(self) -> Tensor:
-        """[N + 1] int64, CSR pointers over targets."""
+        """CSR pointers over targets, [N + 1] int64: the edges into atom n are ptr[n] to ptr[n + 1]."""
         ...
 
     @property
     def source(self) -> Tensor:
-        """[E] int64."""
+        """Atom that each edge starts at, [E] int64."""
         ...
 
     @property
     def target(self) -> Tensor:
-        """[E] int64, ascending."""
+        """Atom that each edge ends at, [E] int64, ascending."""
         ...
 
     @property
     def image(self) -> Tensor:
-        """[E] int64, the cell offset packed into one number; images of paths are sums.
+        """Cell offset of each edge packed into one number, [E] int64; the image of a path is the sum over its edges.
 
         Two edges of one target are the same image of one neighbour if source and image agree.
         """
@@ -33,15 +33,15 @@ class Edges(Protocol):
 
     @property
     def vector(self) -> Tensor:
-        """[E, 3], unit vectors into the target."""
+        """Unit vectors from source to target, [E, 3]."""
         ...
 
     @property
     def max_degree(self) -> int:
-        """K, the largest number of edges into one atom."""
+        """Largest number of edges into one atom, K."""
         ...
 
     @property
     def num_edges(self) -> int:
-        """E."""
+        """Number of edges, E."""
         ...

@@ -1,8 +1,8 @@
-"""Matrix products through the fastest library at hand, chosen per machine, type, layout and size by measurement.
+"""Matrix products through the fastest provider at hand, chosen per machine, type, layout and size by measurement.
 
 torch's own float32 product goes to MKL, which takes a slow path on AMD processors; the oneDNN inside the same torch
 does the same product up to twice as fast, to the same rounding. Which one is faster is measured at the first product of
-a kind and kept in a file, so that later runs choose alike. EJMP_GEMM=torch or EJMP_GEMM=onednn pins the library, for
+a kind and kept in a file, so that later runs choose alike. EJMP_GEMM=torch or EJMP_GEMM=onednn pins the provider, for
 results that do not depend on a measurement.
 """
 
@@ -22,9 +22,9 @@ from torch import Tensor
 from ejmp_kernels.cache import cache_root
 
 WORTH_MEASURING = 5e6
-"""Multiply-adds from which on the choice matters; below, torch's own product is taken."""
+"""Multiply-adds from which on the choice matters; for smaller products torch's own is taken."""
 _ROUNDS, _SECONDS = 5, 0.1
-"""A measurement takes at least that many rounds and about that long."""
+"""A measurement takes at least so many rounds and about so long, in seconds."""
 
 
 def _onednn(a: Tensor, b: Tensor) -> Tensor:
@@ -33,27 +33,28 @@ def _onednn(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """Copy a matrix with gaps between its rows or columns: oneDNN multiplies those a hundred times more slowly."""
+    """Copy a matrix if it has gaps between its rows or columns, which make oneDNN a hundred times slower."""
     return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
 
 
-LIBRARIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"torch": torch.mm, "onednn": _onednn}
+PROVIDERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"torch": torch.mm, "onednn": _onednn}
+"""Ways to multiply two matrices, by the name that EJMP_GEMM gives them."""
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b, [m, k] x [k, n] -> [m, n], by the library that is fastest for the like of it; no autograd.
+    """Return a @ b, [m, k] x [k, n] -> [m, n], by the provider that is fastest for products like it; no autograd.
 
     Raises:
-        ValueError: if EJMP_GEMM names no library.
+        ValueError: if EJMP_GEMM names no provider.
     """
-    return LIBRARIES[choose(a, b)](a, b)
+    return PROVIDERS[choose(a, b)](a, b)
 
 
 def choose(a: Tensor, b: Tensor) -> str:
-    """Return the name of the library that `product` takes.
+    """Return the name of the provider that `product` takes.
 
     Raises:
-        ValueError: if EJMP_GEMM names no library.
+        ValueError: if EJMP_GEMM names no provider.
     """
     wanted = pinned()
     if not _has_onednn(a):
@@ -71,17 +72,18 @@ def choose(a: Tensor, b: Tensor) -> str:
 
 
 _chosen: dict[tuple, str] = {}
+"""Providers that this process has chosen, by the kind of product."""
 
 
 def pinned() -> str:
-    """Return the library that EJMP_GEMM asks for, or "auto".
+    """Return the provider that EJMP_GEMM asks for, or "auto".
 
     Raises:
-        ValueError: if there is no such library.
+        ValueError: if there is no such provider.
     """
     wanted = os.environ.get("EJMP_GEMM", "auto")
-    if wanted not in ("auto", *LIBRARIES):
-        raise ValueError(f"EJMP_GEMM: expected auto, {' or '.join(LIBRARIES)}, got {wanted!r}")
+    if wanted not in ("auto", *PROVIDERS):
+        raise ValueError(f"EJMP_GEMM: expected auto, {' or '.join(PROVIDERS)}, got {wanted!r}")
     return wanted
 
 
@@ -116,31 +118,32 @@ def _processor() -> str:
 
 
 _known: dict[Path, dict[str, str]] = {}
+"""Contents of the cache files that this process has read."""
 
 
 def _choices() -> dict[str, str]:
-    """Return what is known for this machine; the file is read once, and a damaged one counts as empty."""
+    """Return the choices known for this machine; the file is read once, and a damaged one counts as empty."""
     path = cache_file()
     if path not in _known:
         try:
             found = json.loads(path.read_text())
-            _known[path] = {key: name for key, name in found.items() if name in LIBRARIES}
+            _known[path] = {key: name for key, name in found.items() if name in PROVIDERS}
         except (OSError, ValueError, AttributeError):
             _known[path] = {}
     return _known[path]
 
 
 def _measure(key: str, a: Tensor, b: Tensor) -> str:
-    """Time all libraries by turns on the operands themselves and remember the fastest.
+    """Time all providers by turns on the operands themselves and remember the fastest.
 
     The shortest time counts, because others on the machine only ever add; torch's own has to be beaten by 3%.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in LIBRARIES}
+    seconds: dict[str, list[float]] = {name: [] for name in PROVIDERS}
     start = time.perf_counter()
     while len(seconds["torch"]) < _ROUNDS or (time.perf_counter() - start < _SECONDS and len(seconds["torch"]) < 100):
         for name, samples in seconds.items():
             begin = time.perf_counter()
-            LIBRARIES[name](a, b)
+            PROVIDERS[name](a, b)
             samples.append(time.perf_counter() - begin)
     shortest = {name: min(samples) for name, samples in seconds.items()}
     fastest = min(shortest, key=shortest.__getitem__)
@@ -151,7 +154,7 @@ def _measure(key: str, a: Tensor, b: Tensor) -> str:
 
 
 def _write(path: Path, choices: dict[str, str]) -> None:
-    """Replace the file as a whole; without the right to write, choices last as long as the process."""
+    """Replace the file as a whole; where it cannot be written, choices last as long as the process."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:

@@ -1,7 +1,7 @@
 """Linear maps without bias: out = x weight^T, by the product `gemm` chooses, at every order of derivative.
 
 The native backend has one op, `ejmp::matmul(a, b, transpose_a, transpose_b)`: its gradients are itself with other
-transpositions, so it can be differentiated as often as one likes (csrc/bindings_dense.cpp). With Triton the vendor's
+transpositions, so it can be differentiated as often as one likes (csrc/bindings/dense.cpp). With Triton the vendor's
 product is torch's own, and `dense` takes what comes after a product into its epilogue. 2 m k n FLOP, counted by torch's
 counter. Specification: torch.nn.functional.linear.
 """
@@ -14,7 +14,7 @@ from torch.library import Library, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from ejmp_kernels.gemm import product
-from ejmp_kernels.registry import NAMESPACES, Backend, for_each_backend, ops
+from ejmp_kernels.registry import NAMESPACES, Backend, ops_of, when_loaded
 
 _LIBRARY = Library("ejmp", "IMPL")
 
@@ -30,10 +30,10 @@ def linear(x: Tensor, weight: Tensor, *, backend: Backend = "native") -> Tensor:
         raise ValueError(f"linear: expected x [rows, in] and weight [out, in] of one type, got {shapes}")
     if backend == "triton":
         return torch.nn.functional.linear(x, weight)
-    return ops("native").matmul(x, weight, False, True)
+    return ops_of("native").matmul(x, weight, False, True)
 
 
-@for_each_backend
+@when_loaded
 def _register(namespace: str) -> None:
     if namespace != NAMESPACES["native"]:
         return

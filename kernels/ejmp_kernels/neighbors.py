@@ -23,48 +23,49 @@ from ejmp_kernels import availability
 
 @dataclass(frozen=True, kw_only=True)
 class NeighborQuery:
-    """What to search: a batch of structures as raw arrays, all on one device.
+    """A batch of structures to search, as raw arrays on one device.
 
     Letters: B structures, N atoms.
     """
 
     positions: Tensor
-    """[N, 3] float64, A, not wrapped."""
+    """Positions of the atoms in A, [N, 3] float64, not wrapped into the cell."""
     cell: Tensor
-    """[B, 3, 3] float64, A, rows are lattice vectors; never singular (complete non-periodic directions)."""
+    """Lattice vectors as rows, in A, [B, 3, 3] float64; never singular: non-periodic directions are completed."""
     pbc: Tensor
-    """[B, 3] bool."""
+    """Whether each direction of the cell is periodic, [B, 3] bool."""
     ptr: Tensor
-    """[B + 1] int64, first atom of each structure."""
+    """First atom of each structure, [B + 1] int64."""
     cutoff: Tensor
-    """[B] float64, A."""
+    """Greatest length of an edge in A, [B] float64."""
     limits: Tensor
-    """[B, 4] int64, most neighbours per atom: pairs, main, atom_edges, quad_edges; the first is the largest."""
+    """Most neighbours per atom, [B, 4] int64: of pairs, main, atom_edges, quad_edges; the first is the largest."""
     quad_atom: Tensor
-    """[N] bool, atoms that a quad edge must touch."""
+    """Whether an atom is one of those that a quad edge must touch, [N] bool."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EdgeList:
-    """Edges sorted by (target, rounded length, source, offset)."""
+    """A set of edges, sorted by (target, rounded length, source, offset)."""
 
     source: Tensor
-    """[E] int64."""
+    """Atom that each edge starts at, [E] int64."""
     offset: Tensor
-    """[E, 3] int32, cells by which the source is shifted."""
+    """Cells by which the source is shifted, [E, 3] int32."""
     ptr: Tensor
-    """[N + 1] int64, first edge into each atom."""
+    """First edge into each atom, [N + 1] int64."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbors:
-    """The four edge sets; `swap[e]` is the counter-edge of main edge e, [E] int64."""
+    """The four edge sets of a batch."""
 
     pairs: EdgeList
     main: EdgeList
     atom_edges: EdgeList
     quad_edges: EdgeList
     swap: Tensor
+    """Counter-edge of each main edge, [E] int64."""
 
 
 def find_neighbors(query: NeighborQuery) -> Neighbors:
@@ -157,7 +158,7 @@ def _chunks(num_rows: int, row_size: int, budget: int = 4_000_000) -> Iterator[s
 
 
 def symmetrise(source: Tensor, target: Tensor, offset: Tensor, rank: Tensor, num_atoms: int) -> tuple[EdgeList, Tensor]:
-    """Keep one edge of each undirected pair, add its counter-edge, sort, and return the set and its swap."""
+    """Keep one edge of each undirected pair and add its counter-edge; return the sorted set and its counter-edges."""
     x, y, z = offset.unbind(1)
     negative = (x < 0) | ((x == 0) & ((y < 0) | ((y == 0) & (z < 0))))
     half = torch.where(source == target, negative, source < target)

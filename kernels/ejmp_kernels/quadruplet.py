@@ -26,11 +26,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ejmp_kernels.edges import Edges
 from ejmp_kernels.linear import linear
-from ejmp_kernels.registry import NAMESPACES, Backend, for_each_backend, ops, register_nonlinear
+from ejmp_kernels.registry import NAMESPACES, Backend, ops_of, register_nonlinear, when_loaded
 from ejmp_kernels.specification import collinear_eps
 
 PIECE_BYTES = 1 << 24
-"""How large a piece of the sums `quadruplet_linear` makes at a time: what the C library reuses, in a large cache."""
+"""Size of the piece of sums that `quadruplet_linear` makes at a time, in bytes: malloc reuses such a piece, and it fits
+into a large cache."""
 
 
 def quadruplet(
@@ -52,7 +53,7 @@ def quadruplet(
         main: the edges that send and receive.
         middle: the Q edges between them, over the same atoms.
         eps: |sin(angle)| under which three atoms are on a line; default: `collinear_eps`.
-        backend: whose kernels.
+        backend: whose kernels to use.
 
     Returns:
         [E, A * C], basis-major.
@@ -62,7 +63,7 @@ def quadruplet(
     """
     eps = collinear_eps(x.dtype) if eps is None else eps
     ids = (main.ptr, main.source, main.image, middle.ptr, middle.source, middle.image)
-    return ops(backend).quadruplet(x, filters, weight, main.vector, middle.vector, *ids, eps, main.max_degree)
+    return ops_of(backend).quadruplet(x, filters, weight, main.vector, middle.vector, *ids, eps, main.max_degree)
 
 
 def quadruplet_linear(
@@ -78,19 +79,19 @@ def quadruplet_linear(
     """Return linear(quadruplet(...), mix); on the CPU without gradients never hold all [E, A * C] sums.
 
     Args:
-        x: as for `quadruplet`, like the next four.
+        x: [E, C], as for `quadruplet`, like the next four.
         filters: [Q, S, C].
         weight: [E, A, S * S].
         main: the edges that send and receive.
         middle: the Q edges between them.
         mix: [out, A * C].
-        backend: whose kernels.
+        backend: whose kernels to use.
 
     Returns:
         [E, out].
 
     Raises:
-        ValueError: as `quadruplet`.
+        ValueError: if shapes, types or devices do not fit together, or an index is out of range.
     """
     inputs = (x, filters, weight, main.vector, middle.vector)
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, mix))
@@ -102,7 +103,7 @@ def quadruplet_linear(
     stops = sorted({0, len(main.ptr) - 1, *(torch.searchsorted(main.ptr, ends, right=True) - 1).tolist()})
     out = x.new_empty(main.num_edges, mix.shape[0])
     for first, last in itertools.pairwise(stops):
-        summed = ops("native").quadruplet_part(*arguments, collinear_eps(x.dtype), main.max_degree, first, last)
+        summed = ops_of("native").quadruplet_part(*arguments, collinear_eps(x.dtype), main.max_degree, first, last)
         start = int(main.ptr[first])
         out[start : start + len(summed)] = linear(summed, mix, backend=backend)
     return out
@@ -112,20 +113,8 @@ def _fake(x: Tensor, _filters: Tensor, weight: Tensor, *_: object) -> Tensor:
     return x.new_empty(weight.shape[0], weight.shape[1] * x.shape[1])
 
 
-def _flops(
-    x: Tensor,
-    filters: Tensor,
-    weight: Tensor,
-    _v: Tensor,
-    _v_middle: Tensor,
-    ptr: Tensor,
-    _source: Tensor,
-    _image: Tensor,
-    middle_ptr: Tensor,
-    middle_source: Tensor,
-    *_: object,
-    degree: Tensor | None = None,
-) -> tuple[int, int]:
+def _flops(x: Tensor, filters: Tensor, weight: Tensor, *rest: Any, degree: Tensor | None = None) -> tuple[int, int]:
+    _v, _v_middle, ptr, _source, _image, middle_ptr, middle_source, *_ = rest
     inputs = (ptr.diff() if degree is None else degree)[middle_source]
     outputs = ptr.diff().repeat_interleave(middle_ptr.diff())
     spherical, channels = filters.shape[1], x.shape[1]
@@ -148,7 +137,7 @@ def _flops_part(*arguments: Any, out_val: Tensor) -> int:
     return sum(_flops(x, filters, weight[: len(out_val)], *vectors, *edges, degree=ptr.diff()))
 
 
-@for_each_backend
+@when_loaded
 def _register(namespace: str) -> None:
     register_nonlinear(f"{namespace}::quadruplet", 5, _fake, _flops)
     if namespace == NAMESPACES["native"]:

@@ -1,9 +1,9 @@
 """Radial basis functions projected on the fly: out[e, j] = sum_k b_k(distance[e]) weight[k, j].
 
 b_k(d) = u(x) exp(-temps[k] (x - offset[k])^2) with x = d / cutoff and the polynomial envelope u (DimeNet, arXiv
-2003.03123), as `specification.gaussian_basis`. The [E, R] basis is never stored, and Gaussians that are zero to rounding
-are never summed: about 20 of 128 remain. All projections of one graph that share distances go through one call, their
-weights side by side. Writes 4 E J bytes in float32; 2 E R J FLOP as a dense product counts them.
+2003.03123), as `specification.gaussian_basis`. The [E, R] basis is never stored, and Gaussians that are zero to
+rounding are never summed: about 20 of 128 remain. All projections of one graph that share distances go through one
+call, their weights side by side. Writes 4 E J bytes in float32; 2 E R J FLOP as a dense product counts them.
 
 `order` differentiates b by the distance up to twice, which makes the op and its transpose closed under derivatives.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import register_autograd, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
-from ejmp_kernels.registry import Backend, for_each_backend, ops
+from ejmp_kernels.registry import Backend, ops_of, when_loaded
 
 
 def radial(
@@ -35,9 +35,9 @@ def radial(
         offset: [R], centres in units of the cutoff.
         temps: [R], inverse squared widths.
         weight: [R, J].
-        cutoff: A.
-        exponent: of the envelope, at least 2.
-        backend: whose kernels.
+        cutoff: where the basis ends, in A.
+        exponent: degree of the envelope at the origin, at least 2.
+        backend: whose kernels to use.
 
     Returns:
         [E, J].
@@ -45,12 +45,12 @@ def radial(
     Raises:
         ValueError: if shapes, types or devices do not fit together.
     """
-    return ops(backend).radial(distance, offset, temps, weight, cutoff, exponent, 0)
+    return ops_of(backend).radial(distance, offset, temps, weight, cutoff, exponent, 0)
 
 
-@for_each_backend
+@when_loaded
 def _register(namespace: str) -> None:
-    own = getattr(torch.ops, namespace)
+    ops = getattr(torch.ops, namespace)
 
     def setup(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.save_for_backward(*inputs[:4])
@@ -60,18 +60,18 @@ def _register(namespace: str) -> None:
         """Return the gradient by distance, [E], where out = b weight and grad is the gradient of out."""
         distance, offset, temps, _ = ctx.saved_tensors
         cutoff, exponent, order = ctx.options
-        return (own.radial(distance, offset, temps, weight, cutoff, exponent, order + 1) * grad).sum(1)
+        return (ops.radial(distance, offset, temps, weight, cutoff, exponent, order + 1) * grad).sum(1)
 
     def backward(ctx: Any, grad: Tensor) -> tuple:
         distance, offset, temps, weight = ctx.saved_tensors
         to_distance = slope(ctx, weight, grad) if ctx.needs_input_grad[0] else None
-        to_weight = own.radial_transposed(distance, offset, temps, grad, *ctx.options)
+        to_weight = ops.radial_transposed(distance, offset, temps, grad, *ctx.options)
         return (to_distance, None, None, to_weight, None, None, None)
 
     def transposed_backward(ctx: Any, grad: Tensor) -> tuple:
         distance, offset, temps, x = ctx.saved_tensors
         to_distance = slope(ctx, grad, x) if ctx.needs_input_grad[0] else None
-        return (to_distance, None, None, own.radial(distance, offset, temps, grad, *ctx.options), None, None, None)
+        return (to_distance, None, None, ops.radial(distance, offset, temps, grad, *ctx.options), None, None, None)
 
     register_fake(f"{namespace}::radial")(
         lambda d, offset, temps, weight, *_: weight.new_empty(d.shape[0], weight.shape[1])
@@ -81,6 +81,6 @@ def _register(namespace: str) -> None:
     )
     register_autograd(f"{namespace}::radial", backward, setup_context=setup)
     register_autograd(f"{namespace}::radial_transposed", transposed_backward, setup_context=setup)
-    register_flop_formula([own.radial, own.radial_transposed])(
+    register_flop_formula([ops.radial, ops.radial_transposed])(
         lambda d, offset, temps, x, *_, out_shape=None: 2 * d[0] * offset[0] * x[1]
     )

@@ -159,14 +159,14 @@ def gather_add(x: Tensor | None, source_rows: Tensor, target_rows: Tensor, sourc
 
 @dataclass(frozen=True, kw_only=True)
 class Triplets:
-    """Input edges of each output edge; see `triplet_sum`."""
+    """The input edges of each output edge, as tables for `triplet_sum`."""
 
     table: Tensor
-    """[E_out, K] ids of input edges, padded; every pair at one atom, also those that are masked."""
+    """Ids of the input edges at the atom of each output edge, masked ones too, [E_out, K] padded."""
     valid: Tensor
-    """[E_out, K] bool, which of them form a triplet."""
+    """Which pairs of the table form a triplet, [E_out, K] bool."""
     angular: Tensor
-    """[E_out, S, K]."""
+    """Spherical functions of the angles, zero where there is no triplet, [E_out, S, K]."""
 
     def counts(self, num_inputs: int) -> Tensor:
         """Return how many triplets each of the input edges takes part in, [E_in] float."""
@@ -176,22 +176,22 @@ class Triplets:
 
 @dataclass(frozen=True, kw_only=True)
 class Quadruplets:
-    """Quadruplets d->b->a<-c: middle edges b->a of each output edge c->a, input edges d->b of each middle edge."""
+    """Tables of quadruplets d->b->a<-c: middle edges b->a by output edge c->a, and input edges d->b by middle edge."""
 
     inputs: Tensor
-    """[E_mid, K] ids of input edges d->b, padded."""
+    """Ids of the input edges d->b of each middle edge, [E_mid, K] padded."""
     inputs_valid: Tensor
-    """[E_mid, K] bool, d is not a."""
+    """Whether d is another image than a, [E_mid, K] bool."""
     circular: Tensor
-    """[E_mid, S, K], spherical functions of the angle a-b-d."""
+    """Spherical functions of the angle a-b-d, [E_mid, S, K]."""
     middles: Tensor
-    """[E_out, K_mid] ids of middle edges b->a, padded."""
+    """Ids of the middle edges b->a of each output edge, [E_out, K_mid] padded."""
     middles_valid: Tensor
-    """[E_out, K_mid] bool, b is not c."""
+    """Whether b is another image than c, [E_out, K_mid] bool."""
     valid: Tensor
-    """[E_out, K_mid, K] bool, the quadruplets."""
+    """Which paths form a quadruplet, [E_out, K_mid, K] bool."""
     angular: Tensor
-    """[E_out, S^2, K_mid * K], zero where not valid."""
+    """Products of spherical functions of both angles, zero where there is no quadruplet, [E_out, S^2, K_mid * K]."""
 
 
 def collinear_eps(dtype: torch.dtype) -> float:
@@ -270,10 +270,3 @@ def quadruplet(x: Tensor, filters: Tensor, weight: Tensor, main: Edges, middle: 
     found = quadruplets(main, middle, filters.shape[1])
     values = gather(x, found.inputs) * (found.circular.mT @ filters) * found.inputs_valid[..., None]
     return quadruplet_sum(values, weight, found.middles, found.angular)
-
-
-def pair(h: Tensor, radial: Tensor, ptr: Tensor, source: Tensor) -> Tensor:
-    """Sum over pairs as `ejmp_kernels.pair.pair` does."""
-    atoms = torch.arange(len(h), device=h.device)
-    table = neighbor_table(atoms, ptr, int(ptr.diff().max()))
-    return pair_sum(h, radial, source, table)

@@ -1,4 +1,4 @@
-"""The ops that have no CUDA kernel, on a GPU in plain torch: what is between the products, and the radial bases.
+"""The ops that have no CUDA kernel, in plain torch for GPUs: passes between products, and radial bases.
 
 Each computes in float32 (float64 for float64) and rounds once. The formulas are those of csrc/cpu/dense.h and
 csrc/cpu/radial.h; the tests compare both on the CPU.
@@ -14,7 +14,7 @@ Terms = tuple[Tensor, Tensor, Tensor]
 
 
 def real(x: Tensor) -> Tensor:
-    """Return x in the type of sums."""
+    """Return x in the type of sums: float64 as it is, or else float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -137,11 +137,12 @@ OPS = (
     activate, activate_, activate_backward, activate_double, swap_add, swap_add_backward, swap_add_double, gather_add,
     radial, radial_transposed,
 )  # fmt: skip
+"""Every function of this file that is an op."""
 
 
 @functools.cache
 def register() -> Library:
-    """Make them the CUDA side of the ops, once; they last as long as what this returns."""
+    """Register the functions of OPS as the CUDA kernels of the ops, once; they last as long as the returned library."""
     library = Library("ejmp", "IMPL")
     for op in OPS:
         library.impl(op.__name__, op, "CUDA")

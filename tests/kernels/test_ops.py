@@ -4,6 +4,7 @@ Triton's run in its interpreter, or on a GPU with TRITON_INTERPRET=0.
 """
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -11,16 +12,14 @@ import sys
 import pytest
 import torch
 from support.inputs import require_native, require_triton
-from support.op_cases import CASES, DEVICE, LOW, Setup, derivatives, randn
-from support.tolerances import relative_error
+from support.small_cases import CASES, DEVICE, LOW, Setup, derivatives, make_case, randn
+from support.tolerances import relative_error, tolerance
 
 from ejmp_kernels import availability, registry, unfused
 from ejmp_kernels.activation import activate
 from ejmp_kernels.triplet import triplet
 
 BOTH = ("native", "triton")
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-HALF_UNIT = {torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -38,10 +37,24 @@ class Make:
 
     def __call__(self, dtype, graph="full"):
         require(self.backend)
-        return CASES[self.name](Setup(self.backend, dtype, graph))
+        return make_case(self.name, Setup(self.backend, dtype, graph))
 
 
 PAIRS = [(backend, name) for backend in BOTH for name in CASES if (backend, name) != ("triton", "linear")]
+
+
+@functools.cache
+def derivatives_of(make, dtype, graph="full"):
+    """Return the derivatives of an op on its case's inputs, computed once for all tests that compare with them."""
+    case = make(dtype, graph)
+    return derivatives(case.call, case.inputs)
+
+
+@functools.cache
+def exact_derivatives(backend, name):
+    """Return the derivatives of an op's specification in float64, computed once for all types."""
+    exact = Make(backend, name)(torch.float64)
+    return derivatives(exact.spec, exact.inputs)
 
 
 @pytest.fixture(params=PAIRS, ids="-".join)
@@ -53,16 +66,15 @@ def make(request):
 def ops(request):
     """The ops of a backend, and its device."""
     require(request.param)
-    return registry.ops(request.param), DEVICE[request.param]
+    return registry.ops_of(request.param), DEVICE[request.param]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_equal_to_the_specification(make, dtype):
-    case, exact = make(dtype), make(torch.float64)
-    results = derivatives(case.function, case.inputs), derivatives(exact.spec, exact.inputs)
-    for mine, spec in zip(*results, strict=True):
+    results = derivatives_of(make, dtype), exact_derivatives(make.backend, make.name)
+    for order, (mine, spec) in enumerate(zip(*results, strict=True)):
         for value, expected in zip(mine, spec, strict=True):
-            assert relative_error(value.cpu(), expected.cpu()) <= TOLERANCE[dtype]
+            assert relative_error(value.cpu(), expected.cpu()) <= tolerance("op", dtype, order)
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -71,14 +83,14 @@ def test_low_types_equal_to_the_specification(make, dtype):
     if make.backend == "native":
         pytest.skip("Triton's sums over neighbours take low types, the compiled ones do not")
     case = make(dtype)
-    value = case.function(*(inputs := [x.clone().requires_grad_() for x in case.inputs]))
+    value = case.call(*(inputs := [x.clone().requires_grad_() for x in case.inputs]))
     expected = case.spec(*(exact := [x.double().requires_grad_() for x in case.inputs]))
     grad = randn(*value.shape, dtype=value.dtype, seed=7).to(value.device)
     results = [value, *torch.autograd.grad(value, inputs, grad)]
     wanted = [expected, *torch.autograd.grad(expected, exact, grad.double())]
     for mine, spec, like in zip(results, wanted, [value, *inputs], strict=True):
         assert mine.dtype == like.dtype
-        assert relative_error(mine.detach().cpu(), spec.detach().cpu()) <= TOLERANCE[dtype]
+        assert relative_error(mine.detach().cpu(), spec.detach().cpu()) <= tolerance("op", dtype)
 
 
 def test_nothing_to_sum(make):
@@ -86,7 +98,7 @@ def test_nothing_to_sum(make):
     case = make(torch.float32, "lone")
     if make.name == "linear":
         pytest.skip("has no edges")
-    for results in derivatives(case.function, case.inputs):
+    for results in derivatives(case.call, case.inputs):
         assert all(not x.any() for x in results)
 
 
@@ -94,16 +106,16 @@ def test_derivatives_by_finite_differences(make):
     case = make(torch.float64, "tiny")
     inputs = [x.detach().clone().requires_grad_() for x in case.inputs]
     fast = make.backend == "triton"
-    assert torch.autograd.gradcheck(case.function, inputs, fast_mode=fast)
-    assert torch.autograd.gradgradcheck(case.function, inputs, fast_mode=fast)
+    assert torch.autograd.gradcheck(case.call, inputs, fast_mode=fast)
+    assert torch.autograd.gradgradcheck(case.call, inputs, fast_mode=fast)
 
 
 def test_without_gradients_the_same(make):
     """The path that writes in place gives the same bits."""
     case = make(torch.float32)
-    with_grad = case.function(*(x.clone().requires_grad_() for x in case.inputs))
+    (with_grad,), *_ = derivatives_of(make, torch.float32)
     with torch.no_grad():
-        assert torch.equal(case.function(*(x.clone() for x in case.inputs)), with_grad)
+        assert torch.equal(case.call(*(x.clone() for x in case.inputs)), with_grad)
 
 
 def test_any_strides(make):
@@ -111,7 +123,7 @@ def test_any_strides(make):
     if make.name == "linear":
         pytest.skip("the vendor's product decides")
     strided = [x.mT.contiguous().mT if x.ndim > 1 else torch.stack([x, x], 1)[:, 0] for x in case.inputs]
-    results = derivatives(case.function, case.inputs), derivatives(case.function, strided)
+    results = derivatives_of(make, torch.float64, "tiny"), derivatives(case.call, strided)
     for packed, other in zip(*results, strict=True):
         assert all(map(torch.equal, packed, other))
 
@@ -122,11 +134,11 @@ def test_same_bits_every_run_and_with_any_threads(make):
     if make.name == "linear":
         pytest.skip("the vendor's product decides")
     threads = torch.get_num_threads()
-    first = derivatives(case.function, case.inputs)
+    first = derivatives_of(make, torch.float32, "tiny" if slow else "full")
     try:
         for number in (3,) if slow else (threads, 1, 3):
             torch.set_num_threads(number)
-            for mine, theirs in zip(derivatives(case.function, case.inputs), first, strict=True):
+            for mine, theirs in zip(derivatives(case.call, case.inputs), first, strict=True):
                 assert all(map(torch.equal, mine, theirs))
     finally:
         torch.set_num_threads(threads)
@@ -149,7 +161,7 @@ def test_registration(make):
     """torch's own check of schema, tracing and autograd, for every op a forward and two backwards call."""
     case = make(torch.float64, "full" if make.backend == "native" else "tiny")
     with Recorder(registry.NAMESPACES[make.backend]) as seen:
-        derivatives(case.function, case.inputs)
+        derivatives(case.call, case.inputs)
     assert seen.calls
     torch.use_deterministic_algorithms(False)  # opcheck compares results that hold uninitialised memory
     for func, args in seen.calls.values():
@@ -176,15 +188,15 @@ def test_registration_in_place(ops):
 def test_equal_to_plain_torch(ops, dtype):
     """What runs on a GPU for ops without a CUDA kernel equals each backend's op, its backward and second backward."""
     namespace, device = ops
-    if dtype == torch.float16 and namespace is registry.ops("native"):
+    if dtype == torch.float16 and namespace is registry.ops_of("native"):
         pytest.skip("the compiled ops take no float16")
     real = torch.float64 if dtype == torch.float64 else torch.float32
     at = Setup("triton" if device == "cuda" else "native", dtype)
-    main = at.make_graph().main
+    main, draw = at.make_graph().main, at.draw
     E, N, M = main.num_edges, len(main.ptr) - 1, 5
-    x, y, z, u, v = (at.randn(E, M, seed=i) for i in range(5))
-    wide, u_wide = (at.randn(E, 2 * M, seed=i) for i in (5, 6))
-    atoms = [at.randn(N, M, dtype=real, seed=i) for i in (7, 8)]
+    x, y, z, u, v = (draw.features(E, M, seed=i) for i in range(5))
+    wide, u_wide = (draw.features(E, 2 * M, seed=i) for i in (5, 6))
+    atoms = [draw.wide(N, M, seed=i) for i in (7, 8)]
     offset, temps = torch.linspace(0, 1, 9, dtype=real), torch.full((9,), 40.0, dtype=real)
     basis = [main.distance.to(real), offset.to(device), temps.to(device)]
     cases = [("gather_add", a, *atoms, main.source, main.swap, main.ptr) for a in (x, None)]
@@ -194,18 +206,17 @@ def test_equal_to_plain_torch(ops, dtype):
         cases += [("activate", x, factor, a, 0.7, 0.3) for a in (z, None)]
         cases += [("activate_backward", z, x, factor, 0.7), ("activate_double", u, v, z, x, factor, 0.7)]
     for order in range(3):
-        cases += [("radial", *basis, at.randn(9, M, dtype=real, seed=9), 6.0, 5, order)]
-        cases += [("radial_transposed", *basis, at.randn(E, M, dtype=real, seed=10), 6.0, 5, order)]
+        cases += [("radial", *basis, draw.wide(9, M, seed=9), 6.0, 5, order)]
+        cases += [("radial_transposed", *basis, draw.wide(E, M, seed=10), 6.0, 5, order)]
     assert {name for name, *_ in cases} == {op.__name__ for op in unfused.OPS} - {"activate_"}
-    tolerance = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float64: 1e-13}
-    tolerance[torch.float32] = 2e-6 if device == "cpu" else 1e-5  # a GPU's exponential is an approximation
+    allowed = tolerance("op in plain torch" if device == "cpu" else "op in plain torch on a GPU", dtype)
     for name, *arguments in cases:
         results = getattr(unfused, name)(*arguments), getattr(namespace, name)(*arguments)
         got, want = ([r] if isinstance(r, torch.Tensor) else r for r in results)
         for a, b in zip(got, want, strict=True):
             assert a.dtype == b.dtype
             assert a.shape == b.shape
-            assert not b.numel() or relative_error(a.cpu(), b.cpu()) <= tolerance[dtype], name
+            assert not b.numel() or relative_error(a.cpu(), b.cpu()) <= allowed, name
 
 
 @pytest.mark.parametrize("backend", BOTH)
@@ -213,7 +224,7 @@ def test_equal_to_plain_torch(ops, dtype):
 def test_third_derivative_is_refused(backend, name, by):
     case = Make(backend, name)(torch.float64, "tiny")
     inputs = [x.detach().clone().requires_grad_() for x in case.inputs]
-    first = torch.autograd.grad(case.function(*inputs).square().sum(), inputs[by], create_graph=True)[0]
+    first = torch.autograd.grad(case.call(*inputs).square().sum(), inputs[by], create_graph=True)[0]
     second = torch.autograd.grad(first.square().sum(), inputs[by], create_graph=True)[0]
     with pytest.raises(NotImplementedError, match="first and second"):
         torch.autograd.grad(second.sum(), inputs[by])
@@ -229,10 +240,10 @@ def test_low_types_are_rounded_once(name, dtype, backend):
     case = Make(backend, name)(dtype)
     exact = case.spec(*(x.double() for x in case.inputs))
     with torch.no_grad():
-        value = case.function(*(x.clone() for x in case.inputs))
+        value = case.call(*(x.clone() for x in case.inputs))
     assert value.dtype == (torch.float32 if name == "atom_sum" else dtype)
     error = (value.double() - exact).abs() / exact.abs().clamp_min(1e-2 * exact.abs().max())
-    unit = HALF_UNIT[dtype]
+    unit = tolerance("op rounded once", dtype)
     if dtype == torch.bfloat16 and backend == "triton" and availability.interpreted():
         unit *= 2  # the interpreter cuts off
     assert error.max() <= (1e-5 if name == "atom_sum" else unit)
@@ -294,7 +305,7 @@ def test_bad_input_of_simple_ops(name, change, message, backend):
     case = Make(backend, name)(torch.float32)
     inputs = [change.get(i, lambda x: x)(x) for i, x in enumerate(case.inputs)]
     with pytest.raises(ValueError, match=message):
-        case.function(*inputs)
+        case.call(*inputs)
 
 
 @pytest.mark.parametrize("isa", ["avx2", "portable", "nonsense"])

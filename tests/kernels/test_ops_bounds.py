@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from support.inputs import environment, require_triton
-from support.op_cases import CASES
+from support.small_cases import CASES
 
 ANGULAR = ("edge_to_edge", "atom_to_edge", "edge_to_atom", "quadruplet")
 GROUPS = {
@@ -21,7 +21,7 @@ GROUPS = {
         },
     ),
 }
-"""Cases, and the ops that they must run."""
+"""Names of cases, and of the ops that they must run."""
 
 
 def run(side, *names):

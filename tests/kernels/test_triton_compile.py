@@ -4,19 +4,19 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support.inputs import TESTS
 
 pytest.importorskip("triton")
 
-SCRIPT = Path(__file__).with_name("triton_compile_script.py")
+SCRIPT = TESTS / "triton_compile_script.py"
 TYPES = {80: ("float32", "bfloat16", "float64"), 90: ("float32", "bfloat16", "float16")}
-"""What is compiled here for each compute capability; the script's default, all types for both, takes longer."""
+"""Types compiled here for each compute capability; the script's default, all types for both, takes longer."""
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
-"""What one block may take (CUDA C++ programming guide, compute capabilities)."""
+"""Shared memory that one block may take (CUDA C++ programming guide, compute capabilities)."""
 STACK_BYTES = 256
-"""Spilled registers of a thread, but for float64, which is for tests."""
+"""Bytes of registers that a thread may spill, except in float64, which is for tests only."""
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from ejmp_kernels import registry
 pytest.importorskip("triton")
 
 
-registry.load("triton")
+registry.load_backend("triton")
 from ejmp_kernels.triton_kernels import launch, tune  # noqa: E402 - defines ops, which the line above registers
 
 TABLES = json.loads(tune.COMMITTED.read_text())

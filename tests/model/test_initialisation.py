@@ -3,6 +3,7 @@
 import pytest
 import torch
 from scipy.stats import ks_2samp
+from support.tolerances import tolerance
 
 from ejmp.model.initialisation import PANEL, orthogonal_
 from ejmp.model.layers import he_orthogonal_
@@ -18,7 +19,7 @@ def test_rows_or_columns_are_orthonormal(shape, dtype):
     assert orthogonal_(weight) is weight
     tall = weight if shape[0] >= shape[1] else weight.mT
     error = (tall.mT @ tall - torch.eye(tall.shape[1], dtype=dtype)).abs().max()
-    assert error < (1e-5 if dtype == torch.float32 else 1e-13)
+    assert error < tolerance("orthonormal rows", dtype)
 
 
 def drawn(fill, count, shape):

@@ -10,7 +10,7 @@ from ase.build import bulk, molecule
 from ase.collections import g2
 from scipy.spatial.transform import Rotation
 from support.inputs import load_golden, shared_file
-from support.tolerances import assert_close, relative_error
+from support.tolerances import assert_close, relative_error, tolerance
 
 import ejmp
 
@@ -133,7 +133,7 @@ def test_exactly_linear_molecules(tiny, tiny_config, tiny_weights, name, dtype):
             assert torch.isfinite(value).all()
         assert forces.abs().max() < 50, "an angle on the verge of straight must not blow the forces up"
         energies.append(out.energy.detach())
-    allowed = 1e-5 if dtype == torch.float64 else 1e-3
+    allowed = tolerance("model of turned straight molecules", dtype)
     assert relative_error(torch.stack(energies), energies[0].expand(6, 1, 4)) < allowed
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import pytest
 import torch
 from support.compile_cases import allow_meta, assert_equal_outputs, graph_of, make_model
-from support.tolerances import relative_error
+from support.tolerances import relative_error, tolerance
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ejmp
@@ -158,7 +158,7 @@ def test_cuda_graphs_replay_the_plain_model(tiny_config, backend, precision, com
     forces = [ejmp.gradient_forces(model, graph) for graph in graphs]
     buckets = Buckets([GraphShape.holding(GraphShape.of(graphs[0]), 2.0)], growth=None)
     model.compile("latency", buckets=buckets, compiler=compiler)
-    allowed = {"fp32": 1e-4, "tf32": 1e-2}.get(precision, 5e-2)
+    allowed = [tolerance("replayed model", precision, order) for order in (0, 1)]
 
     def check(graph, plain, gradient):
         with torch.no_grad():
@@ -169,5 +169,5 @@ def test_cuda_graphs_replay_the_plain_model(tiny_config, backend, precision, com
     with waiting_is_an_error():
         found += [check(*rest) for rest in zip(graphs, expected, forces, strict=True)]
     for out, plain, gradient, plain_gradient in found:
-        assert_equal_outputs(out, plain, allowed)
-        assert relative_error(gradient, plain_gradient) < 5 * allowed
+        assert_equal_outputs(out, plain, allowed[0])
+        assert relative_error(gradient, plain_gradient) < allowed[1]

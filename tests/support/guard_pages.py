@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ejmp_kernels import registry
-from support.op_cases import CASES, Setup, derivatives
+from support.small_cases import Setup, derivatives, make_case
 
 PAGE = mmap.PAGESIZE
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -28,13 +28,13 @@ PROT_NONE = 0
 
 
 def report(name):
-    """Say what is next, before the process may end."""
+    """Write what comes next, before the process may end."""
     sys.stdout.write(f"{name}\n")
     sys.stdout.flush()
 
 
 def guarded(tensor, side):
-    """A copy whose last byte is the last before a forbidden page, or whose first byte is the first after one."""
+    """Return a copy whose last byte is just before a forbidden page, or whose first byte is just after one."""
     size = tensor.numel() * tensor.element_size()
     if not size:
         return tensor
@@ -73,7 +73,7 @@ class Guard(TorchDispatchMode):
 
 
 def implementation(name):
-    """The function behind an op, which torch calls with this mode switched off."""
+    """Return the function behind an op, which torch calls with this mode switched off."""
     package = importlib.import_module("ejmp_kernels.triton_kernels")
     modules = [getattr(package, module) for module in package.__all__]
     return next(getattr(m, name) for m in modules if callable(getattr(m, name, None)))
@@ -95,18 +95,18 @@ def run_wrong(side, *, store):
 
 def main(side, *names):
     torch.use_deterministic_algorithms(True, warn_only=True)
-    registry.load("triton")
+    registry.load_backend("triton")
     for name in names:
         if name.startswith("wrong"):
             run_wrong(side, store=name == "wrong_store")
             continue
         for dtype in (torch.float32, torch.bfloat16):
-            case = CASES[name](Setup("triton", dtype))
+            case = make_case(name, Setup("triton", dtype))
             with Guard(side):
                 with torch.no_grad():
-                    results = [[case.function(*(x.clone() for x in case.inputs))]]
+                    results = [[case.call(*(x.clone() for x in case.inputs))]]
                 if dtype == torch.float32:
-                    results += derivatives(case.function, case.inputs)
+                    results += derivatives(case.call, case.inputs)
             assert all(x.isfinite().all() for part in results for x in part)
 
 

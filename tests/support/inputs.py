@@ -76,7 +76,7 @@ def require_triton():
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)
-    registry.load("triton")
+    registry.load_backend("triton")
 
 
 def environment(**more):

@@ -105,7 +105,7 @@ def _write_records(path: Path, records: Sequence[bytes], first: int) -> np.ndarr
         with environment.begin(write=True) as transaction:
             for number, record in enumerate(records, first):
                 transaction.put(key_of(number).encode(), record, append=True)
-        environment.sync(force=True)
+        environment.sync(True)  # noqa: FBT003 - lmdb 1.4 takes no keyword here
         with environment.begin(buffers=True) as transaction:
             # The values are views of the file's map: their addresses differ as their places in the file do.
             addresses = [np.frombuffer(value, np.uint8).ctypes.data for _, value in transaction.cursor()]

@@ -1,4 +1,4 @@
-"""What happens between products, in one pass over memory: see `ejmp_kernels.activation` and `ejmp_kernels.unfused`.
+"""The passes between matrix products: see `ejmp_kernels.activation`, and `ejmp_kernels.unfused` for the formulas.
 
 activate = alpha silu(x) factor + beta add is a flat pass over blocks of elements: 4 bytes per element and array in
 float32. swap_add = alpha (silu(x[e, 0]) + silu(x[swap[e], 1])) + add[e] is one over tiles of edges and channels; it
@@ -146,9 +146,9 @@ def _run(
             kernel[grid](*tensors, size, *scalars, ACC=launch.accumulator(like), **options, **settings)
 
 
-def _check(op: str, x: Tensor, **others: Tensor | None) -> None:
+def _check_like(op: str, x: Tensor, **others: Tensor | None) -> None:
     same = {name: (t, (x.dtype,), tuple(x.shape)) for name, t in others.items() if t is not None}
-    launch.check(op, x.device, x=(x, launch.REAL, tuple(x.shape)), **same)
+    launch.check_arguments(op, x.device, x=(x, launch.REAL, tuple(x.shape)), **same)
 
 
 def _packed(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -167,7 +167,7 @@ def _activate_into(
 @launch.define("activate(Tensor x, Tensor? factor, Tensor? add, float alpha, float beta) -> Tensor")
 def activate(x: Tensor, factor: Tensor | None, add: Tensor | None, alpha: float, beta: float) -> Tensor:
     """Return alpha silu(x) factor + beta add."""
-    _check("activate", x, factor=factor, add=add)
+    _check_like("activate", x, factor=factor, add=add)
     x = x.contiguous()
     return _activate_into(x, factor, add, alpha, beta, x.new_empty(x.shape))
 
@@ -175,7 +175,7 @@ def activate(x: Tensor, factor: Tensor | None, add: Tensor | None, alpha: float,
 @launch.define("activate_(Tensor(a!) x, Tensor? factor, Tensor? add, float alpha, float beta) -> Tensor(a!)")
 def activate_(x: Tensor, factor: Tensor | None, add: Tensor | None, alpha: float, beta: float) -> Tensor:
     """Overwrite x with `activate`."""
-    _check("activate_", x, factor=factor, add=add)
+    _check_like("activate_", x, factor=factor, add=add)
     if not x.is_contiguous():
         raise ValueError(f"activate_: x must be contiguous, got strides {x.stride()}")
     return _activate_into(x, factor, add, alpha, beta, x)
@@ -184,7 +184,7 @@ def activate_(x: Tensor, factor: Tensor | None, add: Tensor | None, alpha: float
 @launch.define("activate_backward(Tensor grad, Tensor x, Tensor? factor, float alpha) -> (Tensor, Tensor)")
 def activate_backward(grad: Tensor, x: Tensor, factor: Tensor | None, alpha: float) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and factor; the second is empty without a factor."""
-    _check("activate_backward", x, grad=grad, factor=factor)
+    _check_like("activate_backward", x, grad=grad, factor=factor)
     to_x, to_factor = x.new_empty(x.shape), x.new_empty(0 if factor is None else x.shape)
     arguments = [*_packed(grad, x, factor), to_x, to_factor, float(alpha)]
     _run(_activate_backward_kernel, *arguments, size=x.numel(), like=x, HAS_FACTOR=factor is not None)
@@ -201,7 +201,7 @@ def activate_double(
     """Return the gradients of grad, x and factor of the sum of u_x to_x and u_factor to_factor of the backward."""
     if factor is not None and u_factor is None:
         raise ValueError("activate_double: u_factor must be given, as factor is")
-    _check("activate_double", x, u_x=u_x, u_factor=u_factor, grad=grad, factor=factor)
+    _check_like("activate_double", x, u_x=u_x, u_factor=u_factor, grad=grad, factor=factor)
     to_factor = x.new_empty(0 if factor is None else x.shape)
     results = (x.new_empty(x.shape), x.new_empty(x.shape), to_factor)
     arguments = [*_packed(u_x, u_factor, grad, x, factor), *results, float(alpha)]
@@ -212,10 +212,10 @@ def activate_double(
 def _check_swap(op: str, x: Tensor, swap: Tensor, wide: dict[str, Tensor], narrow: dict[str, Tensor | None]) -> None:
     if x.ndim != 2 or x.shape[1] % 2:
         raise ValueError(f"{op}: x must have shape [E, 2 M], got {list(x.shape)}")
-    _check(op, x, **wide)
+    _check_like(op, x, **wide)
     half = (x.shape[0], x.shape[1] // 2)
     others = {name: (t, (x.dtype,), half) for name, t in narrow.items() if t is not None}
-    launch.check(op, x.device, swap=(swap, (torch.int64,), (x.shape[0],)), **others)
+    launch.check_arguments(op, x.device, swap=(swap, (torch.int64,), (x.shape[0],)), **others)
 
 
 def _run_swap(kernel: triton.JITFunction, *tensors: Tensor, x: Tensor, alpha: float, **options: bool) -> None:

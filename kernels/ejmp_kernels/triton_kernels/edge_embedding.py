@@ -44,7 +44,7 @@ def gather_add(
         raise ValueError(f"{op}: source_rows must have shape [N, M], got {list(rows)}")
     real = (torch.float32, torch.float64) if x is None else (launch.sums_dtype(x),)
     integers = (torch.int64,)
-    launch.check(
+    launch.check_arguments(
         op,
         source_rows.device,
         **({} if x is None else {"x": (x, launch.REAL, (num_edges, rows[1]))}),

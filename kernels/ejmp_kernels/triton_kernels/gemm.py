@@ -133,7 +133,7 @@ def precision(x: Tensor) -> str:
 
 
 def fuses(x: Tensor) -> bool:
-    """Return whether the kernels here serve a type; else the vendor's product does, and a pass after it.
+    """Return whether a type takes these kernels, and not the vendor's product and a pass after it.
 
     They are for products that tensor cores make in one go. Three TF32 products for one of float32 are no faster than
     the vendor's on the ordinary cores and round otherwise, and in float64 the pass after the product costs little.
@@ -164,7 +164,9 @@ def linear_activate(
         raise ValueError(f"linear_activate: x and weight must be matrices, got {list(x.shape)}, {list(weight.shape)}")
     (m, k), n, like = x.shape, weight.shape[0], (x.dtype,)
     given = {name: (t, like, (m, n)) for name, t in (("factor", factor), ("add", add)) if t is not None}
-    launch.check("linear_activate", x.device, x=(x, launch.REAL, (m, k)), weight=(weight, like, (n, k)), **given)
+    launch.check_arguments(
+        "linear_activate", x.device, x=(x, launch.REAL, (m, k)), weight=(weight, like, (n, k)), **given
+    )
     if not fuses(x):
         z = torch.nn.functional.linear(x, weight)
         return torch.ops.ejmp_triton.activate_(z, factor, add, alpha, beta)

@@ -1,4 +1,4 @@
-"""What every op needs around its kernels: definition in torch, checks of arguments, settings of a launch."""
+"""What every op needs beside its kernels: definition in torch, checks of arguments, settings of a launch."""
 
 import functools
 import json
@@ -16,7 +16,7 @@ LIBRARY = Library("ejmp_triton", "DEF")
 LOW = (torch.float16, torch.bfloat16)
 REAL = (torch.float32, torch.float64, *LOW)
 OVERRIDES: dict[str, dict[str, Any]] = {}
-"""Settings by kernel that come before those of the table; for `tune`."""
+"""Settings by kernel that take precedence over those of the table; for `tune`."""
 
 
 def define(schema: str) -> Callable[[Callable], Callable]:
@@ -36,13 +36,15 @@ def on_device(x: Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def check(op: str, device: torch.device, **expected: tuple[Tensor, tuple[torch.dtype, ...], tuple[int, ...]]) -> None:
+def check_arguments(
+    op: str, device: torch.device, **expected: tuple[Tensor, tuple[torch.dtype, ...], tuple[int, ...]]
+) -> None:
     """Check arguments of an op. Values of indices are not looked at, which would wait for the GPU.
 
     Args:
-        op: its name.
-        device: where all must be.
-        expected: by name, (tensor, allowed types, shape).
+        op: name of the op.
+        device: where all arguments must be.
+        expected: (tensor, allowed types, shape) by name of the argument.
 
     Raises:
         ValueError: naming the op, the argument, what was expected and what came.
@@ -63,7 +65,7 @@ def sums_dtype(x: Tensor) -> torch.dtype:
 
 
 def accumulator(x: Tensor) -> tl.dtype:
-    """Return the type of sums in Triton."""
+    """Return Triton's type of the sums beside features x."""
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 

@@ -79,7 +79,7 @@ def _prepare(op: str, *tensors: Tensor) -> tuple[list[Tensor], dict]:
             f"{op}: h must have shape [N, C] and radial [E, R], got {list(h.shape)} and {list(radial.shape)}"
         )
     integers = (torch.int64,)
-    launch.check(
+    launch.check_arguments(
         op,
         h.device,
         h=(h, launch.REAL, tuple(h.shape)),
@@ -111,7 +111,7 @@ def pair_backward(grad: Tensor, h: Tensor, radial: Tensor, ptr: Tensor, source: 
     """Return the gradients of h and radial."""
     tensors, options = _prepare("pair_backward", h, radial, ptr, source)
     (num_atoms, channels), (num_edges, num_radial) = h.shape, radial.shape
-    launch.check("pair_backward", h.device, grad=(grad, (h.dtype,), (num_atoms, num_radial * channels)))
+    launch.check_arguments("pair_backward", h.device, grad=(grad, (h.dtype,), (num_atoms, num_radial * channels)))
     to_radial = radial.new_empty(num_edges, num_radial)
     by_edge = radial.new_empty(num_edges, channels)
     if num_atoms and num_edges:

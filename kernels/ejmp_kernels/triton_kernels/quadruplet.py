@@ -42,7 +42,7 @@ def _sums_kernel(
     EPS: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, DOUBLE: tl.constexpr, CONTRACT: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Write out with CONTRACT, else the sums [E, S, S, C]; with DOUBLE their derivatives too."""
+    """Write the op's result with CONTRACT, or else the sums [E, S, S, C]; with DOUBLE their derivatives too."""
     atom = tl.program_id(0).to(tl.int64)
     e_first, e_last = tl.load(ptr + atom), tl.load(ptr + atom + 1)
     l = tl.arange(0, L)
@@ -114,7 +114,7 @@ def _sums_kernel(
 
 @triton.jit
 def write_sums(out, e, k, l, ok_e, sums, C: tl.constexpr, CP: tl.constexpr, S: tl.constexpr):
-    """Write [l, (e, k), c] as [E, S, S, C]."""
+    """Write a tile [l, (e, k), c] into an array [E, S, S, C]."""
     c = tl.arange(0, CP)
     row = (e[None, :] * S + l[:, None]) * S + k[None, :]
     exists = (ok_e & (k < S))[None, :] & (l < S)[:, None]
@@ -123,7 +123,7 @@ def write_sums(out, e, k, l, ok_e, sums, C: tl.constexpr, CP: tl.constexpr, S: t
 
 @triton.jit
 def quadruplet_valid(d, valid, ok_e, source_ptr, image_ptr, q_image, e_source, e_image):
-    """Return [(e, k), d]: both exist, and d is not c as an image."""
+    """Return where e and d exist and d is not the same image as c, [(e, k), d]."""
     source, image = tl.load(source_ptr + d, valid, -2), tl.load(image_ptr + d, valid, 0)
     same = (e_source[:, None] == source[None, :]) & (e_image[:, None] == (image + q_image)[None, :])
     return ok_e[:, None] & valid[None, :] & ~same
@@ -131,18 +131,18 @@ def quadruplet_valid(d, valid, ok_e, source_ptr, image_ptr, q_image, e_source, e
 
 @dataclass(frozen=True)
 class Problem:
-    """Checked, contiguous arguments of a quadruplet op, and what every kernel is told of them."""
+    """The checked, contiguous arguments of a quadruplet op, and the options that every kernel gets."""
 
     inputs: list[Tensor]
-    """x, filter, weight, v, v_middle."""
+    """The inputs with gradients: x, filter, weight, v, v_middle."""
     edges: list[Tensor]
-    """ptr, source, image, and the same of the middle edges."""
+    """Pointers, sources and images of the main edges, then those of the middle edges."""
     options: dict[str, Any]
     max_degree: int
 
     @property
     def num_atoms(self) -> int:
-        """N."""
+        """Number of atoms, N."""
         return self.edges[0].numel() - 1
 
     def run(self, kernel: triton.JITFunction, name: str, arguments: list[Tensor | int], **more: Any) -> None:
@@ -215,7 +215,7 @@ def prepare(*arguments: Any) -> Problem:
     num_edges, num_middle, num_atoms = source.shape[0], m_source.shape[0], max(ptr.numel() - 1, 0)
     channels, embedding, spherical = x.shape[1], weight.shape[1], f.shape[1]
     real, ids = (launch.sums_dtype(x),), (torch.int64,)
-    launch.check(
+    launch.check_arguments(
         "quadruplet",
         x.device,
         x=(x, launch.REAL, (num_edges, channels)),

@@ -285,7 +285,7 @@ def _rows_of(grad: Tensor, problem: Problem) -> Tensor:
     """Return grad as [E, A, C] in the type of sums."""
     x, _, weight, v, _ = problem.inputs
     shape = (weight.shape[0], weight.shape[1] * x.shape[1])
-    launch.check("quadruplet", x.device, grad=(grad, (x.dtype,), shape))
+    launch.check_arguments("quadruplet", x.device, grad=(grad, (x.dtype,), shape))
     return grad.reshape(*weight.shape[:2], x.shape[1]).to(v.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Between the features and the values of quadruplets, one row per middle edge q = b->a and input edge d->b.
+"""The values of quadruplets from the features and back, a row per middle edge q = b->a and input edge d->b.
 
 value[q, d, c] = x[d, c] sum_k filter[q, k, c] Y_k(V_q . V_d), zero where d is a; see `quadruplet`. The rows stand at q
 K + (place of d among the edges into b), K = max_degree, so that nobody has to wait for their number. Y [d, k] times

@@ -78,13 +78,13 @@ def _transposed_kernel(
     tl.store(partial + (part * R + k[:, None]) * J + j[None, :], sums, (k < R)[:, None] & (j < J)[None, :])
 
 
-def _check(op: str, rows_of: str, *arguments: Tensor, cutoff: float, exponent: int, order: int) -> None:
+def _check_basis(op: str, rows_of: str, *arguments: Tensor, cutoff: float, exponent: int, order: int) -> None:
     distance, offset, temps, x = arguments
     if x.ndim != 2:
         raise ValueError(f"{op}: {rows_of} must have 2 axes, got {x.ndim}")
     real, num_edges, num_radial = (launch.sums_dtype(x),), distance.numel(), offset.numel()
     rows = num_radial if rows_of == "weight" else num_edges
-    launch.check(
+    launch.check_arguments(
         op,
         x.device,
         **{rows_of: (x, launch.REAL, (rows, x.shape[1]))},
@@ -115,7 +115,7 @@ def radial(
 ) -> Tensor:
     """Return basis weight, [E, J], in the type of weight."""
     tensors = (distance, offset, temps, weight)
-    _check("radial", "weight", *tensors, cutoff=cutoff, exponent=exponent, order=order)
+    _check_basis("radial", "weight", *tensors, cutoff=cutoff, exponent=exponent, order=order)
     (num_radial, width), num_edges = weight.shape, distance.shape[0]
     out = weight.new_empty(num_edges, width)
     options = _options("radial", weight, num_radial)
@@ -133,7 +133,7 @@ def radial_transposed(
 ) -> Tensor:
     """Return basis^T x, [R, J], in the type of x."""
     tensors = (distance, offset, temps, x)
-    _check("radial_transposed", "x", *tensors, cutoff=cutoff, exponent=exponent, order=order)
+    _check_basis("radial_transposed", "x", *tensors, cutoff=cutoff, exponent=exponent, order=order)
     (num_edges, width), num_radial = x.shape, offset.shape[0]
     options = _options("radial_transposed", x, num_radial)
     partial = x.new_empty(options["SPLIT"], num_radial, width, dtype=launch.sums_dtype(x))

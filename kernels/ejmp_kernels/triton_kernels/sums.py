@@ -3,7 +3,7 @@
 A program takes one atom and a block of channels, walks the atom's CSR rows, through `order` if there is one, and keeps
 one sum per lane, so that the result is the same every run. x [E, M] and factor are read once, out [N, M] is written
 once in the type of sums: 8 E M + 4 N M bytes in float32. The gradients are elementwise, a row of grad for all edges of
-an atom. See `ejmp_kernels.atom_sum` and `ejmp_kernels.edge_embedding`.
+an atom. See `ejmp_kernels.sums`.
 """
 
 import torch
@@ -65,37 +65,37 @@ def _sum(x: Tensor, factor: Tensor | None, order: Tensor | None, ptr: Tensor) ->
     return out
 
 
-def _check(op: str, name: str, x: Tensor, ptr: Tensor, **ids: Tensor | None) -> None:
+def _check_rows(op: str, name: str, x: Tensor, ptr: Tensor, **ids: Tensor | None) -> None:
     """Check rows of edges, CSR pointers, and ids of edges."""
     if x.ndim != 2:
         raise ValueError(f"{op}: {name} must have shape [E, M], got {list(x.shape)}")
     integers, size = (torch.int64,), (max(ptr.numel(), 1),)
-    launch.check(op, x.device, **{name: (x, launch.REAL, tuple(x.shape))}, ptr=(ptr, integers, size))
+    launch.check_arguments(op, x.device, **{name: (x, launch.REAL, tuple(x.shape))}, ptr=(ptr, integers, size))
     given = {name: (i, integers, (x.shape[0],)) for name, i in ids.items() if i is not None}
-    launch.check(op, x.device, **given)
+    launch.check_arguments(op, x.device, **given)
 
 
 @launch.define("edge_sum(Tensor x, Tensor? order, Tensor ptr) -> Tensor")
 def edge_sum(x: Tensor, order: Tensor | None, ptr: Tensor) -> Tensor:
     """Sum rows order[e] of x over the places e of each atom, [E, M] -> [N, M]."""
-    _check("edge_sum", "x", x, ptr, order=order)
+    _check_rows("edge_sum", "x", x, ptr, order=order)
     return _sum(x, None, order, ptr)
 
 
 @launch.define("atom_sum(Tensor m, Tensor factor, Tensor ptr) -> Tensor")
 def atom_sum(m: Tensor, factor: Tensor, ptr: Tensor) -> Tensor:
     """Sum edges times their factor into atoms, [E, M] -> [N, M]."""
-    _check("atom_sum", "m", m, ptr)
-    launch.check("atom_sum", m.device, factor=(factor, (m.dtype,), tuple(m.shape)))
+    _check_rows("atom_sum", "m", m, ptr)
+    launch.check_arguments("atom_sum", m.device, factor=(factor, (m.dtype,), tuple(m.shape)))
     return _sum(m, factor, None, ptr)
 
 
 @launch.define("atom_sum_backward(Tensor grad, Tensor m, Tensor factor, Tensor ptr) -> (Tensor, Tensor)")
 def atom_sum_backward(grad: Tensor, m: Tensor, factor: Tensor, ptr: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of m and factor."""
-    _check("atom_sum_backward", "m", m, ptr)
+    _check_rows("atom_sum_backward", "m", m, ptr)
     num_atoms, width = ptr.shape[0] - 1, m.shape[1]
-    launch.check(
+    launch.check_arguments(
         "atom_sum_backward",
         m.device,
         factor=(factor, (m.dtype,), tuple(m.shape)),

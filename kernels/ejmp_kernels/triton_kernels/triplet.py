@@ -32,7 +32,7 @@ from ejmp_kernels.triton_kernels.angles import (
 
 @triton.jit
 def _slots(n, first, last, BLOCK_E: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, TO_ATOMS: tl.constexpr):
-    """Return edge, embedding, row of the output and whether it exists of slots g."""
+    """Return the edge, the embedding and the output row of slots g, and whether they exist."""
     g = tl.arange(0, AP if TO_ATOMS else BLOCK_E * AP)
     edge, a = first + g // AP, g % AP
     row = n * A + a if TO_ATOMS else edge * A + a
@@ -41,7 +41,7 @@ def _slots(n, first, last, BLOCK_E: tl.constexpr, A: tl.constexpr, AP: tl.conste
 
 @triton.jit
 def _weights(w_ptr, edge, a, ok, e, l, ok_e, A: tl.constexpr, S: tl.constexpr, TO_ATOMS: tl.constexpr):
-    """Return W[g, r]'s addresses and which of them exist."""
+    """Return the addresses of W[g, r] and which of them exist."""
     exists = ok[:, None] & (ok_e & (l < S))[None, :]
     if not TO_ATOMS:
         exists = exists & (edge[:, None] == e[None, :])
@@ -99,7 +99,7 @@ def _by_output_kernel(
     TO_ATOMS: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, DOUBLE: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the weights and of the output edges' vectors; with DOUBLE their derivatives, and to_grad."""
+    """Write the gradients of weights and output edges' vectors; with DOUBLE their derivatives, and to_grad."""
     n = tl.program_id(0).to(tl.int64)
     first, last = tl.load(out_ptr + n), tl.load(out_ptr + n + 1)
     k_first, k_last = tl.load(in_ptr + n), tl.load(in_ptr + n + 1)
@@ -175,7 +175,7 @@ def _by_input_kernel(
     TO_ATOMS: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, DOUBLE: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of x and of the input edges' vectors; with DOUBLE their derivatives."""
+    """Write the gradients of x and of the input edges' vectors; with DOUBLE their derivatives."""
     n = tl.program_id(0).to(tl.int64)
     first, last = tl.load(out_ptr + n), tl.load(out_ptr + n + 1)
     k_first, k_last = tl.load(in_ptr + n), tl.load(in_ptr + n + 1)
@@ -262,7 +262,7 @@ def _gradients(along: tuple[Tensor, ...] | None, grad: Tensor, arguments: tuple)
     tensors, options, num_atoms = _prepare(*arguments)
     inputs, edges = tensors[:4], tensors[4:]
     rows = num_atoms if options["TO_ATOMS"] else inputs[1].shape[0]
-    launch.check("triplet", grad.device, grad=(grad, (inputs[0].dtype,), (rows, options["A"] * options["C"])))
+    launch.check_arguments("triplet", grad.device, grad=(grad, (inputs[0].dtype,), (rows, options["A"] * options["C"])))
     grad, options["DOUBLE"] = grad.contiguous(), along is not None
     directions = [u.contiguous() for u in along] if along is not None else inputs
     read = [*directions, grad, *inputs, *edges]
@@ -284,7 +284,7 @@ def _prepare(*arguments: Any) -> tuple[list[Tensor], dict, int]:
             f"triplet: x must have shape [E_in, C] and weight [E_out, A, S], got {x.ndim} and {weight.ndim} axes"
         )
     real, ids = (launch.sums_dtype(x),), (torch.int64,)
-    launch.check(
+    launch.check_arguments(
         "triplet",
         x.device,
         x=(x, launch.REAL, (num_in, x.shape[1])),

@@ -67,7 +67,7 @@ def seconds(call: Callable[[], Any], *, dry: bool) -> float:
 
 
 def agree(results: Any, expected: Any, dtype: torch.dtype) -> bool:
-    """Return whether results are the same but for rounding."""
+    """Return whether results are equal but for rounding."""
     pairs = zip(*((x,) if isinstance(x, Tensor) else x for x in (results, expected)), strict=True)
     return all(
         ((a.double() - b.double()).abs().max() <= TOLERANCE[dtype] * b.double().abs().max()).item()
@@ -80,10 +80,10 @@ def tune(kernel: str, calls: list[Callable], x: Tensor, *, dry: bool) -> Setting
     """Return the settings of a kernel that are best for some calls, empty if they are the committed ones.
 
     Args:
-        kernel: its name in configs.json.
-        calls: ops that launch it.
-        x: of the type and device of their features.
-        dry: try two candidates once each.
+        kernel: name of the kernel in configs.json.
+        calls: calls of ops that launch the kernel.
+        x: a tensor of the type and device of the ops' features.
+        dry: whether to try only two candidates, once each.
     """
     committed = launch.config(kernel, x)
     expected = [call() for call in calls]
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="file of tables to write the winners to (default: only print)")
     parser.add_argument("--dry", action="store_true", help="tiny sizes, once: whether it works at all")
     options = parser.parse_args(arguments)
-    registry.load("triton")
+    registry.load_backend("triton")
     device = torch.device("cpu" if availability.interpreted() else "cuda")
     sizes = Sizes(rows=64, wide=32, atoms=2, degree=3, channels=16) if options.dry else Sizes()
     kernels = [k for k in json.loads(COMMITTED.read_text())["default"] if k.startswith(tuple(options.kernels))]

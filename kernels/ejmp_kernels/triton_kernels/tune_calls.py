@@ -1,4 +1,4 @@
-"""What `tune` times: the ops at JMP-L's widths, on random edges, and which kernel's settings each is to decide."""
+"""Calls that `tune` times: the ops at JMP-L's widths on random edges, by the kernel whose settings they decide."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -13,25 +13,27 @@ ELSEWHERE = {
     "quadruplet_gather": "quadruplet_backward",
     "quadruplet_sums_double": "quadruplet_double",
 }
-"""Kernels whose names do not begin with that of the op to time them in."""
+"""Op to time a kernel in, where the kernel's name does not begin with the op's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How much work a call is."""
+    """Sizes of the arrays in the calls."""
 
     rows: int = 32768
-    """m of the products; half as many are timed too."""
+    """Rows m of the products; half as many are timed too."""
     wide: int = 1024
-    """k of the products, and n of one of them; the other is four times as wide."""
+    """Columns k of the products, and n of one of them; the other is four times as wide."""
     atoms: int = 1024
+    """Number of atoms."""
     degree: int = 30
-    """Edges into each atom."""
+    """Number of edges into each atom."""
     channels: int = 64
+    """Channels of the features on edges."""
 
 
 def random_edges(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return pointers, sources, images (each another one) and unit vectors of edges from atoms at random."""
+    """Return pointers, sources, images (all different) and unit vectors of edges from random atoms."""
     count = sizes.atoms * sizes.degree
     ptr = torch.arange(0, count + 1, sizes.degree, device=device)
     source = torch.randint(sizes.atoms, (count,), device=device)
@@ -40,7 +42,7 @@ def random_edges(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> tupl
 
 
 def products(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str, list[Callable]]:
-    """Return calls of the fused product by the kernel settings they decide."""
+    """Return calls of the fused product by the kernel whose settings they decide."""
 
     def call(m: int, n: int) -> Callable[[], Tensor]:
         x, weight, out = (torch.randn(*s, dtype=dtype, device=device) for s in ((m, k), (n, k), (m, n)))

@@ -1,7 +1,7 @@
 // torch ops over ops.h: what happens between the matrix products of the dense chain.
 #include <torch/csrc/autograd/custom_function.h>
 
-#include "bindings.h"
+#include "common.h"
 
 namespace {
 
@@ -187,7 +187,7 @@ std::tuple<Tensor, Tensor> swap_add_double(const Tensor& u, const Tensor& grad, 
     return {to_grad, to_x};
 }
 
-// ---- matrix products: the kernel is chosen in Python (ejmp_kernels/gemm.py), the derivatives are here ----
+// Matrix products: the kernel is chosen in Python (ejmp_kernels/gemm.py), the derivatives are here.
 
 Tensor call_matmul(const Tensor& a, const Tensor& b, bool transpose_a, bool transpose_b) {
     static const auto op = c10::Dispatcher::singleton()

@@ -1,4 +1,4 @@
-// What both binding files need: argument checks with clear errors, contiguous arrays, dispatch on the type of numbers.
+// What all bindings need: argument checks with clear errors, contiguous arrays, dispatch on the type of numbers.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -10,7 +10,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "ops.h"
+#include "../ops.h"
 
 namespace ejmp::bindings {
 

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "bindings.h"
+#include "common.h"
 
 namespace ejmp::bindings {
 
@@ -174,7 +174,7 @@ void boxed(const c10::OperatorHandle&, torch::jit::Stack* stack) {
     for (Tensor& x : out) stack->emplace_back(std::move(x));
 }
 
-// ---- ops that are linear in each input: their second backward is made of themselves ----
+// Pair sums are linear in each input: their second backward is made of themselves.
 
 struct PairOp {
     Array<int64_t> ptr, source;

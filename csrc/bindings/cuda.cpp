@@ -1,10 +1,10 @@
 // torch ops over cuda/ops.h: the neighbour search, message passing and atom sums on a GPU. With -DEJMP_EMULATE they are
 // ejmp_emulated's on the CPU (cuda/emulate.h), for tests.
-#include "bindings_graph.h"
-#include "cuda/ops.h"
+#include "../cuda/ops.h"
+#include "graph.h"
 
 #ifdef EJMP_EMULATE
-#include "cuda/emulate.h"
+#include "../cuda/emulate.h"
 #else
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -100,8 +100,7 @@ void Gpu::pair_backward(const PairOp& op, const ejmp::Pair<T>& p, const T* grad,
     cuda::pair_backward(p, target.const_data_ptr<int64_t>(), by_source.view(), grad, h, radial, stream());
 }
 
-// ---- atom sums: in float32 where x is stored in less ----
-
+// x as atom sums take it: in float32 where it is stored in less
 Tensor as_real(const Tensor& x) { return (x.scalar_type() == at::kDouble ? x : x.to(at::kFloat)).contiguous(); }
 
 Tensor sum_into_atoms(const char* op, const Tensor& x, const OptionalTensor& factor, const OptionalTensor& order,
@@ -151,8 +150,7 @@ std::tuple<Tensor, Tensor> atom_sum_backward(const Tensor& grad_, const Tensor& 
     return {to_m.to(m_.scalar_type()), to_factor.to(m_.scalar_type())};
 }
 
-// ---- graph building: the only op that waits for the GPU, for the numbers of edges ----
-
+// Graph building is the only op that waits for the GPU, for the numbers of edges.
 std::vector<Tensor> find_neighbors(const Tensor& positions, const Tensor& cell, const Tensor& pbc, const Tensor& ptr,
                                    const Tensor& cutoff, const Tensor& limits, const Tensor& quad_atom) {
     std::vector<Tensor> arrays{positions, cell, pbc, ptr, cutoff, limits, quad_atom};

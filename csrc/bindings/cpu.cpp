@@ -1,5 +1,5 @@
 // torch ops over ops.h on the CPU: the neighbour search and message passing. Only the bindings include torch.
-#include "bindings_graph.h"
+#include "graph.h"
 
 namespace {
 
@@ -44,7 +44,7 @@ std::vector<Tensor> find_neighbors(const Tensor& positions, const Tensor& cell, 
     return out;
 }
 
-// What bindings_graph.h asks of a device.
+// What graph.h asks of a device.
 struct Cpu {
     struct Guard {
         Guard(const Tensor&) {}
