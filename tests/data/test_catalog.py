@@ -40,6 +40,20 @@ def test_large_frameworks_have_fewer_neighbours(num_atoms, neighbors):
     assert CATALOG["rmd17"].graph.neighbors_of(num_atoms) == 100
 
 
+def test_normalisation_is_that_of_the_specification(shared):
+    specification = shared("spec/method.md").read_text()
+    tasks = [row.pretraining for row in CATALOG.values() if row.pretraining is not None]
+    for name, values in (
+        ("energy std", [task.energy_std for task in tasks]),
+        ("force std", [task.force_std for task in tasks]),
+    ):
+        assert f"{name}: {', '.join(map(repr, values))}" in specification
+    assert [task.force_weight for task in tasks] == [73, 80, 15, 14]
+    for task in FINETUNING.values():
+        forces = "" if task.force_std is None else f", force 0, {task.force_std!r}"
+        assert f"{task.mean!r}, {task.std!r}{forces}" in specification
+
+
 def test_the_order_is_that_of_heads_and_of_the_generators_seeds():
     assert list(CATALOG) == list(GRAPHS)
     assert DEMO_MIX == ("oc20", "oc22", "ani1x", "transition1x")
