@@ -125,7 +125,8 @@ COMMANDS = commands()
 def test_all_kinds_of_commands_are_found():
     verbs = {command[1] for command in COMMANDS if command[0] == "ejmp"}
     assert verbs == {
-        "bench", "profile", "doctor", "data", "prune", "relevance", "pretrain", "distill", "finetune", "evaluate", "report",
+        "bench", "profile", "report", "doctor", "data", "prune", "relevance",
+        "pretrain", "distill", "finetune", "evaluate",
     }  # fmt: skip
     assert {command[0] for command in COMMANDS} == {"ejmp", "python", "pytest", "make"}
     assert COMMANDS["ejmp", "bench"] >= {"--structures", "--select", "--compare", "--seconds"}
