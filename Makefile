@@ -40,7 +40,7 @@ bench: .venv/built
 	$(BIN)/ejmp bench --precision fp32 --seconds 90 --output results/blocks.json
 
 fuzz: .venv/built
-	$(BIN)/python -m support.fuzz_readers 100000
+	PYTHONPATH=tests $(BIN)/python -m support.fuzz_readers 100000
 
 demo: .venv/built
 	$(BIN)/python launch/demo.py

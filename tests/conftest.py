@@ -9,8 +9,11 @@ import json
 import pytest
 import torch
 from support.inputs import BACKENDS, GOLDEN_CASES, load_golden, require_native, shared_file
+from support.interpreter import patch_once
 
 import ejmp
+
+patch_once()
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ejmp.data.catalog import CATALOG
 from ejmp.graph.structure import Structure
 
 if TYPE_CHECKING:
@@ -29,6 +30,13 @@ class Workload:
     """Largest number of neighbours of an atom, one number per structure."""
 
 
+def _as_in(dataset: str, name: str, structures: list[Any]) -> Workload:
+    """Return a workload with the graph settings of a dataset."""
+    graph = CATALOG[dataset].graph
+    neighbors = [graph.neighbors_of(len(item.numbers)) for item in structures]
+    return Workload(name=name, structures=structures, cutoff=graph.cutoff, max_neighbors=neighbors)
+
+
 def framework() -> Workload:
     """Return the primitive cell of MOF-5 (106 atoms), at QMOF's settings.
 
@@ -46,7 +54,7 @@ def framework() -> Workload:
     basis = [place for places in sites.values() for place in places]
     cell = [25.832] * 3 + [90] * 3
     atoms = crystal(symbols, basis, spacegroup=225, cellpar=cell, primitive_cell=True)
-    return Workload(name="framework", structures=[atoms], cutoff=19.0, max_neighbors=[30])
+    return _as_in("qmof", "framework", [atoms])
 
 
 def molecules() -> Workload:
@@ -54,7 +62,7 @@ def molecules() -> Workload:
     from ase.collections import g2  # noqa: PLC0415
 
     chosen = [atoms for name in g2.names if len(atoms := g2[name]) >= 4][:32]
-    return Workload(name="molecules", structures=chosen, cutoff=8.0, max_neighbors=[30] * len(chosen))
+    return _as_in("qm9", "molecules", chosen)
 
 
 def slab() -> Workload:
@@ -67,7 +75,7 @@ def slab() -> Workload:
     carbon_monoxide.rotate(180, "x")
     carbon_monoxide.set_tags([2, 2])
     add_adsorbate(atoms, carbon_monoxide, height=1.85, position="ontop", mol_index=1)
-    return Workload(name="slab", structures=[atoms], cutoff=12.0, max_neighbors=[30])
+    return _as_in("oc20", "slab", [atoms])
 
 
 def rocksalt(structures: int = 1, *, repeats: int = 2) -> Workload:
@@ -91,7 +99,7 @@ def rocksalt(structures: int = 1, *, repeats: int = 2) -> Workload:
         )
         for _ in range(structures)
     ]
-    return Workload(name="rocksalt", structures=found, cutoff=12.0, max_neighbors=[30] * structures)
+    return _as_in("oc20", "rocksalt", found)
 
 
 BUILT_IN = {"framework": framework, "molecules": molecules, "slab": slab, "rocksalt": rocksalt}
@@ -153,11 +161,6 @@ def _read(file: Path) -> list[Any]:
     return frames if isinstance(frames, list) else [frames]
 
 
-def qmof_neighbors(num_atoms: int) -> int:
-    """Return the largest number of neighbours by JMP's rule for QMOF: 30, 10 above 200 atoms, 5 above 300."""
-    return 30 if num_atoms <= 200 else 10 if num_atoms <= 300 else 5
-
-
 def from_files(path: Path, *, select: str = "*", most: int = 1, cutoff: float | None = None) -> Workload:
     """Make a workload of files: QMOF's settings (19 A) for periodic structures, QM9's (8 A) for molecules.
 
@@ -169,8 +172,8 @@ def from_files(path: Path, *, select: str = "*", most: int = 1, cutoff: float | 
     """
     structures = read_structures(path, select=select, most=most)
     if cutoff is None:
-        cutoff = 19.0 if any(atoms.pbc.any() for atoms in structures) else 8.0
+        cutoff = CATALOG["qmof" if any(atoms.pbc.any() for atoms in structures) else "qm9"].graph.cutoff
     names = [str(atoms.info["name"]) for atoms in structures]
     name = names[0] if len(names) == 1 else f"{len(names)} structures of {path.name}"
-    neighbors = [qmof_neighbors(len(atoms)) for atoms in structures]
+    neighbors = [CATALOG["qmof"].graph.neighbors_of(len(atoms)) for atoms in structures]
     return Workload(name=name, structures=structures, cutoff=cutoff, max_neighbors=neighbors)

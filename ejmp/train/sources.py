@@ -10,25 +10,13 @@ from typing import Any, Literal
 import torch
 
 from ejmp.data import DEMO_DOWNSTREAM, DEMO_MIX, Dataset, Loader, demo, open_store
+from ejmp.data.catalog import CATALOG, GraphSettings
 from ejmp.data.sampling.mix import Sampler
 from ejmp.model.jmp import JMP
-from ejmp.train.task import PRETRAIN_STATISTICS, Task, Tasks, pretrain_tasks
+from ejmp.train.task import Task, Tasks, pretrain_tasks
 
-GRAPHS = {
-    "oc20": (12.0, 30),
-    "oc22": (12.0, 30),
-    "ani1x": (8.0, 30),
-    "transition1x": (8.0, 30),
-    "qm9": (8.0, 30),
-    "rmd17": (7.0, 100),
-    "md22": (12.0, 30),
-    "spice": (12.0, 30),
-    "qmof": (19.0, 30),
-}
-"""Cutoff (A) and neighbours JMP uses (arXiv 2310.16802)."""
 DEMO_GRAPH = (5.0, 14)
-"""The same for the demo mix, small as everything there."""
-FORCE_WEIGHTS = {name: weight for name, (_, _, weight) in PRETRAIN_STATISTICS.items()}
+"""Cutoff (A) and neighbours of the demo mix's graphs, small as everything there."""
 DEMO_FORCE_WEIGHT = 10.0
 Split = Literal["train", "val", "test"]
 TASKS_FILE = "tasks.json"
@@ -97,9 +85,10 @@ def from_stores(
     """Open record stores (`ejmp data convert`) named like "oc20=PATH,oc22=PATH"; heads are numbered in that order.
 
     Args:
-        spec: names and folders with a folder per split; a name in `GRAPHS` brings its cutoff and neighbours.
-        target: label the heads learn.
-        forces: how forces are predicted.
+        spec: Names and folders, each with a folder per split; a name in the catalogue (`ejmp.data.catalog`) brings its
+            cutoff and neighbours.
+        target: Label that the heads learn.
+        forces: How forces are predicted.
 
     Raises:
         ValueError: for a spec of another form, or a folder without splits.
@@ -114,11 +103,13 @@ def from_stores(
             raise ValueError(f"data: {folder}: no split with a dataset.json; `ejmp data convert` writes them")
         splits = {path.name: open_store(path) for path in paths}
         info = (splits.get("train") or next(iter(splits.values()))).info
-        weight = FORCE_WEIGHTS.get(name, 100.0) if forces == "direct" else 100.0
+        entry = CATALOG.get(name)
+        pretraining = entry.pretraining if entry is not None and forces == "direct" else None
+        weight = pretraining.force_weight if pretraining is not None else 100.0
         task = Task.from_info(info, head=head, target=target, forces=forces, force_weight=weight)
-        cutoff, max_neighbors = GRAPHS.get(name, (12.0, 30))
+        graph = entry.graph if entry is not None else GraphSettings(cutoff=12.0)
         task = dataclasses.replace(task, name=name)
-        sources.append(TaskData(splits=splits, task=task, cutoff=cutoff, max_neighbors=max_neighbors))
+        sources.append(TaskData(splits=splits, task=task, cutoff=graph.cutoff, max_neighbors=graph.max_neighbors))
     return sources
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from ejmp.data.catalog import CATALOG, FINETUNING
 from ejmp.data.info import DatasetInfo
 from ejmp.data.sampling.batch import Batch
 from ejmp.graph.structure import MAX_ATOMIC_NUMBER
@@ -219,25 +220,17 @@ def _reference_row(task: Task) -> list[float]:
     return [task.linear_reference.get(number, unknown) for number in range(MAX_ATOMIC_NUMBER + 1)]
 
 
-PRETRAIN_STATISTICS = {
-    "oc20": (24.901469505465872, 0.5111534595489502, 73.0),
-    "oc22": (25.229595396538468, 0.25678861141204834, 80.0),
-    "ani1x": (2.8700712783472118, 2.131422996520996, 15.0),
-    "transition1x": (1.787466168382901, 0.3591422140598297, 14.0),
-}
-"""Energy std (eV), force std (eV/A) and force weight of JMP's pre-training; the means are 0 (arXiv 2310.16802)."""
-
-
 def pretrain_tasks() -> Tasks:
     """Return JMP's four pre-training tasks: oc20, oc22, ani1x, transition1x, on heads 0 to 3.
 
     Their normalisation is that of energies less a linear reference, which comes with the data: put it in with
     `dataclasses.replace`.
     """
+    rows = [(entry.name, entry.pretraining) for entry in CATALOG.values() if entry.pretraining is not None]
     return Tasks(
         [
-            Task(name=name, head=head, std=std, force_std=force_std, force_weight=weight)
-            for head, (name, (std, force_std, weight)) in enumerate(PRETRAIN_STATISTICS.items())
+            Task(name=name, head=head, std=row.energy_std, force_std=row.force_std, force_weight=row.force_weight)
+            for head, (name, row) in enumerate(rows)
         ]
     )
 
@@ -252,17 +245,17 @@ def finetune_task(name: str) -> Task:
     Raises:
         ValueError: if there is no such task.
     """
-    statistics = {
-        "aspirin": (-17617.379355234374, 0.2673998440577667, 1.2733363),
-        "ac_ala3_nhme": (-26913.953, 0.35547638, 1.1291506),
-        "solvated_amino_acids": (-60673.68, 3310.6692, 0.81945145),
-    }
-    if name in statistics:
-        mean, std, force_std = statistics[name]
-        return Task(name=name, mean=mean, std=std, force_std=force_std, force_weight=FORCE_WEIGHT, forces="gradient")
-    if name == "qm9_u0":
-        return Task(name=name, mean=0.0028667436, std=1.0965848, forces=None)
-    if name == "qmof_gap":
-        return Task(name=name, target="gap", mean=2.1866251527, std=1.175752521125648, forces=None)
-    known = ", ".join([*statistics, "qm9_u0", "qmof_gap"])
-    raise ValueError(f"name: expected one of {known}, got {name!r}")
+    if name not in FINETUNING:
+        raise ValueError(f"name: expected one of {', '.join(FINETUNING)}, got {name!r}")
+    row = FINETUNING[name]
+    if row.force_std is None:
+        return Task(name=name, target=row.target, mean=row.mean, std=row.std, forces=None)
+    return Task(
+        name=name,
+        target=row.target,
+        mean=row.mean,
+        std=row.std,
+        force_std=row.force_std,
+        force_weight=FORCE_WEIGHT,
+        forces="gradient",
+    )

@@ -1,8 +1,10 @@
 """The CUDA sources, checked without a GPU: nvcc compiles them, and emulated by g++ they equal the CPU ops."""
 
 import dataclasses
+import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ require_native()
 
 FOLDER = Path(__file__).parents[2] / "csrc/cuda"
 KERNELS = sorted(FOLDER.glob("*.cu"))
+BINDINGS = FOLDER.parent / "bindings/cuda.cpp"
 DTYPES = [torch.float64, torch.float32]
 CHANNELS = (5, 20, 64)
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -44,7 +47,7 @@ def test_nvcc_compiles(tmp_path):
     flags = [f"-gencode=arch=compute_{x},code=sm_{x}" for x in targets]
     flags += ["-std=c++20", "-Xcompiler", "-Wall,-fPIC", "-Wno-deprecated-gpu-targets", "-shared", "-cudart", "none"]
     # without optimisation, which takes half the time and finds the same errors, too much shared memory among them
-    flags += ["-Xcicc", "-O0", "-Xptxas", "-O0"]
+    flags += ["-Xcicc", "-O0", "-Xptxas", "-O0", "--threads", "2"]
     output = run_compiler(nvcc, *flags, *KERNELS, "-o", tmp_path / "kernels.so")
     assert "warning" not in output, output
 
@@ -54,10 +57,13 @@ def emulated(tmp_path_factory):
     """The CUDA ops of csrc/bindings/cuda.cpp, run on the CPU under the name torch.ops.ejmp_emulated."""
     require_native()
     extension = tmp_path_factory.mktemp("emulated") / "kernels.so"
-    flags = ["-shared", "-fPIC", "-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
+    gxx, flags = compiler("g++"), ["-fPIC", "-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
     flags += ["-DEJMP_EMULATE", "-fvisibility=hidden", *(f"-I{path}" for path in include_paths()), "-x", "c++"]
-    links = ["-x", "none", *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
-    run_compiler(compiler("g++"), *flags, *KERNELS, FOLDER.parent / "bindings/cuda.cpp", *links, "-o", extension)
+    links = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
+    objects = {source: extension.with_name(f"{source.name}.o") for source in (BINDINGS, *KERNELS)}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda source: run_compiler(gxx, *flags, "-c", source, "-o", objects[source]), objects))
+    run_compiler(gxx, "-shared", *objects.values(), *links, "-o", extension)
     torch.ops.load_library(str(extension))
     return torch.ops.ejmp_emulated
 

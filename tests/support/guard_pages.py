@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ejmp_kernels import registry
+from support.interpreter import patch_once
 from support.small_cases import Setup, derivatives, make_case
 
 PAGE = mmap.PAGESIZE
@@ -96,6 +97,7 @@ def run_wrong(side, *, store):
 def main(side, *names):
     torch.use_deterministic_algorithms(True, warn_only=True)
     registry.load_backend("triton")
+    patch_once()
     for name in names:
         if name.startswith("wrong"):
             run_wrong(side, store=name == "wrong_store")

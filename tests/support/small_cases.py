@@ -48,7 +48,7 @@ class Setup:
     backend: str
     dtype: torch.dtype
     graph: str = "full"
-    """"full", "small" (for slow ops), "tiny" (for finite differences) or "lone" (no edges)."""
+    """"full", "small" (in the interpreter), "tiny" (for finite differences) or "lone" (no edges)."""
 
     @property
     def tiny(self):
@@ -56,7 +56,7 @@ class Setup:
 
     @property
     def slow(self):
-        """Whether Triton's interpreter runs the case: a full quadruplet would take a minute."""
+        """Whether Triton's interpreter runs the case, for which the full graph is too large."""
         return self.backend == "triton" and availability.interpreted()
 
     @property
@@ -85,7 +85,7 @@ class Setup:
 
     @functools.cache  # noqa: B019 - a handful of small graphs
     def make_graph(self):
-        """A crystal of three atoms (several images of each neighbour), a lone atom, and a bent molecule."""
+        """Return a crystal (several images of each neighbour), a lone atom and a bent molecule, or a part of them."""
         crystal = ejmp.Structure(
             numbers=[12, 8, 8],
             positions=[[0.1, 0.2, 0], [1.7, 1.5, 1.6], [0.3, 1.9, 2.2]],
@@ -112,7 +112,7 @@ class Setup:
 
 def make_case(name, at):
     """Make the case of an op; its `call` takes no backend any more."""
-    if name == "quadruplet" and at.slow and at.graph == "full":
+    if at.slow and at.graph == "full":
         at = dataclasses.replace(at, graph="small")
     case = op_cases.CASES[name](at.make_graph(), at.sizes, at.dtype)
     if name == "radial":
