@@ -119,7 +119,7 @@ def bench_balance(benchmark, provenance, index, world_size, batch_size):
     """Measure the slowest rank's cost over the mean in steps of JMP's mix, also without balance and at its bound."""
     costs = [np.load(path, mmap_mode="r") for path in index]
     sampler = MixSampler(sizes=mix_sizes.SIZES, costs=costs, seed=0, batch_size=batch_size, world_size=world_size)
-    balanced, plain, bound = [], [], []
+    balanced, in_order, bound = [], [], []
     for step in range(max(100, 16_000 // world_size)):
         pairs = sampler.samples(step * sampler.step_size, (step + 1) * sampler.step_size)
         edges = sampler.costs_of(pairs)
@@ -127,12 +127,12 @@ def bench_balance(benchmark, provenance, index, world_size, batch_size):
         ranks = assign_ranks(edges, world_size)
         assert (np.bincount(ranks) == batch_size).all()
         balanced.append(np.bincount(ranks, weights=edges).max() / mean)
-        plain.append(edges.reshape(world_size, batch_size).sum(1).max() / mean)
+        in_order.append(edges.reshape(world_size, batch_size).sum(1).max() / mean)
         bound.append(max(edges.max() / mean, 1))
     if batch_size >= 8:
         assert max(balanced) <= 1.10
     benchmark.pedantic(assign_ranks, (edges, world_size), rounds=10, warmup_rounds=1)
-    for name, values in (("balanced", balanced), ("in_order", plain), ("largest_structure", bound)):
+    for name, values in (("balanced", balanced), ("in_order", in_order), ("largest_structure", bound)):
         provenance[name] = {"mean": np.mean(values), "p99": np.quantile(values, 0.99), "max": max(values)}
     provenance["steps"] = len(balanced)
 
@@ -223,7 +223,7 @@ def bench_loader(benchmark, provenance, make, start_method):
         num_workers=1,
         start_method=start_method,
     )
-    rates, own = [], []
+    rates, spent = [], []
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     for _ in range(3):
         running = loader.batches()
@@ -232,7 +232,7 @@ def bench_loader(benchmark, provenance, make, start_method):
         began, cpu, count = time.perf_counter(), time.process_time(), 0
         for batch in running:
             count += len(batch.ids)
-        own.append(1e3 * (time.process_time() - cpu) / count)
+        spent.append(1e3 * (time.process_time() - cpu) / count)
         rates.append(count / (time.perf_counter() - began))
     assert batch.position == len(dataset)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -241,6 +241,6 @@ def bench_loader(benchmark, provenance, make, start_method):
     provenance |= {
         "structures_per_s": float(np.median(rates)),
         "worker_cpu_ms_per_structure": 1e3 * worker / (3 * len(dataset)),
-        "consumer_cpu_ms_per_structure": float(np.median(own)),
+        "consumer_cpu_ms_per_structure": float(np.median(spent)),
         "first_batch_s": benchmark.stats.stats.median,
     }

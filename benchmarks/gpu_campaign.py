@@ -95,9 +95,9 @@ def lacking(path: Path, tests: Path = ROOT / "tests") -> list[str]:
         file = left.pop()
         seen.add(file)
         for name in imported(file):
-            own = tests / (name.replace(".", "/") + ".py")
+            helper = tests / (name.replace(".", "/") + ".py")
             if name.split(".")[0] == "support":
-                left += [own] if own.exists() and own not in seen else []
+                left += [helper] if helper.exists() and helper not in seen else []
             elif importlib.util.find_spec(name.split(".")[0]) is None:
                 missing.add(name.split(".")[0])
     return sorted(missing)

@@ -47,7 +47,7 @@ class Exact:
 
 
 ERROR = "largest error of an energy against float64, over the sum of the absolute energies of its atoms"
-"""What `Exact.error` is, for the results."""
+"""Explanation of the column "error" (`Exact.error`) that goes into the results."""
 
 
 @torch.no_grad()
@@ -168,14 +168,14 @@ def compare_one(step: Step, precision: str, known: tuple, work: tuple[float, int
         times = milliseconds_or_why(calls, setting, rows, seconds=4.0, first=first)
     for found in rows:
         with step.row(**found) as row:
-            mine = times.get(row["way"])
-            if mine is None:
+            samples = times.get(row["way"])
+            if samples is None:
                 continue
-            row["ms"], row["samples"] = median(mine), len(mine)
+            row["ms"], row["samples"] = median(samples), len(samples)
             row.update(rate_and_shares(tflop, row["ms"], precision, step.result["ceilings"]))
             row["edges_per_s"] = edges / (1e-3 * row["ms"])
             others = [other for other in ("as shipped", "reference", "torch.compile(reference)") if other in times]
-            row.update({f"x of {other}": median_ratio(times[other], mine) for other in others})
+            row.update({f"x of {other}": median_ratio(times[other], samples) for other in others})
 
 
 WAYS = (
@@ -188,7 +188,7 @@ WAYS = (
 )
 """Ways to run a model. The compiled ones come last: if time is short, they are left out."""
 COMPILED = WAYS[3:]
-"""Ways that compile first."""
+"""Ways to run a model that compile it first."""
 
 
 def prepare(setting: Setting, model: ejmp.JMP, way: str, precision: str):
@@ -204,7 +204,7 @@ def prepare(setting: Setting, model: ejmp.JMP, way: str, precision: str):
         return model.on(backend=way, precision=precision)
     if way == "torch.compile(reference)":
         eager = model.on(backend="reference", precision=precision)
-        traced = torch.compile(eager.plain, backend="aot_eager" if setting.dry else "inductor")
+        traced = torch.compile(eager.forward, backend="aot_eager" if setting.dry else "inductor")
 
         def compiled(graph):
             with products(precision):

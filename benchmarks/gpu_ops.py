@@ -187,10 +187,10 @@ def run_chain(setting: Setting) -> None:
             tflop = 2e-12 * rows * width * width * 2 * layers
             for about in found:
                 with step.row(**about) as row:
-                    mine = times.get(row["contestant"])
-                    if mine is not None:
-                        row.update(rate_and_shares(tflop, median(mine), precision, limits) | {"ms": median(mine)})
-                        row["of_products"] = median_ratio(times["products"], mine)
+                    samples = times.get(row["contestant"])
+                    if samples is not None:
+                        row.update(rate_and_shares(tflop, median(samples), precision, limits) | {"ms": median(samples)})
+                        row["of_products"] = median_ratio(times["products"], samples)
 
 
 def chain_calls(setting: Setting, chain: torch.nn.Sequential, x: torch.Tensor, precision: str) -> tuple[dict, dict]:

@@ -31,7 +31,7 @@ def page(folder: Path) -> str:
         ]
     lines += [
         "Made by `benchmarks/gpu_campaign.py`; every number is in the JSON files beside this page. % of GEMM: the work",
-        "of the model itself (two operations per multiply-add) over the rate of the library's matrix products,",
+        "of the model itself (two operations per multiply-add) over the rate of bare matrix products,",
         "measured at the same number of edges in the same step. MFU: over the datasheet's dense peak.",
         "Errors are against float64.",
         "",

@@ -78,14 +78,14 @@ def train_one(step: Step, key: tuple[str, str], make, parts: tuple) -> None:
     times = milliseconds_or_why(calls, setting, rows, seconds=3.0, first=first)
     for found in rows:
         with step.row(**found) as row:
-            mine = times.get(row["backend"])
-            if mine is None:
+            samples = times.get(row["backend"])
+            if samples is None:
                 continue
-            row["ms"] = median(mine)
+            row["ms"] = median(samples)
             row.update(rate_and_shares(row["run_tflop"], row["ms"], precision, step.result["ceilings"]))
             row["structures_per_s"] = graph.num_structures / (1e-3 * row["ms"])
             if "reference" in times:
-                row["x of reference"] = median_ratio(times["reference"], mine)
+                row["x of reference"] = median_ratio(times["reference"], samples)
 
 
 def training_step(student: ejmp.JMP, _teacher: ejmp.JMP, graph: ejmp.AtomGraph):
