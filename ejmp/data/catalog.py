@@ -173,6 +173,8 @@ class DatasetEntry:
     """JMP's pre-training task on it; None if JMP is not pre-trained on it."""
     finetuning: tuple[Finetuning, ...] = ()
     """JMP's fine-tuning tasks on it that are known here."""
+    demo: bool = False
+    """Whether the embedded demo mix has a small dataset like it."""
 
 
 def _file(url: str, name: str | None = None, size: str = "not stated", md5: str | None = None) -> RemoteFile:
@@ -192,6 +194,7 @@ def _oc20(name: str, file: str, size: str, md5: str) -> Download:
 _ROWS = (
     DatasetEntry(
         name="oc20",
+        demo=True,
         licence="CC-BY-4.0",
         page=_FAIR_CHEM,
         downloads=(
@@ -206,6 +209,7 @@ _ROWS = (
     ),
     DatasetEntry(
         name="oc22",
+        demo=True,
         licence="CC-BY-4.0",
         page=_FAIR_CHEM,
         downloads=_whole(
@@ -221,6 +225,7 @@ _ROWS = (
     ),
     DatasetEntry(
         name="ani1x",
+        demo=True,
         licence="CC0",
         page="https://doi.org/10.6084/m9.figshare.10047041.v1",
         downloads=_whole(
@@ -233,6 +238,7 @@ _ROWS = (
     ),
     DatasetEntry(
         name="transition1x",
+        demo=True,
         licence=_SEE_PAGE,
         page="https://gitlab.com/matschreiner/Transition1x",
         downloads=_whole("transition1x", _file(f"{_FIGSHARE}/files/36035789", "Transition1x.h5", "6.6 GB")),
@@ -241,6 +247,7 @@ _ROWS = (
     ),
     DatasetEntry(
         name="rmd17",
+        demo=True,
         licence="CC0",
         page="https://figshare.com/articles/dataset/Revised_MD17_dataset_rMD17_/12672038",
         downloads=_whole("rmd17", _file(f"{_FIGSHARE}/files/23950376", "rmd17.tar.bz2")),
@@ -250,6 +257,7 @@ _ROWS = (
     ),
     DatasetEntry(
         name="qm9",
+        demo=True,
         licence="CC0",
         page="https://figshare.com/collections/_/978904",
         downloads=_whole(
@@ -263,6 +271,7 @@ _ROWS = (
     ),
     DatasetEntry(
         name="spice",
+        demo=True,
         licence=_SEE_PAGE,
         page="https://zenodo.org/records/8222043",
         downloads=_whole("spice", _file("https://zenodo.org/records/8222043/files/SPICE-1.1.4.hdf5")),
@@ -272,6 +281,7 @@ _ROWS = (
     ),
     DatasetEntry(
         name="md22",
+        demo=True,
         licence=_SEE_PAGE,
         page="http://www.quantum-machine.org/gdml",
         downloads=_whole("md22", *(_file(f"{_MD22}/md22_{molecule}.npz") for molecule in _MD22_SIZES)),
@@ -281,6 +291,7 @@ _ROWS = (
     ),
     DatasetEntry(
         name="qmof",
+        demo=True,
         licence="CC-BY-4.0",
         page="https://figshare.com/articles/dataset/_/13147324",
         downloads=_whole("qmof", _file(f"{_FIGSHARE}/articles/13147324/versions/14", "qmof.zip")),

@@ -14,9 +14,9 @@ from ejmp.data.catalog import CATALOG
 from ejmp.data.info import DatasetInfo
 from ejmp.graph.structure import Structure
 
-DEMO_MIX = tuple(entry.name for entry in CATALOG.values() if entry.pretraining is not None)
+DEMO_MIX = tuple(entry.name for entry in CATALOG.values() if entry.demo and entry.pretraining is not None)
 """Names of the four demo datasets to pre-train on."""
-DEMO_DOWNSTREAM = tuple(entry.name for entry in CATALOG.values() if entry.pretraining is None)
+DEMO_DOWNSTREAM = tuple(entry.name for entry in CATALOG.values() if entry.demo and entry.pretraining is None)
 """Names of the five demo datasets to fine-tune on; these have a test split."""
 DEMO_FOLDER = Path(__file__).parent / "demo-mix"
 """Folder of the demo datasets' files."""
