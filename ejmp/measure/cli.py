@@ -1,10 +1,16 @@
-"""`ejmp relevance`, and `ejmp report`, which shows saved results again."""
+"""The commands `ejmp bench`, `profile`, `doctor`, `relevance`, and `report`, which shows saved results again."""
 
 import argparse
+import dataclasses
 import functools
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ejmp.measure.workloads import Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,3 +130,123 @@ def _report(options: argparse.Namespace) -> int:
         picture(request.output)
         print(f"\n{request.output}")
     return 0
+
+
+def add_bench(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `ejmp bench` to its parser."""
+    parser.set_defaults(run=_bench)
+    _add_workload(parser)
+    parser.add_argument("--blocks", type=int, nargs="+", help="default: 6 5 4 3 2, for JMP-S 4 3 2")
+    parser.add_argument(
+        "--precision", nargs="+", choices=("fp32", "tf32", "bf16", "fp16"), help="default: all there are"
+    )
+    parser.add_argument("--device", help="default: cuda if there is one, or else cpu")
+    parser.add_argument("--seconds", type=float, default=100, help="go on measuring this long (at least two rounds)")
+    parser.add_argument("--small", action="store_true", help="JMP-S instead of JMP-L")
+    parser.add_argument("--backend", default="auto", choices=("auto", "reference", "native", "triton"))
+    parser.add_argument("--compare", action="store_true", help="also time the reference backend, in the same rounds")
+    parser.add_argument("--output", type=Path, metavar="JSON", help="write the results, and a picture beside them")
+
+
+def _add_workload(parser: argparse.ArgumentParser) -> None:
+    built_in = ("framework", "molecules", "slab", "rocksalt")
+    parser.add_argument("--workload", choices=built_in, help="a built-in workload (default: framework)")
+    parser.add_argument("--structures", type=Path, metavar="PATH", help="a file ase.io reads, a zip or a folder")
+    parser.add_argument("--select", default="*", metavar="GLOB", help="files of the zip or folder to take")
+    parser.add_argument("--batch", type=int, default=1, help="structures of PATH in the batch (default: 1)")
+    parser.add_argument("--cutoff", type=float, help="A; default: that of the dataset the structures are like")
+
+
+def _bench(options: argparse.Namespace) -> int:
+    import torch  # noqa: PLC0415
+
+    from ejmp.measure import bench, report  # noqa: PLC0415
+    from ejmp.measure.rates import precisions_of  # noqa: PLC0415
+
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    request = bench.BenchRequest(
+        workload=_workload(options),
+        blocks=tuple(options.blocks or ((4, 3, 2) if options.small else (6, 5, 4, 3, 2))),
+        precisions=tuple(options.precision or precisions_of(device)),
+        device=str(device),
+        rounds=dataclasses.replace(bench.ROUNDS, seconds=options.seconds),
+        small=options.small,
+        backend=options.backend,
+        compare=options.compare,
+    )
+    if options.output is not None:
+        report.need_matplotlib()
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+    result = bench.run(request, report=lambda line: print(line, file=sys.stderr, flush=True))
+    print(report.summary(result), report.table(result), sep="\n\n")
+    if options.output is not None:
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+        picture = options.output.with_suffix(".png")
+        report.picture(result, picture)
+        print(f"\n{options.output} {picture}")
+    return 0
+
+
+def add_profile(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `ejmp profile` to its parser."""
+    parser.set_defaults(run=_profile)
+    _add_workload(parser)
+    parser.add_argument("--blocks", type=int, default=4, help="default: 4")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16", "fp16"), help="default: fp32")
+    parser.add_argument("--device", help="default: cuda if there is one, or else cpu")
+    parser.add_argument("--small", action="store_true", help="JMP-S instead of JMP-L")
+    parser.add_argument("--backend", default="auto", choices=("auto", "reference", "native", "triton"))
+    parser.add_argument("--rounds", type=int, default=3, help="passes whose median counts (default: 3)")
+    parser.add_argument("--no-fvcore", action="store_true", help="leave fvcore's table out")
+    parser.add_argument("--output", type=Path, metavar="JSON", help="write the results")
+
+
+def _profile(options: argparse.Namespace) -> int:
+    import torch  # noqa: PLC0415
+
+    from ejmp.measure import profile, profile_report  # noqa: PLC0415
+
+    request = profile.ProfileRequest(
+        workload=_workload(options),
+        blocks=options.blocks,
+        precision=options.precision,
+        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        backend=options.backend,
+        small=options.small,
+        rounds=options.rounds,
+        fvcore=not options.no_fvcore,
+    )
+    result = profile.run(request)
+    print(profile_report.text(result))
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def add_doctor(parser: argparse.ArgumentParser) -> None:
+    """Make a parser that of `ejmp doctor`, which has no flags."""
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(_options: argparse.Namespace) -> int:
+    from ejmp.measure import doctor  # noqa: PLC0415
+
+    print(doctor.examine())
+    return 0
+
+
+def _workload(options: argparse.Namespace) -> "Workload":
+    from ejmp.measure import workloads  # noqa: PLC0415
+
+    if options.structures is not None:
+        if options.workload is not None:
+            raise ValueError("--workload and --structures exclude each other")
+        if options.batch < 1:
+            raise ValueError(f"--batch: expected 1 or more, got {options.batch}")
+        return workloads.from_files(
+            options.structures, select=options.select, most=options.batch, cutoff=options.cutoff
+        )
+    if options.select != "*" or options.batch != 1 or options.cutoff is not None:
+        raise ValueError("--select, --batch and --cutoff need --structures")
+    return workloads.BUILT_IN[options.workload or "framework"]()
