@@ -27,11 +27,12 @@ GPU_OPTIONS = $(if $(RESULTS),--out $(RESULTS)) $(if $(BUDGET),--seconds $(BUDGE
 QUICK := -k "not triton" tests/model/test_golden.py tests/kernels/test_ops.py tests/train/test_engine.py tests/data/test_convert.py
 
 .PHONY: test quick slow fuzz bench demo gpu gpu-dry $(GPU_STEPS) lint format clean
+# A file of tests per process, as many at a time as there are cores, with one thread each.
 test: .venv/built
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
 
 quick: .venv/built
-	$(BIN)/python -m pytest $(QUICK)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile $(QUICK)
 
 slow: .venv/built
 	$(BIN)/python -m pytest -m slow
@@ -40,7 +41,7 @@ bench: .venv/built
 	$(BIN)/ejmp bench --precision fp32 --seconds 90 --output results/blocks.json
 
 fuzz: .venv/built
-	$(BIN)/python -m support.fuzz_readers 100000
+	PYTHONPATH=tests $(BIN)/python -m support.fuzz_readers 100000
 
 demo: .venv/built
 	$(BIN)/python launch/demo.py

@@ -5,12 +5,15 @@
 `make bench` runs the same measurement with all block counts interleaved, which a noisy machine needs for ratios.
 """
 
+import functools
+
 import pytest
 import torch
 
 from ejmp.measure import bench
 from ejmp.measure.flops import graph_sizes
-from ejmp.measure.instruments import gemm_rates
+from ejmp.measure.memory import peak_memory, tensors_of
+from ejmp.measure.rates import gemm_rates
 from ejmp.model.jmp import gradient_forces
 
 
@@ -19,14 +22,15 @@ def bench_forward(benchmark, provenance, models, workload, machine, blocks):
     device, precision = machine
     if blocks not in models:
         pytest.skip(f"the model has {max(models)} blocks")
-    model = models[blocks].to(device)
+    model = models[blocks].to(device).on(precision=precision)
     graph = bench.workload_graph(workload, device=device)
     errors = bench.check_model(model, (precision,), models[max(models)].to(device))
     gemm = max(gemm_rates(graph.main.num_edges, (precision,), graph.device).values())
-    benchmark.pedantic(bench.time_forward, (model, graph, precision), rounds=3, warmup_rounds=1)
+    call = functools.partial(bench.forward_pass, model, graph)
+    benchmark.pedantic(call, rounds=3, warmup_rounds=1)
     seconds = benchmark.stats.stats.data
     provenance |= bench.make_row(model, graph, graph_sizes(graph), seconds, gemm) | {
-        "peak_memory_mib": bench.peak_memory(model, graph, precision) / 2**20,
+        "peak_memory_mib": peak_memory(call, graph.device, tensors_of(model, graph)) / 2**20,
         "error_vs_float64": errors[precision],
         "convention": bench.FLOP_CONVENTION,
     }
@@ -36,7 +40,7 @@ def bench_forward(benchmark, provenance, models, workload, machine, blocks):
 
 @pytest.mark.parametrize("blocks", [4])
 def bench_gradient_forces(benchmark, provenance, models, workload, blocks):
-    """Energy and its gradient, as fine-tuned models are used in molecular dynamics; fp32 on the CPU."""
+    """Time the energy and its gradient, as molecular dynamics uses fine-tuned models; fp32 on the CPU."""
     graph = bench.workload_graph(workload)
     forces = gradient_forces(models[blocks], graph)
     assert torch.isfinite(forces).all()

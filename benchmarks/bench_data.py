@@ -27,14 +27,14 @@ from ejmp.data.sampling.permutation import permute
 from ejmp.graph.structure import Structure
 
 H200_TFLOPS = 0.45 * 989
-"""Assumed rate of training: 45% of dense bf16."""
+"""Assumed rate of training on an H200, in TFLOP/s: 45% of its dense bf16 peak."""
 GFLOP_PER_EDGE = 3 * 940 / 3100
-"""Of a training step of JMP-L: three times the forward pass of a framework with 3,100 edges, 0.94 TFLOP."""
+"""Work of a training step of JMP-L per main edge: three times a forward pass, 0.94 TFLOP for 3,100 edges."""
 READY = """
 import json, re, sys, time
 from pathlib import Path
 import numpy as np
-from ejmp.data.mix import MixSampler
+from ejmp.data.sampling.mix import MixSampler
 
 def memory():
     found = re.findall("^(VmRSS|VmHWM|RssAnon|RssFile):\\\\s+(\\\\d+) kB", Path("/proc/self/status").read_text(), re.M)
@@ -67,7 +67,7 @@ def bench_permutation(benchmark, provenance):
 
 
 def bench_epoch(benchmark, provenance):
-    """A whole epoch: every structure is counted, in one byte each."""
+    """Draw a whole epoch and count how often each structure comes, in one byte each."""
     sampler = MixSampler(sizes=mix_sizes.SIZES, seed=0, batch_size=8)
     times = [np.zeros(size, np.uint8) for size in sampler.sizes]
     hashed, chunk, seconds = 0, 1_000_000, 0.0
@@ -93,7 +93,7 @@ def bench_epoch(benchmark, provenance):
 
 
 def mixed(values):
-    """A hash of each number, whose sum over a set tells sets apart."""
+    """Return a hash of each number; the sum of hashes over a set tells sets apart."""
     x = (values.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     x ^= x >> np.uint64(29)
     return x * np.uint64(0xD6E8FEB86659FD93)
@@ -101,7 +101,7 @@ def mixed(values):
 
 @pytest.mark.parametrize("world_size", [8, 64, 512])
 def bench_ready(benchmark, provenance, index, world_size):
-    """A rank of its own process: until its first batch, its memory, and a step's share of all ranks' batches."""
+    """Start one rank in a process of its own: time until its first batch, memory, and time per step."""
     command = [sys.executable, "-c", READY, str(world_size), *map(str, index)]
 
     def start():
@@ -116,10 +116,10 @@ def bench_ready(benchmark, provenance, index, world_size):
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("world_size", [8, 64, 512])
 def bench_balance(benchmark, provenance, index, world_size, batch_size):
-    """The slowest rank's cost over the mean, in steps of JMP's mix; without balance, and as far as it can go."""
+    """Measure the slowest rank's cost over the mean in steps of JMP's mix, also without balance and at its bound."""
     costs = [np.load(path, mmap_mode="r") for path in index]
     sampler = MixSampler(sizes=mix_sizes.SIZES, costs=costs, seed=0, batch_size=batch_size, world_size=world_size)
-    balanced, plain, bound = [], [], []
+    balanced, in_order, bound = [], [], []
     for step in range(max(100, 16_000 // world_size)):
         pairs = sampler.samples(step * sampler.step_size, (step + 1) * sampler.step_size)
         edges = sampler.costs_of(pairs)
@@ -127,18 +127,18 @@ def bench_balance(benchmark, provenance, index, world_size, batch_size):
         ranks = assign_ranks(edges, world_size)
         assert (np.bincount(ranks) == batch_size).all()
         balanced.append(np.bincount(ranks, weights=edges).max() / mean)
-        plain.append(edges.reshape(world_size, batch_size).sum(1).max() / mean)
+        in_order.append(edges.reshape(world_size, batch_size).sum(1).max() / mean)
         bound.append(max(edges.max() / mean, 1))
     if batch_size >= 8:
         assert max(balanced) <= 1.10
     benchmark.pedantic(assign_ranks, (edges, world_size), rounds=10, warmup_rounds=1)
-    for name, values in (("balanced", balanced), ("in_order", plain), ("largest_structure", bound)):
+    for name, values in (("balanced", balanced), ("in_order", in_order), ("largest_structure", bound)):
         provenance[name] = {"mean": np.mean(values), "p99": np.quantile(values, 0.99), "max": max(values)}
     provenance["steps"] = len(balanced)
 
 
 class InMemory:
-    """Structures in memory: what is timed is graph building, packing and transfer."""
+    """A dataset of structures in memory, so that graph building, packing and transfer are timed and reading is not."""
 
     def __init__(self, structures):
         self.info = DatasetInfo(name="made", format="", split="", count=len(structures), source="", licence="")
@@ -154,7 +154,7 @@ class InMemory:
 
 
 def molecules(count=200):
-    """20 atoms at the density of an organic molecule: cut from a rattled diamond lattice, no cell."""
+    """Make structures of 20 atoms at the density of an organic molecule, cut from a diamond lattice, without a cell."""
     rng = np.random.default_rng(0)
     sites = bulk("C", "diamond", a=4.6, cubic=True).repeat(3).positions
     near = sites[np.argsort(np.linalg.norm(sites - sites.mean(0), axis=1))[:40]]
@@ -163,7 +163,7 @@ def molecules(count=200):
 
 
 def slabs(count=40):
-    """80 copper atoms in five layers and an oxygen atom, OC20's tags."""
+    """Make slabs of 80 copper atoms in five layers and an oxygen atom, with OC20's tags."""
     rng = np.random.default_rng(0)
     atoms = fcc111("Cu", (4, 4, 5), vacuum=10.0, periodic=True)
     atoms.set_tags([1 if layer <= 2 else 0 for layer in atoms.get_tags()])
@@ -183,7 +183,7 @@ def labelled(numbers, positions, rng, **options):
 @pytest.mark.parametrize("make", [molecules, slabs])
 @pytest.mark.parametrize("batch_size", [1, 8, 32])
 def bench_make_batch(benchmark, provenance, make, batch_size):
-    """One core: graph at 12 A and 30 neighbours, labels, packing."""
+    """Time one core that builds graphs at 12 A and 30 neighbours and packs them with their labels."""
     structures = make()[:batch_size]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -215,7 +215,7 @@ def bench_make_batch(benchmark, provenance, make, batch_size):
 @pytest.mark.parametrize("make", [molecules, slabs])
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
 def bench_loader(benchmark, provenance, make, start_method):
-    """One worker, 8 structures per batch: what arrives here. A spawned worker's CPU time includes its start."""
+    """Time what arrives from one worker, 8 structures per batch. A spawned worker's CPU time includes its start."""
     dataset = InMemory(make() * 4)
     loader = Loader(
         datasets=[dataset],
@@ -223,7 +223,7 @@ def bench_loader(benchmark, provenance, make, start_method):
         num_workers=1,
         start_method=start_method,
     )
-    rates, own = [], []
+    rates, spent = [], []
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     for _ in range(3):
         running = loader.batches()
@@ -232,7 +232,7 @@ def bench_loader(benchmark, provenance, make, start_method):
         began, cpu, count = time.perf_counter(), time.process_time(), 0
         for batch in running:
             count += len(batch.ids)
-        own.append(1e3 * (time.process_time() - cpu) / count)
+        spent.append(1e3 * (time.process_time() - cpu) / count)
         rates.append(count / (time.perf_counter() - began))
     assert batch.position == len(dataset)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -241,6 +241,6 @@ def bench_loader(benchmark, provenance, make, start_method):
     provenance |= {
         "structures_per_s": float(np.median(rates)),
         "worker_cpu_ms_per_structure": 1e3 * worker / (3 * len(dataset)),
-        "consumer_cpu_ms_per_structure": float(np.median(own)),
+        "consumer_cpu_ms_per_structure": float(np.median(spent)),
         "first_batch_s": benchmark.stats.stats.median,
     }

@@ -10,13 +10,13 @@ import statistics
 
 import pytest
 import torch
+from training_steps import zero_labels
 
 import ejmp
-from ejmp.compress.distill import DistillConfig
-from ejmp.data.sampling.batch import Batch
+from ejmp.compress.config import DistillConfig
 from ejmp.measure import workloads
 from ejmp.measure.bench import workload_graph
-from ejmp.measure.instruments import time_call
+from ejmp.measure.timing import Rounds, by_turns, median_ratio
 from ejmp.train.demo import demo_config
 from ejmp.train.objective import Distillation
 from ejmp.train.task import Task, Tasks
@@ -26,18 +26,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def batch():
-    graph = workload_graph(workloads.molecules())
-    B, N = graph.num_structures, graph.num_atoms
-    return Batch(
-        graph=graph,
-        energy=torch.zeros(B, dtype=torch.float64),
-        forces=torch.zeros(N, 3),
-        fixed=torch.zeros(N, dtype=torch.bool),
-        targets={},
-        dataset=torch.zeros(B, dtype=torch.int64),
-        ids=("",) * B,
-        position=0,
-    )
+    """The built-in molecules."""
+    return zero_labels(workload_graph(workloads.molecules()))
 
 
 @pytest.mark.parametrize("blocks", [4])
@@ -47,13 +37,13 @@ def bench_distillation_step(benchmark, provenance, request, batch, blocks):
     student = ejmp.prune(teacher, blocks=blocks)
     objective = Distillation(student, teacher, Tasks([Task(name="molecules")]), DistillConfig())
 
-    def of_student():
+    def student_alone():
         student.zero_grad()
         features = student.features(batch.graph)
         out = student.heads(features, batch.graph)
         (out.forces.sum() + sum(x.sum() for x in (*features.mlp_E, *features.mlp_F))).backward()
 
-    def of_teacher():
+    def teacher_alone():
         with torch.no_grad():
             teacher(batch.graph)
 
@@ -63,13 +53,10 @@ def bench_distillation_step(benchmark, provenance, request, batch, blocks):
 
     step()
     assert all(p.grad is None for p in teacher.parameters())
-    parts = {"student": of_student, "teacher": of_teacher, "step": step}
-    seconds = {name: [] for name in parts}
-    for _ in range(5):
-        for name, part in parts.items():
-            seconds[name].append(time_call(part, CPU))
-    rounds = zip(*seconds.values(), strict=True)
-    ratio = statistics.median(s / (a + b) for a, b, s in rounds)
+    parts = {"student": student_alone, "teacher": teacher_alone, "step": step}
+    seconds = by_turns(parts, CPU, Rounds(least=5))
+    both = [a + b for a, b in zip(seconds["student"], seconds["teacher"], strict=True)]
+    ratio = median_ratio(seconds["step"], both)
     provenance |= {
         "blocks": blocks,
         "edges": batch.graph.main.num_edges,

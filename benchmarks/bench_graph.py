@@ -9,7 +9,7 @@ from ejmp.graph.graph import EDGE_SETS
 from ejmp.measure import bench
 
 
-def rows(graph):
+def edge_sets(graph):
     return [getattr(graph, name) for name in EDGE_SETS]
 
 
@@ -17,15 +17,15 @@ def rows(graph):
 def bench_build_graph(benchmark, provenance, workload, backend):
     graph = bench.workload_graph(workload, backend=backend)
     other = bench.workload_graph(workload, backend="reference")
-    for mine, theirs in zip(rows(graph), rows(other), strict=True):
-        assert torch.equal(mine.source, theirs.source)
-        assert torch.equal(mine.offset, theirs.offset)
+    for edges, expected in zip(edge_sets(graph), edge_sets(other), strict=True):
+        assert torch.equal(edges.source, expected.source)
+        assert torch.equal(edges.offset, expected.offset)
     benchmark.pedantic(bench.workload_graph, (workload,), {"backend": backend}, rounds=5, warmup_rounds=1)
     provenance |= {"atoms": graph.num_atoms, "edges": graph.main.num_edges, "pairs": graph.atom_pairs.num_edges}
 
 
 def sodium_chloride(num_atoms):
-    """A rattled rocksalt crystal of about this many atoms, at constant density."""
+    """Return a rattled rocksalt crystal of about this many atoms, at constant density."""
     repeats = round((num_atoms / 8) ** (1 / 3))
     atoms = bulk("NaCl", "rocksalt", a=5.64, cubic=True).repeat(repeats)
     atoms.rattle(0.05, seed=0)

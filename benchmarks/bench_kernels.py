@@ -19,7 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ejmp
 from ejmp.measure import bench
-from ejmp.measure.instruments import StoragePeak, copy_rate, gemm_rates, time_call
+from ejmp.measure.memory import peak_memory
+from ejmp.measure.rates import copy_rate, gemm_rates
+from ejmp.measure.timing import Rounds, by_turns, median_ratio
 from ejmp_kernels import specification
 
 CPU = torch.device("cpu")
@@ -107,12 +109,6 @@ def second(function, inputs):
     return lambda: torch.autograd.grad(gs, [grad, *inputs], us, retain_graph=True, allow_unused=True)
 
 
-def peak(call, known):
-    with StoragePeak(known) as memory:
-        call()
-    return memory.peak
-
-
 @pytest.mark.parametrize("order", [forward, backward, second], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("op", OPS)
 def bench_op(benchmark, provenance, workload, op, order):
@@ -136,8 +132,8 @@ def bench_op(benchmark, provenance, workload, op, order):
         "gbytes_per_s": gbytes / seconds,
         "share_of_gemm_rate": gflop / seconds / max(gemm_rates(graph.main.num_edges, ["fp32"], CPU).values()),
         "share_of_copy_rate": gbytes / seconds / copy_rate(CPU),
-        "peak_mib": peak(native, case.inputs) / 2**20,
-        "reference_peak_mib": peak(spec, case.inputs) / 2**20,
+        "peak_mib": peak_memory(native, CPU, case.inputs) / 2**20,
+        "reference_peak_mib": peak_memory(spec, CPU, case.inputs) / 2**20,
     }
     shared = on_shared_tables(op, graph, case)
     if shared is not None:
@@ -146,14 +142,13 @@ def bench_op(benchmark, provenance, workload, op, order):
     benchmark.pedantic(native, rounds=5)
 
 
-def compare(spec, native, rounds=7):
-    """Time both by turns."""
-    spec(), native()
-    pairs = [(time_call(spec, CPU), time_call(native, CPU)) for _ in range(rounds)]
+def compare(spec, native):
+    """Time an op and its specification by turns; return the milliseconds of both and their ratio."""
+    seconds = by_turns({"reference": spec, "native": native}, CPU, Rounds(least=7))
     return {
-        "ms": 1e3 * statistics.median(fast for _, fast in pairs),
-        "reference_ms": 1e3 * statistics.median(slow for slow, _ in pairs),
-        "speedup": statistics.median(slow / fast for slow, fast in pairs),
+        "ms": 1e3 * statistics.median(seconds["native"]),
+        "reference_ms": 1e3 * statistics.median(seconds["reference"]),
+        "speedup": median_ratio(seconds["reference"], seconds["native"]),
     }
 
 
@@ -165,7 +160,7 @@ GROWING = {"edge_to_edge": SIZES, "quadruplet": EIGHTH, "pair": SIZES}
 @pytest.mark.parametrize("num_atoms", [100, 200, 500, 1000, 2000, 5000])
 @pytest.mark.parametrize("op", GROWING)
 def bench_growth(benchmark, provenance, op, num_atoms):
-    """Cost per atom at constant density."""
+    """Measure the cost per atom at constant density."""
     from bench_graph import sodium_chloride
 
     graph = ejmp.build_graph(sodium_chloride(num_atoms), 12.0, 30)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ejmp.measure import bench, workloads
-from ejmp.measure.instruments import precisions_of
+from ejmp.measure.rates import precisions_of
 from ejmp.provenance import provenance as describe_machine
 
 
@@ -20,7 +20,7 @@ def pytest_addoption(parser):
 
 
 def machines():
-    """Every device there is, with each precision worth measuring on it."""
+    """Return every device there is, with each precision worth measuring on it."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     return [(device, precision) for device in devices for precision in precisions_of(torch.device(device))]
 
@@ -44,14 +44,14 @@ def workload(request):
 
 @pytest.fixture(scope="session")
 def models(request):
-    """One model, and its first 5, 4, 3, 2 blocks."""
+    """A scalar model with random weights and its prunings, by number of blocks."""
     small = request.config.getoption("small")
     return bench.make_models((4, 3, 2) if small else (6, 5, 4, 3, 2), small=small)
 
 
 @pytest.fixture
 def provenance(benchmark, request):
-    """Fill a benchmark's extra_info before it runs; the test adds what it measured on."""
+    """A benchmark's extra_info with where it runs; the benchmark adds what it measured."""
     device = request.getfixturevalue("machine")[0] if "machine" in request.fixturenames else "cpu"
     benchmark.extra_info.update(describe_machine(torch.device(device)))
     return benchmark.extra_info

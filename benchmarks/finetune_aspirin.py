@@ -18,21 +18,21 @@ import torch
 from ejmp.data import DatasetInfo, Statistics, read
 from ejmp.model.checkpoint import load
 from ejmp.provenance import provenance
-from ejmp.train import config
-from ejmp.train.adapt import for_finetuning
-from ejmp.train.demo import demo_teacher, new_model
+from ejmp.train import presets
+from ejmp.train.demo import demo_teacher
 from ejmp.train.evaluate import evaluate
 from ejmp.train.faults import session
 from ejmp.train.loop import FINAL, Run, train
 from ejmp.train.objective import Supervised
-from ejmp.train.sources import DEMO_GRAPH, Source, tasks_of
+from ejmp.train.sources import DEMO_GRAPH, TaskData, tasks_of
+from ejmp.train.start import for_finetuning, new_model
 from ejmp.train.task import Task
 
 SIZES = {"train": 150, "val": 25, "test": 25}
 
 
 class Frames:
-    """Some frames in memory."""
+    """A dataset of frames in memory."""
 
     def __init__(self, frames, split):
         self.frames = frames
@@ -57,7 +57,7 @@ def _mean(frames):
 
 
 def splits_of(path):
-    """Divide the frames by RandomState(42), as rMD17's rule does."""
+    """Divide the frames of a file by RandomState(42), as rMD17's rule does; return them by split."""
     frames = list(read(path, format="rmd17"))
     order = np.random.RandomState(42).permutation(len(frames))
     ends = np.cumsum([0, *SIZES.values()])
@@ -73,8 +73,8 @@ def main():
     options = parser.parse_args()
     splits = splits_of(options.frames)
     task = Task.from_info(splits["train"].info, forces="gradient")
-    source = Source(splits=splits, task=task, cutoff=DEMO_GRAPH[0], max_neighbors=DEMO_GRAPH[1])
-    settings = dataclasses.replace(config.demo("finetune"), steps=options.steps, validate_every=options.steps // 3)
+    source = TaskData(splits=splits, task=task, cutoff=DEMO_GRAPH[0], max_neighbors=DEMO_GRAPH[1])
+    settings = dataclasses.replace(presets.demo("finetune"), steps=options.steps, validate_every=options.steps // 3)
     found = {}
     with session("cpu") as ranks, tempfile.TemporaryDirectory() as scratch:
         start = for_finetuning(load(demo_teacher(ranks)))

@@ -1,7 +1,7 @@
 """The GPU campaign: everything that needs a GPU, in one command or step by step (see the Makefile's gpu targets).
 
-    PYTHONPATH=.:kernels python3 benchmarks/gpu_campaign.py all [--dry] [--out FOLDER] [--seconds N]
-    PYTHONPATH=.:kernels python3 benchmarks/gpu_campaign.py ceilings ops ...
+    PYTHONPATH=.:kernels:benchmarks python3 benchmarks/gpu_campaign.py all [--dry] [--out FOLDER] [--seconds N]
+    PYTHONPATH=.:kernels:benchmarks python3 benchmarks/gpu_campaign.py ceilings ops ...
 
 It needs torch, triton, numpy and pytest, and no network. Each step writes FOLDER/STEP.json after every row and the page
 FOLDER/README.md is made of the steps that are there. A step that cannot run, or a part of one, says why in its JSON.
@@ -29,21 +29,25 @@ SECONDS = {
     "build": 240, "test": 90, "sanitize": 60, "ceilings": 20, "ops": 60, "chain": 25, "blocks": 60, "compare": 130,
     "train": 40, "profile": 15, "report": 10,
 }  # fmt: skip
-"""Budgets. A step starts nothing new after its own; the sanitizer's is for each of its tools."""
+"""Budget of each step, in s, after which it starts nothing new; the sanitizer's is for each of its tools."""
 HARD = 530
-"""Seconds after which a step is ended, whatever it does."""
+"""Time after which a step is ended, whatever it does, in s."""
 TOTAL = 585
-"""Seconds that `all` shares out; who comes late gets less, and records what it left out."""
+"""Time that `all` shares out, in s; a step that comes late gets less, and records what it left out."""
 TESTS = (
-    "test_ops.py", "test_triton*.py", "test_gemm.py", "test_backend.py", "test_golden.py", "test_model.py",
-    "test_compile*.py", "test_padding*.py", "test_profile.py",
+    "kernels/test_ops.py", "kernels/test_triton*.py", "kernels/test_gemm.py", "model/test_backend.py",
+    "model/test_golden.py", "model/test_model.py", "model/test_compile*.py", "model/test_triton_model.py",
+    "graph/test_padding*.py", "measure/test_profile.py",
 )  # fmt: skip
-DRY_TESTS = ("test_profile.py", "-k", "cards")
+"""Patterns of the test files, below tests/, that are run on a GPU."""
+DRY_TESTS = ("measure/test_profile.py", "-k", "cards")
+"""The test file of a dry run, and pytest's options."""
 
 
 def environment(**more: str) -> dict[str, str]:
-    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | more
+    """Return the environment of a subprocess, which finds the project's folders without an installation."""
+    paths = [str(ROOT / name) for name in (".", "kernels", "tests", "benchmarks")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH")]))} | more
 
 
 def run_command(command: list[str], seconds: float, **env: str) -> tuple[int | None, str]:
@@ -63,7 +67,7 @@ def run_command(command: list[str], seconds: float, **env: str) -> tuple[int | N
 
 def run_build(setting) -> None:
     """Build the CUDA extension in place; without it, the campaign goes on with Triton."""
-    from gpu_common import Skip, Step
+    from gpu_step import Skip, Step
 
     step = Step("build", setting)
     with step.row(what="extension") as row:
@@ -79,19 +83,40 @@ def run_build(setting) -> None:
             raise RuntimeError(f"the CUDA extension is not there, Triton's kernels are: {row['native_on_cuda']}")
 
 
-def lacking(path: Path) -> list[str]:
-    """Return the packages that a test file imports at its top and this machine has not."""
-    nodes = ast.parse(path.read_text()).body
-    names = [a.name for node in nodes if isinstance(node, ast.Import) for a in node.names]
-    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
-    tops = {name.split(".")[0] for name in names}
-    own = {file.stem for file in path.parent.glob("*.py")}
-    return sorted(top for top in tops - own if importlib.util.find_spec(top) is None)
+def lacking(path: Path, tests: Path = ROOT / "tests") -> list[str]:
+    """Return the packages that this machine has not and a test file needs to be imported.
+
+    Args:
+        path: the test file.
+        tests: folder of `support`, which tests share; what its modules import at their top counts too.
+    """
+    left, seen, missing = [path, *(p for p in (tests / "conftest.py",) if p.exists())], set(), set()
+    while left:
+        file = left.pop()
+        seen.add(file)
+        for name in imported(file):
+            helper = tests / (name.replace(".", "/") + ".py")
+            if name.split(".")[0] == "support":
+                left += [helper] if helper.exists() and helper not in seen else []
+            elif importlib.util.find_spec(name.split(".")[0]) is None:
+                missing.add(name.split(".")[0])
+    return sorted(missing)
+
+
+def imported(path: Path) -> set[str]:
+    """Return the modules that a file imports at its top, and the names it takes from them, which may be modules."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
 
 
 def run_test(setting) -> None:
     """Run the tests of ops and models on the GPU, with compiled Triton."""
-    from gpu_common import Skip, Step
+    from gpu_step import Skip, Step
 
     step = Step("test", setting, triton_interpret="1" if setting.dry else "0")
     folder = ROOT / "tests"
@@ -100,7 +125,7 @@ def run_test(setting) -> None:
     for file in sorted({file for pattern in wanted for file in folder.glob(pattern)}):
         missing = lacking(file)
         if missing:
-            with step.row(file=file.name):
+            with step.row(file=str(file.relative_to(folder))):
                 raise Skip(f"not collected: there is no {', '.join(missing)}")
         else:
             files.append(str(file))
@@ -123,7 +148,9 @@ def run_test(setting) -> None:
 def count_lines(log: str) -> dict[str, dict]:
     """Count results by file in what `pytest -v` printed before it was ended."""
     found: dict[str, dict] = {}
-    for file, test, result in re.findall(r"^tests/(\w+)\.py::(\S+) (PASSED|FAILED|ERROR|SKIPPED)", log, re.MULTILINE):
+    for file, test, result in re.findall(
+        r"^tests/(?:\w+/)*(\w+)\.py::(\S+) (PASSED|FAILED|ERROR|SKIPPED)", log, re.MULTILINE
+    ):
         row = found.setdefault(file, {"passed": 0, "failures": [], "left_out": {}})
         if result == "PASSED":
             row["passed"] += 1
@@ -136,7 +163,7 @@ def count_lines(log: str) -> dict[str, dict]:
 
 
 def count_tests(report: Path) -> dict[str, dict]:
-    """Count results by file in a report of pytest's own, which this program just had made."""
+    """Count results by file in the report that pytest has just written."""
     found: dict[str, dict] = {}
     for case in ET.parse(report).iter("testcase"):  # noqa: S314
         name = (case.get("classname") or case.get("name") or "").split(".")
@@ -158,13 +185,13 @@ def count_tests(report: Path) -> dict[str, dict]:
 
 def run_sanitize(setting) -> None:
     """Watch the native kernels with compute-sanitizer, where it exists."""
-    from gpu_common import Skip, Step
+    from gpu_step import Skip, Step
 
     step = Step("sanitize", setting)
     script = [sys.executable, "benchmarks/gpu_native.py", "--device", setting.device.type]
     script += ["--tiny"] if setting.dry else []
     with step.row(tool="none") as row:
-        step.check()
+        step.require_time()
         if availability.why_unavailable(setting.device.type) is not None:
             raise Skip(f"no native kernels: {availability.why_unavailable(setting.device.type)}")
         start = time.perf_counter()
@@ -194,7 +221,7 @@ def run_sanitize(setting) -> None:
 
 
 def run_report(setting) -> None:
-    """Make the page of what is there."""
+    """Write the page of the results that are there."""
     from gpu_report import page
 
     (setting.out / "README.md").write_text(page(setting.out))
@@ -202,6 +229,7 @@ def run_report(setting) -> None:
 
 
 def steps() -> dict[str, Callable]:
+    """Return the function that runs each step, by name, in the order of a campaign."""
     import gpu_models
     import gpu_ops
     import gpu_train
@@ -233,7 +261,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry:
         os.environ["TRITON_INTERPRET"] = "1"
     import torch
-    from gpu_common import Setting, folder_name
+    from gpu_provenance import folder_name
+    from gpu_setting import Setting
 
     device = torch.device("cpu" if options.dry else "cuda")
     if not options.dry and not torch.cuda.is_available():

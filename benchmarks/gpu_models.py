@@ -1,61 +1,38 @@
 """Steps of the GPU campaign on the forward pass: blocks and batch sizes, and the ways to run one model."""
 
-import contextlib
 import copy
 import time
+from statistics import median
 
 import torch
-from gpu_common import (
-    Setting,
-    Skip,
-    Step,
+from gpu_setting import Setting, make_model
+from gpu_step import Skip, Step, reasons, require_error
+from gpu_timing import (
     backends,
-    by_turns_or_why,
     ceilings,
+    fastest,
     forward_tflop,
-    gate,
-    make_model,
-    median,
-    on_backend,
-    rates,
-    ratio,
-    reasons,
+    milliseconds_or_why,
+    peak_mib,
+    rate_and_shares,
 )
 
 import ejmp
 from ejmp.measure import bench
 from ejmp.measure.flops import count_macs
-from ejmp.measure.instruments import synchronize
-from ejmp.model.precision import tf32_products
+from ejmp.measure.timing import median_ratio, synchronize
+from ejmp.model.precision import products
 
 CHECKED = 4
-"""Structures whose energies are compared with float64."""
-
-
-def fastest(setting: Setting) -> str:
-    """Return the backend that "auto" takes on the device, or in a dry run the one that runs quickly."""
-    there = backends(setting)
-    order = ("native", "reference") if setting.dry else ("triton", "native", "reference")
-    return next(name for name in order if there[name] is None)
-
-
-def peak_mib(setting: Setting, call) -> float | None:
-    """Return the most memory a call holds beyond what is there before it; None on a CPU."""
-    if setting.device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(setting.device)
-    before = torch.cuda.memory_allocated(setting.device)
-    call()
-    synchronize(setting.device)
-    return (torch.cuda.max_memory_allocated(setting.device) - before) / 2**20
+"""Number of structures whose energies are compared with float64."""
 
 
 class Exact:
-    """Energies of the first structures of every batch in float64, and their scale."""
+    """The energies of the first structures of every batch in float64, and the scale of errors."""
 
     def __init__(self, setting: Setting, model: ejmp.JMP) -> None:
         self.structures = CHECKED
-        double = on_backend(copy.deepcopy(model).double(), "reference")
+        double = copy.deepcopy(model.on(backend="reference", precision="fp32")).double()
         graph = setting.graph(self.structures, dtype=torch.float64)
         with torch.no_grad():
             features = double.features(graph)
@@ -70,14 +47,12 @@ class Exact:
 
 
 ERROR = "largest error of an energy against float64, over the sum of the absolute energies of its atoms"
-
-
-# ---- blocks and batch sizes ----
+"""Explanation of the column "error" (`Exact.error`) that goes into the results."""
 
 
 @torch.no_grad()
 def run_blocks(setting: Setting) -> None:
-    """The block-count table in every precision, in batches of more and more structures, up to memory."""
+    """Measure the block-count table in every precision, in batches of more and more structures, up to memory."""
     backend = fastest(setting)
     step = Step("blocks", setting, model=setting.model_name, backend=backend, error_means=ERROR, ceilings={})
     full = make_model(setting)
@@ -91,26 +66,26 @@ def run_blocks(setting: Setting) -> None:
                 continue
             found: dict = {"precision": precision, "structures": structures}
             with reasons(found):
-                step.check()
+                step.require_time()
                 graph, sizes = setting.graph(structures), setting.sizes(structures)
                 limits = ceilings(setting, graph.main.num_edges, [precision])
-                worth_it(step, sum(forward_tflop(m.config, sizes) for m in models.values()), limits, precision)
+                require_time_for(step, sum(forward_tflop(m.config, sizes) for m in models.values()), limits, precision)
             if len(found) > 2:
                 step.add(found)
                 lost.add(precision)
                 continue
             step.result["ceilings"][f"{structures} {precision}"] = limits
-            calls = {b: on_backend(model, backend, precision) for b, model in models.items()}
+            calls = {b: model.on(backend=backend, precision=precision) for b, model in models.items()}
             one_batch(step, (structures, precision), calls, graph, (sizes, exact))
             if any(row.get("skipped") == "out of memory" for row in step.result["rows"][-len(counts) :]):
                 lost.add(precision)
 
 
-def worth_it(step: Step, tflop: float, limits: dict, precision: str) -> None:
-    """Do nothing if five rounds at half the ceiling's rate fit into the time that is left.
+def require_time_for(step: Step, tflop: float, limits: dict, precision: str) -> None:
+    """Raise Skip if the time that is left is too short for five rounds at half the ceiling's rate.
 
     Raises:
-        Skip: if they do not.
+        Skip: if it is; not in a dry run.
     """
     expected = 10 * tflop / limits["gemm_tflops"][precision]
     if not step.setting.dry and expected > step.left():
@@ -128,35 +103,32 @@ def one_batch(step: Step, key: tuple[int, str], models: dict, graph, known: tupl
             energies: list[torch.Tensor] = []
             found["peak_mib"] = peak_mib(setting, lambda m=model, e=energies: e.append(m(graph).energy))
             found["error"] = exact[b].error(energies[0] if energies else model(graph).energy)
-            gate(found, bench.GATE[precision])
+            require_error(found, bench.GATE[precision])
             calls[b] = lambda m=model: m(graph)
         rows[b] = found
     seconds = min(4.0, max(0.5, step.left() / 10))
-    times = by_turns_or_why(calls, setting, list(rows.values()), seconds=seconds)
+    times = milliseconds_or_why(calls, setting, list(rows.values()), seconds=seconds)
     for b, found in rows.items():
         with step.row(precision=precision, structures=structures, blocks=b) as row:
             row.update(found)
             if b not in times:
                 continue
             row["ms"], row["samples"] = median(times[b]), len(times[b])
-            row.update(rates(forward_tflop(models[b].config, sizes), row["ms"], precision, limits))
+            row.update(rate_and_shares(forward_tflop(models[b].config, sizes), row["ms"], precision, limits))
             seconds = 1e-3 * row["ms"]
             row.update({"structures_per_s": structures / seconds, "atoms_per_s": sizes.atoms / seconds})
             row.update({"edges": sizes.edges, "edges_per_s": sizes.edges / seconds})
             row["gmac"] = 1e-9 * sum(count_macs(models[b].config, sizes).values())
             row["parameters"] = sum(p.numel() for p in models[b].parameters())
             most = max(times)
-            row["x_of_most"] = ratio(times[most], times[b])
+            row["x_of_most"] = median_ratio(times[most], times[b])
             row["most_blocks"] = most
             if most == 6:
                 row["published_x"] = bench.PUBLISHED_THROUGHPUT[b]
 
 
-# ---- ways to run one model ----
-
-
 def run_compare(setting: Setting) -> None:
-    """One batch through every way to run the model, by turns; "of_as_shipped" is against eager fp16 autocast."""
+    """Run one batch through every way to run the model, by turns; "as shipped" is eager fp16 autocast."""
     structures = 1 if setting.dry else 17
     graph, sizes = setting.graph(structures), setting.sizes(structures)
     wanted = ["fp32"] if setting.dry else [p for p in ("bf16", "fp16", "tf32", "fp32") if p in setting.precisions]
@@ -177,7 +149,7 @@ def compare_one(step: Step, precision: str, known: tuple, work: tuple[float, int
         found: dict = {"precision": precision, "way": way}
         rows.append(found)
         with reasons(found), torch.no_grad():
-            step.check()
+            step.require_time()
             if way in COMPILED and not setting.dry and step.left() < 45:
                 raise Skip(f"{step.left():.0f} s are left, too few to compile it")
             start = time.perf_counter()
@@ -186,24 +158,24 @@ def compare_one(step: Step, precision: str, known: tuple, work: tuple[float, int
             synchronize(setting.device)
             found["first_call_s"] = time.perf_counter() - start
             found["error"] = exact.error(energy)
-            gate(found, bench.GATE[precision])
+            require_error(found, bench.GATE[precision])
             found["peak_mib"] = peak_mib(setting, lambda c=call: c(graph))
             calls[way], first[way] = (lambda c=call: c(graph)), 1e3 * found["first_call_s"]
     if calls and "fp16" in step.result["ceilings"]["gemm_tflops"]:
-        eager = on_backend(model, "reference", "fp16")
+        eager = model.on(backend="reference", precision="fp16")
         calls["as shipped"] = lambda: eager(graph)
     with torch.no_grad():
-        times = by_turns_or_why(calls, setting, rows, seconds=4.0, first=first)
+        times = milliseconds_or_why(calls, setting, rows, seconds=4.0, first=first)
     for found in rows:
         with step.row(**found) as row:
-            mine = times.get(row["way"])
-            if mine is None:
+            samples = times.get(row["way"])
+            if samples is None:
                 continue
-            row["ms"], row["samples"] = median(mine), len(mine)
-            row.update(rates(tflop, row["ms"], precision, step.result["ceilings"]))
+            row["ms"], row["samples"] = median(samples), len(samples)
+            row.update(rate_and_shares(tflop, row["ms"], precision, step.result["ceilings"]))
             row["edges_per_s"] = edges / (1e-3 * row["ms"])
             others = [other for other in ("as shipped", "reference", "torch.compile(reference)") if other in times]
-            row.update({f"x of {other}": ratio(times[other], mine) for other in others})
+            row.update({f"x of {other}": median_ratio(times[other], samples) for other in others})
 
 
 WAYS = (
@@ -214,32 +186,33 @@ WAYS = (
     "latency",
     "torch.compile(reference)",
 )
-"""The compiled ones come last: if time is short, they are left out."""
+"""Ways to run a model. The compiled ones come last: if time is short, they are left out."""
 COMPILED = WAYS[3:]
+"""Ways to run a model that compile it first."""
 
 
 def prepare(setting: Setting, model: ejmp.JMP, way: str, precision: str):
-    """Return a function of a graph.
+    """Return a function that runs a model on a graph in one of the ways.
 
     Raises:
-        Skip: if the installation cannot do it.
+        Skip: if the installation cannot do it, with the reason.
     """
     there = backends(setting)
     if way in there:
         if there[way] is not None:
             raise Skip(there[way])
-        return on_backend(model, way, precision)
+        return model.on(backend=way, precision=precision)
     if way == "torch.compile(reference)":
-        eager = on_backend(model, "reference", precision)
-        traced = torch.compile(eager.plain, backend="aot_eager" if setting.dry else "inductor")
+        eager = model.on(backend="reference", precision=precision)
+        traced = torch.compile(eager.forward, backend="aot_eager" if setting.dry else "inductor")
 
         def compiled(graph):
-            with tf32_products() if precision == "tf32" else contextlib.nullcontext():
+            with products(precision):
                 return traced(graph)
 
         return compiled
     if way == "latency" and setting.device.type != "cuda":
         raise Skip("CUDA graphs need a GPU")
-    fast = on_backend(model, fastest(setting), precision)
+    fast = model.on(backend=fastest(setting), precision=precision)
     fast.compile(way, compiler="aot_eager" if setting.dry else "inductor")
     return fast

@@ -12,8 +12,9 @@ from pathlib import Path
 import bench_kernels
 import pytest
 import torch
-from gpu_common import Setting, error_of
 from gpu_ops import ORDERS, Inputs
+from gpu_setting import Setting
+from gpu_timing import error_of
 
 from ejmp.measure import bench, workloads
 from ejmp_kernels import availability, registry

@@ -4,33 +4,24 @@ import copy
 import functools
 import itertools
 import time
+from statistics import median
 
 import bench_kernels
 import pytest
 import torch
-from gpu_common import (
-    Setting,
-    Skip,
-    Step,
-    backends,
-    by_turns,
-    by_turns_or_why,
-    ceilings,
-    error_of,
-    gate,
-    median,
-    rates,
-    ratio,
-    reasons,
-)
+from gpu_setting import Setting
+from gpu_step import Skip, Step, reasons, require_error
+from gpu_timing import backends, ceilings, error_of, milliseconds, milliseconds_or_why, rate_and_shares
 from op_cases import Case, model_sizes
 from torch.utils.flop_counter import FlopCounterMode
 
 from ejmp.measure import datasheets
-from ejmp.measure.instruments import copy_rate, gemm_rates
+from ejmp.measure.rates import copy_rate, gemm_rates
+from ejmp.measure.timing import median_ratio
 from ejmp.model.backend import why_unavailable
 from ejmp.model.layers import INV_SQRT_2, Residual
-from ejmp.model.precision import LOW_PRECISION, tf32_products
+from ejmp.model.precision import LOW_PRECISION
+from ejmp.model.precision import products as products_at
 from ejmp_kernels.dense import linear_activate
 
 FEATURES = {
@@ -45,22 +36,23 @@ FEATURES = {
     "swap_add": (0, 1),
     "linear": (0, 1),
 }
-"""Which arguments of an op are in the low type in a low-precision model; the others do not exist in one."""
+"""Positions of an op's inputs that are in the low type in a low-precision model; other ops do not exist in one."""
 WIDENED = ("edge_to_edge", "atom_to_edge", "edge_to_atom", "quadruplet", "pair")
-"""Before which the native and the reference backend convert features to float32, as the models do."""
+"""Ops before which the native and the reference backend convert features to float32, as the models do."""
 TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
+"""Largest allowed error of an op's results, over the largest value, by precision."""
 ORDERS = {"forward": bench_kernels.forward, "backward": bench_kernels.backward, "second": bench_kernels.second}
 
 
 def run_ceilings(setting: Setting) -> None:
-    """The machine's own rates at the model's shapes; every other row is held against these."""
+    """Measure the machine's own rates at the model's shapes; every other row is held against these."""
     step = Step("ceilings", setting)
     width = setting.config.emb_size_edge
     for rows in (64,) if setting.dry else (8192, 32768, 131072):
         for out in (width, 4 * width):
             for precision in setting.precisions:
                 with step.row(what="product", precision=precision, shape=f"({rows}, {out}, {width})") as row:
-                    step.check()
+                    step.require_time()
                     found = gemm_rates(rows, [precision], setting.device, sizes=(out, width))
                     tflops = 1e-3 * max(found.values())
                     peak = datasheets.peak_tflops(setting.device, precision)
@@ -69,7 +61,7 @@ def run_ceilings(setting: Setting) -> None:
                         {"mfu": None if peak is None else tflops / peak, "error": product_error(setting, precision)}
                     )
     with step.row(what="copy") as row:
-        step.check()
+        step.require_time()
         size = 1 << 22 if setting.dry else 1 << 31
         found = copy_rate(setting.device, size)
         card = datasheets.card_of(setting.device)
@@ -78,19 +70,19 @@ def run_ceilings(setting: Setting) -> None:
 
 
 def product_error(setting: Setting, precision: str) -> float:
-    """Error of a product of 512 rows against float64, from operands of the type itself."""
+    """Return the error of a product of 512 rows against float64, from operands of the type itself."""
     width, dtype = setting.config.emb_size_edge, LOW_PRECISION.get(precision, torch.float32)
     x, w = (torch.randn(n, width, device=setting.device, dtype=dtype) for n in (512, width))
-    with tf32_products() if precision == "tf32" else torch.no_grad():
+    with products_at(precision), torch.no_grad():
         return error_of(torch.nn.functional.linear(x, w), torch.nn.functional.linear(x.double(), w.double()))
 
 
 class Inputs:
-    """Every op's case on every graph, made once.
+    """The case of every op on every graph, made once.
 
     Args:
-        setting: where.
-        **graphs: by name.
+        setting: where the campaign runs.
+        **graphs: the graphs by name.
     """
 
     def __init__(self, setting: Setting, **graphs) -> None:
@@ -114,10 +106,7 @@ class Inputs:
         return function, inputs
 
     def checked(self, op: str, order: str, precision: str, backend: str):
-        """Return the largest error of an op's results on the small graph against the specification in float64.
-
-        And the call that gave them.
-        """
+        """Run an op on the small graph; return its largest error against float64, and the call that was run."""
         function, inputs = self.contestant(op, "small", precision, backend)
         exact = ORDERS[order](self.case(op, "double").spec, [x.double() for x in inputs])()
         call = ORDERS[order](function, inputs)
@@ -126,7 +115,7 @@ class Inputs:
 
 
 def run_ops(setting: Setting) -> None:
-    """Every op, backend and derivative: checked on a small graph against float64, then timed on a large one."""
+    """Check every op, backend and derivative on a small graph against float64, then time it on a large one."""
     small = setting.graph(1)
     graph = small if setting.dry else setting.graph(17)
     inputs = Inputs(setting, small=small, double=small.to(dtype=torch.float64), large=graph)
@@ -145,14 +134,14 @@ def one_op(step: Step, key: tuple[str, str, str], there: dict, inputs: Inputs) -
     setting, limits, reference_ms = step.setting, step.result["ceilings"], None
     for name, why in reversed(there.items()):
         with step.row(op=op, order=order, precision=precision, backend=name) as row:
-            step.check()
+            step.require_time()
             if why is not None:
                 raise Skip(why)
             try:
                 row["error"], call = inputs.checked(op, order, precision, name)
             except pytest.skip.Exception as reason:
                 raise Skip(str(reason)) from None
-            gate(row, TOLERANCE[precision])
+            require_error(row, TOLERANCE[precision])
             function, values = inputs.contestant(op, "large", precision, name)
             if not setting.dry:  # where the small graph is the large one
                 call = ORDERS[order](function, values)
@@ -160,9 +149,9 @@ def one_op(step: Step, key: tuple[str, str, str], there: dict, inputs: Inputs) -
             with FlopCounterMode(display=False) as counter:
                 out = call()
             first = {name: 1e3 * (time.perf_counter() - start)}
-            row["ms"] = median(by_turns({name: call}, setting, seconds=0.2, flush=True, first=first)[name])
+            row["ms"] = median(milliseconds({name: call}, setting, seconds=0.2, flush=True, first=first)[name])
             gbytes = 1e-9 * sum(x.nbytes for x in (*values, *out) if x is not None)
-            row.update(rates(1e-12 * counter.get_total_flops(), row["ms"], precision, limits))
+            row.update(rate_and_shares(1e-12 * counter.get_total_flops(), row["ms"], precision, limits))
             row["gbytes_per_s"] = gbytes / (1e-3 * row["ms"])
             row["copy_share"] = row["gbytes_per_s"] / limits["copy_gbytes_per_s"]
             reference_ms = row["ms"] if name == "reference" else reference_ms
@@ -171,7 +160,7 @@ def one_op(step: Step, key: tuple[str, str, str], there: dict, inputs: Inputs) -
 
 
 def run_chain(setting: Setting) -> None:
-    """Residual layers in a row, (32768, 1024): what comes after the products costs, over the bare products."""
+    """Time residual layers in a row on (32768, 1024): what comes after the products, beside the bare products."""
     rows, width, layers = (64 if setting.dry else 32768), setting.config.emb_size_edge, (1 if setting.dry else 5)
     limits = ceilings(setting, rows)
     step = Step("chain", setting, ceilings=limits, rows_of_x=rows, width=width, products=2 * layers)
@@ -187,25 +176,25 @@ def run_chain(setting: Setting) -> None:
                 row: dict = {"precision": precision, "contestant": name}
                 found.append(row)
                 with reasons(row):
-                    step.check()
+                    step.require_time()
                     if name != "products":
                         row["error"] = error_of(call()[:256], exact)
-                        gate(row, TOLERANCE.get(precision, TOLERANCE["fp16"]))
+                        require_error(row, TOLERANCE.get(precision, TOLERANCE["fp16"]))
                 if "skipped" in row or "failed" in row:
                     del calls[name]
             found += [{"precision": precision, "contestant": n, "skipped": why} for n, why in left_out.items()]
-            times = by_turns_or_why(calls, setting, found, seconds=1.0)
+            times = milliseconds_or_why(calls, setting, found, seconds=1.0)
             tflop = 2e-12 * rows * width * width * 2 * layers
             for about in found:
                 with step.row(**about) as row:
-                    mine = times.get(row["contestant"])
-                    if mine is not None:
-                        row.update(rates(tflop, median(mine), precision, limits) | {"ms": median(mine)})
-                        row["of_products"] = ratio(times["products"], mine)
+                    samples = times.get(row["contestant"])
+                    if samples is not None:
+                        row.update(rate_and_shares(tflop, median(samples), precision, limits) | {"ms": median(samples)})
+                        row["of_products"] = median_ratio(times["products"], samples)
 
 
 def chain_calls(setting: Setting, chain: torch.nn.Sequential, x: torch.Tensor, precision: str) -> tuple[dict, dict]:
-    """Return the contestants by name, and the reasons of those that cannot run; "products" is the bare library."""
+    """Return the contestants by name, and the reasons of those that cannot run; "products" does nothing else."""
     low = LOW_PRECISION.get(precision, torch.float32)
     weights = [[d.linear.weight.to(low) for d in layer.dense_mlp] for layer in chain]
     same = copy.deepcopy(chain).to(low)
@@ -227,7 +216,7 @@ def chain_calls(setting: Setting, chain: torch.nn.Sequential, x: torch.Tensor, p
 
     def within(call):
         def run(*arguments):
-            with tf32_products() if precision == "tf32" else torch.no_grad():
+            with products_at(precision), torch.no_grad():
                 return call(*arguments)
 
         return run

@@ -5,12 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ejmp.measure.markdown import markdown_table
+
 STEPS = ("build", "test", "sanitize", "ceilings", "ops", "chain", "blocks", "compare", "train", "profile")
 Row = dict[str, Any]
 
 
 def page(folder: Path) -> str:
-    """Return Markdown of the JSON files in a folder."""
+    """Return a page in Markdown of the JSON files in a folder.
+
+    Raises:
+        FileNotFoundError: if there are none.
+    """
     found = {
         name: json.loads((folder / f"{name}.json").read_text()) for name in STEPS if (folder / f"{name}.json").exists()
     }
@@ -25,7 +31,7 @@ def page(folder: Path) -> str:
         ]
     lines += [
         "Made by `benchmarks/gpu_campaign.py`; every number is in the JSON files beside this page. % of GEMM: the work",
-        "of the model itself (two operations per multiply-add) over the rate of the library's matrix products,",
+        "of the model itself (two operations per multiply-add) over the rate of bare matrix products,",
         "measured at the same number of edges in the same step. MFU: over the datasheet's dense peak.",
         "Errors are against float64.",
         "",
@@ -52,11 +58,13 @@ TITLES = {
 
 
 def machine(found: dict[str, Any]) -> str:
+    """Return the name of the GPU that was measured, or of the CPU in a dry run."""
     made = next(iter(found.values()))["provenance"]
     return made.get("gpu") or made["cpu"]
 
 
 def provenance_lines(step: dict[str, Any]) -> list[str]:
+    """Return a paragraph that says where, when, on what and for how long a step was measured."""
     made, smi = step["provenance"], step["provenance"]["nvidia_smi"]
     card = ", ".join(f"{name} {value}" for name, value in smi.items()) if isinstance(smi, dict) else smi
     return [
@@ -81,7 +89,7 @@ def section(name: str, step: dict[str, Any]) -> list[str]:
                 lines += ["", row["text"], ""]
     else:
         done = [row for row in step["rows"] if "skipped" not in row and "failed" not in row]
-        lines += table(COLUMNS[name], done) if done else []
+        lines += [table(COLUMNS[name], done)] if done else []
     missing = [row for row in step["rows"] if "skipped" in row or "failed" in row]
     if missing:
         lines += ["", "Not there:", ""]
@@ -90,9 +98,11 @@ def section(name: str, step: dict[str, Any]) -> list[str]:
 
 
 HIDDEN = ("format", "step", "dry", "seconds", "log_tail", "status")
+"""Fields of a step that the page does not show above its table."""
 
 
 def who(row: Row) -> str:
+    """Return what a row is about, for the list of what is not there."""
     names = ("what", "file", "tool", "op", "order", "kind", "way", "contestant", "backend", "precision", "shape")
     named = [str(row[name]) for name in names if name in row]
     return ", ".join([*named, *(f"{row[name]} {name}" for name in ("structures", "blocks") if name in row)])
@@ -115,6 +125,7 @@ def how_many(reasons: dict[str, int]) -> str:
 
 
 Column = tuple[str, str, Callable[[Any], str]]
+"""Title of a column, the field of a row that it shows, and how."""
 SHARES: tuple[Column, ...] = (
     ("TFLOP/s", "tflops", number),
     ("% of GEMM", "gemm_share", percent),
@@ -159,10 +170,10 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
 }  # fmt: skip
 
 
-def table(columns: tuple[Column, ...], rows: list[Row]) -> list[str]:
-    lines = ["| " + " | ".join(title for title, _, _ in columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(show(row.get(key)) for _, key, show in columns) + " |" for row in rows]
-    return lines
+def table(columns: tuple[Column, ...], rows: list[Row]) -> str:
+    """Return a Markdown table of a step's rows."""
+    cells = ([show(row.get(key)) for _, key, show in columns] for row in rows)
+    return markdown_table([title for title, _, _ in columns], cells)
 
 
 def claims(found: dict[str, Any]) -> list[str]:
@@ -193,6 +204,7 @@ def rows_of(found: dict[str, Any], name: str) -> list[Row]:
 
 
 def most(rows: list[Row], key: str, scale: float) -> str:
+    """Return the largest value of a field among some rows, times a scale, and which row it is from."""
     known = [row for row in rows if row.get(key) is not None]
     if not known:
         return "not measured"

@@ -1,39 +1,31 @@
 """Steps of the GPU campaign beyond the forward pass: training, distillation, and where the time goes."""
 
+import functools
 import itertools
 import time
+from statistics import median
 
 import torch
-from gpu_common import (
-    Setting,
-    Skip,
-    Step,
-    backends,
-    by_turns_or_why,
-    ceilings,
-    gate,
-    make_model,
-    median,
-    on_backend,
-    rates,
-    ratio,
-    reasons,
-)
-from gpu_models import Exact, peak_mib
+from gpu_models import Exact
+from gpu_setting import Setting, make_model
+from gpu_step import Skip, Step, reasons, require_error
+from gpu_timing import backends, ceilings, milliseconds_or_why, peak_mib, rate_and_shares
 from torch.utils.flop_counter import FlopCounterMode
+from training_steps import train_on_gradient_forces, zero_labels
 
 import ejmp
-from ejmp.compress.distill import DistillConfig
-from ejmp.data.sampling.batch import Batch
+from ejmp.compress.config import DistillConfig
 from ejmp.measure import profile, profile_report
+from ejmp.measure.timing import median_ratio
 from ejmp.train.objective import Distillation
 from ejmp.train.task import Task, Tasks
 
 LOSS_TOLERANCE = {"fp32": 1e-3, "tf32": 5e-2, "fp16": 5e-2, "bf16": 2e-1}
+"""Largest allowed difference of a loss from that of the reference backend in fp32, over it."""
 
 
 def run_train(setting: Setting) -> None:
-    """Steps of training on energies and gradient forces, and of distillation, on every backend by turns."""
+    """Time steps of training on energies and gradient forces, and of distillation, on every backend by turns."""
     structures = 1 if setting.dry else 8
     graph, sizes = setting.graph(structures), setting.sizes(structures)
     wanted = ["fp32"] if setting.dry else [p for p in ("bf16", "tf32", "fp32") if p in setting.precisions]
@@ -62,68 +54,48 @@ def run_train(setting: Setting) -> None:
 
 def train_one(step: Step, key: tuple[str, str], make, parts: tuple) -> None:
     """Add a row per backend, all timed by turns."""
-    setting, (kind, precision), (student, model, graph) = step.setting, key, parts
+    setting, (kind, precision), (*models, graph) = step.setting, key, parts
     expected, calls, rows, first = None, {}, [], {}
     for backend, why in backends(setting).items():
         found: dict = {"kind": kind, "precision": precision, "backend": backend}
         rows.append(found)
         with reasons(found):
-            step.check()
+            step.require_time()
             if why is not None:
                 raise Skip(why)
             if expected is None:
-                expected = make(setting, on_backend(student, "reference"), on_backend(model, "reference"), graph)()
-            call = make(setting, *(on_backend(m, backend, precision) for m in (student, model)), graph)
+                expected = make(*(m.on(backend="reference", precision="fp32") for m in models), graph)()
+            call = make(*(m.on(backend=backend, precision=precision) for m in models), graph)
             start = time.perf_counter()
             with FlopCounterMode(display=False) as counter:
                 loss = call()
             first[backend] = 1e3 * (time.perf_counter() - start)
             found["run_tflop"] = 1e-12 * counter.get_total_flops()
             found["error"] = abs(loss - expected) / abs(expected)
-            gate(found, LOSS_TOLERANCE[precision])
+            require_error(found, LOSS_TOLERANCE[precision])
             found["peak_mib"] = peak_mib(setting, call)
             calls[backend] = call
-    times = by_turns_or_why(calls, setting, rows, seconds=3.0, first=first)
+    times = milliseconds_or_why(calls, setting, rows, seconds=3.0, first=first)
     for found in rows:
         with step.row(**found) as row:
-            mine = times.get(row["backend"])
-            if mine is None:
+            samples = times.get(row["backend"])
+            if samples is None:
                 continue
-            row["ms"] = median(mine)
-            row.update(rates(row["run_tflop"], row["ms"], precision, step.result["ceilings"]))
+            row["ms"] = median(samples)
+            row.update(rate_and_shares(row["run_tflop"], row["ms"], precision, step.result["ceilings"]))
             row["structures_per_s"] = graph.num_structures / (1e-3 * row["ms"])
             if "reference" in times:
-                row["x of reference"] = ratio(times["reference"], mine)
+                row["x of reference"] = median_ratio(times["reference"], samples)
 
 
-def training_step(_setting: Setting, student: ejmp.JMP, _teacher: ejmp.JMP, graph):
-    """Loss on energies and gradient forces of the smaller model, and its gradients."""
-
-    def call():
-        student.zero_grad(set_to_none=True)
-        positions = graph.positions.clone().requires_grad_()
-        energy = student(graph.with_positions(positions)).energy[:, 0]
-        (gradient,) = torch.autograd.grad(energy.sum(), positions, create_graph=True)
-        loss = (energy**2).mean() + (gradient**2).sum()
-        loss.backward()
-        return loss.item()
-
-    return call
+def training_step(student: ejmp.JMP, _teacher: ejmp.JMP, graph: ejmp.AtomGraph):
+    """Return a step that trains the smaller model on energies and gradient forces; it returns the loss."""
+    return functools.partial(train_on_gradient_forces, student, graph)
 
 
-def distillation_step(setting: Setting, student: ejmp.JMP, teacher: ejmp.JMP, graph):
-    """Distil the larger model into the smaller one: the teacher's forward, the student's forward and backward."""
-    B, N = graph.num_structures, graph.num_atoms
-    batch = Batch(
-        graph=graph,
-        energy=torch.zeros(B, dtype=torch.float64, device=setting.device),
-        forces=torch.zeros(N, 3, device=setting.device),
-        fixed=torch.zeros(N, dtype=torch.bool, device=setting.device),
-        targets={},
-        dataset=torch.zeros(B, dtype=torch.int64, device=setting.device),
-        ids=("",) * B,
-        position=0,
-    )
+def distillation_step(student: ejmp.JMP, teacher: ejmp.JMP, graph: ejmp.AtomGraph):
+    """Return a step that distils the larger model into the smaller one; it returns the loss."""
+    batch = zero_labels(graph)
     objective = Distillation(student, teacher, Tasks([Task(name="rocksalt")]), DistillConfig())
 
     def call():
@@ -136,7 +108,7 @@ def distillation_step(setting: Setting, student: ejmp.JMP, teacher: ejmp.JMP, gr
 
 
 def run_profile(setting: Setting) -> None:
-    """Where the time goes: `ejmp profile` on every backend, without fvcore's table."""
+    """Say where the time goes: `ejmp profile` on every backend, without fvcore's table."""
     structures = 1 if setting.dry else 17
     graph = setting.graph(structures)
     step = Step("profile", setting, model=setting.model_name, structures=structures)
@@ -145,13 +117,13 @@ def run_profile(setting: Setting) -> None:
     exact = Exact(setting, model)
     for backend, why in backends(setting).items():
         with step.row(backend=backend, precision=precision) as row:
-            step.check()
+            step.require_time()
             if why is not None:
                 raise Skip(why)
-            own = on_backend(model, backend, precision)
+            measured = model.on(backend=backend, precision=precision)
             with torch.no_grad():
-                row["error"] = exact.error(own(graph).energy)
-            found = profile.profile_model(own, graph, rounds=1 if setting.dry else 10)
+                row["error"] = exact.error(measured(graph).energy)
+            found = profile.profile_model(measured, graph, rounds=1 if setting.dry else 10)
             row.update({name: found["totals"][name] for name in ("ms", "tflops", "gemm_share", "mfu")})
             row["profile"] = found
             text = {"model": f"{setting.model_name}, {model.config.blocks} blocks", "workload": "rocksalt"}

@@ -31,7 +31,7 @@ def make_model(graph):
 
 
 def keys(graph):
-    """The edges of each set, to see which change."""
+    """Return the edges of each set as (source, target, image), to see which change."""
     found = {}
     for name in EDGE_SETS:
         edges = getattr(graph, name)
@@ -80,7 +80,7 @@ def neighbor_jumps(max_neighbors=30, cutoff=12.0, length=0.1, steps=20):
 
 
 def bisect(graph, low, high, width=1e-9):
-    """The intervals of [low, high] in which an edge set changes, each narrowed to `width`."""
+    """Return the intervals of [low, high] in which an edge set changes, each narrowed to `width`."""
     if keys(graph(low)) == keys(graph(high)):
         return []
     if high - low < width:
@@ -120,7 +120,7 @@ def linear_forces():
 
 
 def difference_error(model, graph, forces, step=1e-9):
-    """Largest difference of the forces along x and the energy's central difference, in the same units."""
+    """Return the largest difference of the forces along x from the energy's central difference, in their unit."""
     worst = 0.0
     for atom in range(graph.num_atoms):
         ends = []

@@ -8,11 +8,11 @@ molecule up to the same.
 import numpy as np
 
 SIZES = (100_000_000, 8_000_000, 2_000_000, 10_000_000)
-"""OC20, OC22, ANI-1x, Transition-1x."""
+"""Number of structures in OC20, OC22, ANI-1x, Transition-1x."""
 
 
 def draw_atoms(dataset, count, rng):
-    """Draw the atoms of structures of a dataset, by its number."""
+    """Draw numbers of atoms of some structures of a dataset, which is given by its place in SIZES."""
     if dataset < 2:
         shape, mean, most = ((5.5, 55, 225), (4.0, 60, 228))[dataset]
         return np.clip(20 + rng.gamma(shape, mean / shape, count), 20, most).astype(np.uint16)
@@ -21,13 +21,13 @@ def draw_atoms(dataset, count, rng):
 
 
 def draw_edges(dataset, count, rng):
-    """Draw the main edges of structures of a dataset."""
+    """Draw numbers of main edges of some structures of a dataset, which is given by its place in SIZES."""
     atoms = draw_atoms(dataset, count, rng)
     return atoms * np.minimum(atoms - 1, 30)
 
 
 def write_index(folder, sizes=SIZES):
-    """Write the edges of each structure, two bytes each, and return the files."""
+    """Write each structure's number of edges, two bytes each, into a file per dataset; return the files."""
     paths = []
     for dataset, size in enumerate(sizes):
         rng = np.random.default_rng(dataset)

@@ -1,6 +1,8 @@
 """The `ejmp` command."""
 
 import argparse
+import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -8,18 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ejmp import __version__
+from ejmp.compress import cli as compress
 from ejmp.data import cli as data
-from ejmp.train import main as launch
+from ejmp.measure import cli as measure
+from ejmp.train import main as training_main
+from ejmp.train.flags import COMMANDS
 
 if TYPE_CHECKING:
     from ejmp.measure.workloads import Workload
 
 _EXTRAS = {"mpi4py": "mpi", "tblite": "demo"}
-"""What brings a module that the command's own extra does not."""
+"""The extra to install for a module that the command's own extra does not bring."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status, 2 for bad input."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line, whose result has the function to call as `run`."""
     parser = argparse.ArgumentParser(prog="ejmp", description="JMP molecular foundation models: measure, prune, run.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -28,13 +33,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor = commands.add_parser("doctor", help="which implementation serves which op, device and type, and why")
     doctor.set_defaults(run=_doctor)
     data.add_commands(commands.add_parser("data", help="convert, check and describe datasets"))
-    _add_prune(commands.add_parser("prune", help="keep some interaction blocks of a model"))
-    _add_relevance(commands.add_parser("relevance", help="how much each block's output matters, by dataset"))
-    for command in ("finetune", "evaluate"):
-        training = commands.add_parser(command, help=launch.DESCRIPTIONS[command])
-        launch.add_options(command, training)
-        training.set_defaults(run=launch.run)
-    options = parser.parse_args(arguments)
+    compress.add_prune(commands.add_parser("prune", help="keep some interaction blocks of a model"))
+    measure.add_relevance(commands.add_parser("relevance", help="how much each block's output matters, by dataset"))
+    for name, command in COMMANDS.items():
+        training = commands.add_parser(name, help=command.description, description=command.description)
+        command.add_flags(training)
+        training.set_defaults(run=functools.partial(training_main.run, name))
+    measure.add_report(commands.add_parser("report", help="show a saved result again: of bench, profile or relevance"))
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status, 2 for bad input."""
+    options = make_parser().parse_args(arguments)
     try:
         return options.run(options)
     except ModuleNotFoundError as error:
@@ -72,15 +83,16 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
 def _bench(options: argparse.Namespace) -> int:
     import torch  # noqa: PLC0415
 
-    from ejmp.measure import bench, instruments, report  # noqa: PLC0415
+    from ejmp.measure import bench, report  # noqa: PLC0415
+    from ejmp.measure.rates import precisions_of  # noqa: PLC0415
 
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    plan = bench.Plan(
+    request = bench.BenchRequest(
         workload=_workload(options),
         blocks=tuple(options.blocks or ((4, 3, 2) if options.small else (6, 5, 4, 3, 2))),
-        precisions=tuple(options.precision or instruments.precisions_of(device)),
+        precisions=tuple(options.precision or precisions_of(device)),
         device=str(device),
-        seconds=options.seconds,
+        rounds=dataclasses.replace(bench.ROUNDS, seconds=options.seconds),
         small=options.small,
         backend=options.backend,
         compare=options.compare,
@@ -88,7 +100,7 @@ def _bench(options: argparse.Namespace) -> int:
     if options.output is not None:
         report.need_matplotlib()
         options.output.parent.mkdir(parents=True, exist_ok=True)
-    result = bench.run(plan, report=lambda line: print(line, file=sys.stderr, flush=True))
+    result = bench.run(request, report=lambda line: print(line, file=sys.stderr, flush=True))
     print(report.summary(result), report.table(result), sep="\n\n")
     if options.output is not None:
         options.output.write_text(json.dumps(result, indent=1) + "\n")
@@ -116,10 +128,7 @@ def _profile(options: argparse.Namespace) -> int:
 
     from ejmp.measure import profile, profile_report  # noqa: PLC0415
 
-    for name in ("blocks", "rounds"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name}: expected 1 or more, got {getattr(options, name)}")
-    plan = profile.Plan(
+    request = profile.ProfileRequest(
         workload=_workload(options),
         blocks=options.blocks,
         precision=options.precision,
@@ -129,7 +138,7 @@ def _profile(options: argparse.Namespace) -> int:
         rounds=options.rounds,
         fvcore=not options.no_fvcore,
     )
-    result = profile.run(plan)
+    result = profile.run(request)
     print(profile_report.text(result))
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -141,74 +150,6 @@ def _doctor(_options: argparse.Namespace) -> int:
     from ejmp.measure import doctor  # noqa: PLC0415
 
     print(doctor.examine())
-    return 0
-
-
-def _add_prune(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=_prune)
-    parser.add_argument("model", type=Path, help="what ejmp.load reads")
-    parser.add_argument("out", type=Path, help="directory to write")
-    kept = parser.add_mutually_exclusive_group(required=True)
-    kept.add_argument("--blocks", type=int, help="keep this many, the first ones")
-    kept.add_argument("--keep", metavar="0,1,...", help="keep exactly these, numbered from 0")
-    parser.add_argument("--final-mlp", default="sliced", choices=("sliced", "random"), help="default: sliced")
-    parser.add_argument("--seed", type=int, default=0, help="of --final-mlp random (default: 0)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a model at OUT")
-
-
-def _prune(options: argparse.Namespace) -> int:
-    import torch  # noqa: PLC0415
-
-    import ejmp  # noqa: PLC0415
-    from ejmp.compress.pruning import parse_blocks  # noqa: PLC0415
-
-    torch.manual_seed(options.seed)
-    keep = None if options.keep is None else parse_blocks(options.keep)
-    model = ejmp.load(options.model)
-    small = ejmp.prune(model, blocks=options.blocks, keep=keep, final_mlp=options.final_mlp)
-    ejmp.save(small, options.out, overwrite=options.overwrite)
-    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
-    kept = ", ".join(map(str, small.config.kept_blocks or ()))
-    print(f"{options.out}: blocks {kept}; {after:,} of {before:,} parameters")
-    return 0
-
-
-def _add_relevance(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=_relevance)
-    parser.add_argument("model", type=Path, help="what ejmp.load reads")
-    parser.add_argument("--data", metavar="NAME=FOLDER,...", help="record stores (default: the embedded demo mix)")
-    parser.add_argument("--structures", type=int, default=32, help="of each dataset at most (default: 32)")
-    parser.add_argument("--batch", type=int, default=4, help="structures per batch (default: 4)")
-    parser.add_argument(
-        "--labels", action="store_true", help="loss of energies and forces on labels, instead of their magnitudes"
-    )
-    parser.add_argument("--output", type=Path, metavar="PNG", help="draw the scores")
-
-
-def _relevance(options: argparse.Namespace) -> int:
-    import ejmp  # noqa: PLC0415
-    from ejmp.measure import report  # noqa: PLC0415
-    from ejmp.train.sources import demo_mix, from_stores, with_tasks_of  # noqa: PLC0415
-    from ejmp.train.survey import survey  # noqa: PLC0415
-
-    for name in ("structures", "batch"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name}: expected 1 or more, got {getattr(options, name)}")
-    if options.output is not None:
-        report.need_matplotlib()
-    model = ejmp.load(options.model)
-    sources = from_stores(options.data) if options.data else demo_mix()
-    scores = survey(
-        model,
-        with_tasks_of(options.model, sources, model),
-        structures=options.structures,
-        batch_size=options.batch,
-        labels=options.labels,
-    )
-    print(report.relevance_table(scores))
-    if options.output is not None:
-        report.relevance_picture(scores, options.output)
-        print(f"\n{options.output}")
     return 0
 
 

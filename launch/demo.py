@@ -1,4 +1,4 @@
-"""The whole method on the demo data: relevance, prune, distil, fine-tune, evaluate; some 9 minutes on two cores.
+"""Run the whole method on the demo data: relevance, prune, distil, fine-tune, evaluate; 9 minutes on two cores.
 
 make demo, or: python launch/demo.py [--run runs/demo] [--steps 150]
 """
@@ -11,21 +11,21 @@ import sys
 import time
 from pathlib import Path
 
+from ejmp.compress.config import parse_terms
 from ejmp.compress.pruning import prune
 from ejmp.measure import report
 from ejmp.model.checkpoint import load
 from ejmp.model.jmp import JMP
 from ejmp.provenance import provenance
-from ejmp.train import config
-from ejmp.train.adapt import for_finetuning
-from ejmp.train.commands import terms_of
-from ejmp.train.demo import demo_config, demo_teacher, new_model
+from ejmp.train import presets
+from ejmp.train.demo import demo_config, demo_teacher
 from ejmp.train.distributed import Ranks
 from ejmp.train.evaluate import Errors, evaluate, forces_only, table
 from ejmp.train.faults import session
 from ejmp.train.loop import FINAL, Result, Run, train
 from ejmp.train.objective import Distillation, Supervised
 from ejmp.train.sources import demo_downstream, demo_mix, tasks_of, with_tasks_of
+from ejmp.train.start import for_finetuning, new_model
 from ejmp.train.survey import survey
 
 BLOCKS = (5, 4, 3, 2)
@@ -41,14 +41,14 @@ def say(text: str) -> None:
 def distilled(teacher: JMP, path: Path, blocks: int, steps: int, folder: Path, ranks: Ranks) -> tuple[Errors, Errors]:
     """Return the errors of the first blocks of a teacher, before and after distillation."""
     sources = with_tasks_of(path, demo_mix(), teacher)
-    settings = dataclasses.replace(config.demo("distill"), steps=steps, validate_every=steps)
-    objective = Distillation(prune(teacher, blocks=blocks), teacher, tasks_of(sources), terms_of(config.DEMO_TERMS))
-    result = finished(Run(objective=objective, sources=sources, config=settings, directory=folder, ranks=ranks))
+    config = dataclasses.replace(presets.demo("distill"), steps=steps, validate_every=steps)
+    objective = Distillation(prune(teacher, blocks=blocks), teacher, tasks_of(sources), parse_terms(presets.DEMO_TERMS))
+    result = finished(Run(objective=objective, sources=sources, config=config, directory=folder, ranks=ranks))
     return result.before, result.after
 
 
 def finished(run: Run) -> Result:
-    """Train, or leave the demo if that was told to stop."""
+    """Train and return the result; end the demo if it was told to stop."""
     result = train(run)
     if not result.finished:
         raise SystemExit(0)
@@ -60,17 +60,17 @@ def finetuned(start: JMP, folder: Path, ranks: Ranks, *, scratch: bool) -> Error
     source = demo_downstream("rmd17")
     model = for_finetuning(start)
     model = new_model(model.config, [source], seed=0) if scratch else model
-    settings = dataclasses.replace(config.demo("finetune"), steps=FINETUNE_STEPS, warmup_steps=10)
+    config = dataclasses.replace(presets.demo("finetune"), steps=FINETUNE_STEPS, warmup_steps=10)
     objective = Supervised(model, tasks_of([source]))
-    finished(Run(objective=objective, sources=[source], config=settings, directory=folder, ranks=ranks))
+    finished(Run(objective=objective, sources=[source], config=config, directory=folder, ranks=ranks))
     return evaluate(load(folder / FINAL), [source], ranks, split="test")
 
 
 def main() -> None:
-    """Run all and print the tables."""
+    """Run all parts of the demo and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--steps", type=int, default=150, help="of each distillation (default: 150)")
+    parser.add_argument("--steps", type=int, default=150, help="steps of each distillation (default: 150)")
     options = parser.parse_args()
     start = time.time()
     shutil.rmtree(options.run, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The result of a loss function, of labels or of a teacher."""
+"""The result of a loss function, which compares a model with labels or with a teacher."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """What a training step differentiates, and what it logs."""
+    """The loss that a training step differentiates, and its parts for the log."""
 
     total: Tensor
-    """Scalar."""
+    """Loss to differentiate, a scalar."""
     parts: dict[str, Tensor]
-    """Detached scalars by name."""
+    """Parts of the loss by name, detached scalars."""

@@ -26,9 +26,9 @@ def prune(
     were kept.
 
     Args:
-        model: left as it is.
-        blocks: keep this many, the first ones.
-        keep: or keep exactly these, numbered from 0, ascending.
+        model: model to prune, which is not changed.
+        blocks: number of blocks to keep, the first ones.
+        keep: numbers of the blocks to keep instead, from 0, ascending.
         final_mlp: "sliced" keeps the surviving input columns of the final MLP's first layer (of both branches),
             "random" initialises that layer anew at the smaller size.
 
@@ -61,18 +61,6 @@ def prune(
         state[name] = value.clone()
     small.load_state_dict(state, assign=True)
     return small.train(model.training)
-
-
-def parse_blocks(text: str) -> list[int]:
-    """Return the block numbers of a flag --keep.
-
-    Raises:
-        ValueError: if they are not numbers with commas.
-    """
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--keep: expected numbers with commas, such as 0,1,2, got {text!r}") from None
 
 
 def _old_name(name: str, kept: list[int]) -> str:

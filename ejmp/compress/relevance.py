@@ -12,11 +12,11 @@ from ejmp.model.jmp import JMP, Output
 
 
 class HasGraph(Protocol):
-    """A batch."""
+    """A batch of structures, with their labels or without."""
 
     @property
     def graph(self) -> AtomGraph:
-        """Its structures."""
+        """The graph of the batch's structures."""
         ...
 
 
@@ -28,13 +28,13 @@ class Relevance:
     """Scores of the output blocks, the embedding's first, then one per interaction block."""
 
     energy: Tensor
-    """[blocks + 1] float64, of the energy branch."""
+    """Scores of the energy branch, [blocks + 1] float64."""
     forces: Tensor | None
-    """[blocks + 1] float64, of the force branch; None without one."""
+    """Scores of the force branch, [blocks + 1] float64; None if the model has none."""
 
     @property
     def combined(self) -> Tensor:
-        """The mean of each branch's shares of its own sum, [blocks + 1]; their scores as such differ in scale."""
+        """The mean over branches of the scores over their sum, [blocks + 1]; unscaled, the branches differ in scale."""
         branches = [self.energy] if self.forces is None else [self.energy, self.forces]
         return torch.stack([scores / scores.sum().clamp_min(1e-300) for scores in branches]).mean(0)
 
@@ -53,9 +53,9 @@ def block_relevance(
     Source: Ghunaim et al., section 3.2, who take the loss of training on labelled data for L.
 
     Args:
-        model: left as it is.
+        model: model to score, which is not changed.
         graphs: graphs or batches; scores are means over all of their atoms and edges.
-        loss: L of an output and the graph or batch it belongs to. One with labels is
+        loss: returns the loss L of an output and the graph or batch it belongs to. One with labels is
             `lambda out, batch: multitask_loss(out.energy, out.forces, batch, tasks).total`. Where L is a mean over
             structures, give batches of one size, so that all structures count alike.
 

@@ -2,8 +2,8 @@
 
 from ejmp.data.embedded import DEMO_DOWNSTREAM, DEMO_MIX, demo
 from ejmp.data.info import Dataset, DatasetInfo, Statistics
+from ejmp.data.readers.by_name import FORMATS, read
 from ejmp.data.readers.format import Format, Part
-from ejmp.data.readers.registry import FORMATS, read
 from ejmp.data.sampling.batch import Batch, make_batch
 from ejmp.data.sampling.loader import Loader
 from ejmp.data.sampling.mix import InOrder, MixSampler

@@ -1,21 +1,47 @@
-"""`ejmp data`: convert, stats, verify, info, fetch."""
+"""The commands of `ejmp data`: convert, stats, verify, info, fetch."""
 
 import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
-from ejmp.data.fetch import SOURCES, fetch
+from ejmp.data.catalog import DOWNLOADS
+from ejmp.data.fetch import fetch
 from ejmp.data.info import DatasetInfo, Statistics
 from ejmp.data.store.conversion import SHARD_SIZE, convert
 from ejmp.data.store.dataset import open_store, verify
 from ejmp.data.store.describe import Histogram, describe
-from ejmp.data.store.ranks import Ranks
+from ejmp.data.store.writers import Writers
 
 _BAR = 40
 _SECONDS_BETWEEN_LINES = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertRequest:
+    """What `ejmp data convert` is asked to do; the fields are those of `ejmp.data.convert`."""
+
+    source: Path
+    """Dataset in its original form."""
+    dest: Path
+    """Folder for the splits; its name becomes the dataset's."""
+    format: str
+    """Format of the source, a name of `ejmp.data.read.FORMATS`."""
+    split: str | None
+    """Split that all of the source goes to; None: as the dataset's rule says."""
+    licence: str
+    """Licence to write into `dataset.json`."""
+    shard_size: int
+    """Structures per shard."""
+
+    @classmethod
+    def from_flags(cls, flags: argparse.Namespace) -> Self:
+        """Return the request that the parsed command line states."""
+        return cls(**{field: getattr(flags, field) for field in cls.__dataclass_fields__})
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +49,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="data_command", required=True)
     text = "Run it again to go on after an interruption, and under mpirun -n N to use N processes."
     parser = commands.add_parser("convert", help="from a dataset's original form to a record store", epilog=text)
-    parser.set_defaults(run=_convert)
+    parser.set_defaults(run=lambda flags: _convert(ConvertRequest.from_flags(flags)))
     parser.add_argument("source", type=Path)
     parser.add_argument(
         "dest", type=Path, help="a folder; its name becomes the dataset's, its splits are folders in it"
@@ -32,39 +58,43 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="the split all of the source goes to (default: as the dataset's rule says)")
     parser.add_argument("--licence", default="not stated", help="to be written into dataset.json")
     parser.add_argument("--shard-size", type=int, default=SHARD_SIZE, help="structures per shard")
-    for name, run, text in (
-        ("stats", _stats, "linear reference, means, deviations and histograms of one split"),
-        ("verify", _verify, "check every byte of one split"),
-        ("info", _info, "what dataset.json says of one split"),
-    ):
-        command = commands.add_parser(name, help=text)
-        command.set_defaults(run=run)
-        command.add_argument("path", type=Path, help="the folder of a split")
+    _add_split_command(commands, "stats", _stats, "linear reference, means, deviations and histograms of one split")
+    _add_split_command(commands, "verify", _verify, "check every byte of one split")
+    _add_split_command(commands, "info", _info, "what dataset.json says of one split")
     get = commands.add_parser("fetch", help="download a dataset in its original form")
-    get.set_defaults(run=_fetch)
-    get.add_argument("name", choices=SOURCES)
-    get.add_argument("dest", type=Path)
+    get.set_defaults(run=lambda flags: _fetch(flags.name, flags.dest))
+    get.add_argument("name", choices=DOWNLOADS, help="what to download")
+    get.add_argument("dest", type=Path, help="the folder to put it in")
 
 
-def _convert(options: argparse.Namespace) -> int:
+def _add_split_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, run: Callable[[Path], int], text: str
+) -> None:
+    """Add a command whose only argument is the folder of a split."""
+    command = commands.add_parser(name, help=text)
+    command.set_defaults(run=lambda flags: run(flags.path))
+    command.add_argument("path", type=Path, help="the folder of a split")
+
+
+def _convert(request: ConvertRequest) -> int:
     with _progress("converting", "structures") as progress:
         folders = convert(
-            options.source,
-            options.dest,
-            format=options.format,
-            split=options.split,
-            licence=options.licence,
-            shard_size=options.shard_size,
+            request.source,
+            request.dest,
+            format=request.format,
+            split=request.split,
+            licence=request.licence,
+            shard_size=request.shard_size,
             progress=progress,
         )
-    if Ranks().rank == 0:
+    if Writers().rank == 0:
         for folder in folders:
             print(f"{folder}: {len(open_store(folder))} structures")
     return 0
 
 
-def _stats(options: argparse.Namespace) -> int:
-    store = open_store(options.path)
+def _stats(path: Path) -> int:
+    store = open_store(path)
     with _progress("reading", "structures") as progress:
         found = describe(store, progress)
     reference = found.tally.linear_reference()
@@ -77,21 +107,21 @@ def _stats(options: argparse.Namespace) -> int:
     return 0
 
 
-def _verify(options: argparse.Namespace) -> int:
+def _verify(path: Path) -> int:
     problems, files = [], 0
     with _progress("verifying", "files") as progress:
-        total = len(list(options.path.glob("shard-*.lmdb"))) + 3
-        for files, (_, found) in enumerate(verify(options.path), 1):
+        total = len(list(path.glob("shard-*.lmdb"))) + 3
+        for files, (_, found) in enumerate(verify(path), 1):
             problems += found
             progress(files, max(files, total))
     for problem in problems:
         print(problem, file=sys.stderr)
-    print(f"{options.path}: {files} files, {len(problems)} problems")
+    print(f"{path}: {files} files, {len(problems)} problems")
     return 1 if problems else 0
 
 
-def _info(options: argparse.Namespace) -> int:
-    store = open_store(options.path)
+def _info(path: Path) -> int:
+    store = open_store(path)
     info: DatasetInfo = store.info
     print(f"{info.name}, {info.split} split: {info.count} structures, {store.num_atoms.sum(dtype=int)} atoms")
     print(f"source   {info.source} ({info.format})\nlicence  {info.licence}")
@@ -102,15 +132,15 @@ def _info(options: argparse.Namespace) -> int:
     return 0
 
 
-def _fetch(options: argparse.Namespace) -> int:
-    source = SOURCES[options.name]
-    print(f"{options.name}: licence {source.licence}; {source.page}", flush=True)
-    for remote in source.files:
+def _fetch(name: str, dest: Path) -> int:
+    entry, download = DOWNLOADS[name]
+    print(f"{name}: licence {entry.licence}; {entry.page}", flush=True)
+    for remote in download.files:
         checked = "checked against " + remote.hash.split(":")[0] if remote.hash else "no published hash to check"
         print(f"{remote.url} ({remote.size}; {checked})", flush=True)
         with _progress(remote.name, "bytes") as progress:
-            print(fetch(remote, options.dest, progress))
-    print(f"unpack it if it is an archive, then: ejmp data convert SOURCE DEST --format {source.format}")
+            print(fetch(remote, dest, progress))
+    print(f"unpack it if it is an archive, then: ejmp data convert SOURCE DEST --format {download.format}")
     return 0
 
 
@@ -128,9 +158,9 @@ def _print_histogram(name: str, histogram: Histogram) -> None:
 
 @contextmanager
 def _progress(title: str, unit: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Yield what to call with the number done and all: a bar with rate and time left, or lines if no terminal sees it.
+    """Yield a function that shows progress when it is called with the number done and the number of all.
 
-    On a rank other than 0 it is never called and shows nothing.
+    It draws a bar with rate and time left on a terminal, and writes lines elsewhere. Ranks other than 0 never call it.
     """
     if not sys.stderr.isatty():
         yield _lines(title, unit)

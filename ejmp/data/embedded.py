@@ -10,29 +10,38 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from ejmp.data.info import DatasetInfo, Statistics
+from ejmp.data.catalog import CATALOG
+from ejmp.data.info import DatasetInfo
 from ejmp.graph.structure import Structure
 
-DEMO_MIX = ("oc20", "oc22", "ani1x", "transition1x")
-"""To pre-train on."""
-DEMO_DOWNSTREAM = ("rmd17", "qm9", "spice", "md22", "qmof")
-"""To fine-tune on; these have a test split."""
+DEMO_MIX = tuple(entry.name for entry in CATALOG.values() if entry.pretraining is not None)
+"""Names of the four demo datasets to pre-train on."""
+DEMO_DOWNSTREAM = tuple(entry.name for entry in CATALOG.values() if entry.pretraining is None)
+"""Names of the five demo datasets to fine-tune on; these have a test split."""
 DEMO_FOLDER = Path(__file__).parent / "demo-mix"
+"""Folder of the demo datasets' files."""
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+"""Names of the splits, in the order they have in a file."""
 
 
 class DemoSet:
     """One split of a demo dataset, in memory."""
 
     def __init__(self, arrays: dict[str, Any], info: DatasetInfo, first: int) -> None:
-        """Take the arrays of all splits (see `write` in ejmp.data.generate), and where this split begins."""
+        """Make one split of a dataset.
+
+        Args:
+            arrays: the arrays of all splits, as `ejmp.data.generate.write` writes them.
+            info: what is known of this split.
+            first: the number of its first structure in the arrays.
+        """
         self.info = info
         self._arrays = arrays
         self._first = first
-        mine = slice(first, first + info.count)
-        self.num_atoms = np.diff(arrays["ptr"])[mine]
-        self.num_edges = arrays["num_edges"][mine]
+        own = slice(first, first + info.count)
+        self.num_atoms = np.diff(arrays["ptr"])[own]
+        self.num_edges = arrays["num_edges"][own]
 
     def __len__(self) -> int:
         return self.info.count
@@ -60,11 +69,11 @@ class DemoSet:
 def demo(name: str, split: Split = "train") -> DemoSet:
     """Read one split of one of the nine embedded demo datasets.
 
-    Energies are eV, forces eV/A, positions A. All have an energy; qm9 has no forces; qm9 and qmof have the target
-    "gap" (HOMO-LUMO gap, eV); oc20 and oc22 have tags and fixed atoms.
+    Energies are in eV, forces in eV/A, positions in A. All have an energy; qm9 has no forces; qm9 and qmof have the
+    target "gap" (HOMO-LUMO gap, eV); oc20 and oc22 have tags and fixed atoms.
 
     Args:
-        name: one of DEMO_MIX (pre-training: train and val) or DEMO_DOWNSTREAM (train, val and test).
+        name: one of DEMO_MIX (for pre-training; train and val) or DEMO_DOWNSTREAM (train, val and test).
         split: "train", "val" or "test".
 
     Raises:
@@ -85,11 +94,5 @@ def _load(name: str) -> tuple[dict[str, Any], dict[str, DatasetInfo]]:
         arrays = dict(file)
     for array in arrays.values():
         array.flags.writeable = False
-    infos = {split: _info(fields) for split, fields in json.loads(arrays.pop("info").item()).items()}
+    infos = {split: DatasetInfo.from_json(fields) for split, fields in json.loads(arrays.pop("info").item()).items()}
     return arrays, infos
-
-
-def _info(fields: dict[str, Any]) -> DatasetInfo:
-    fields["linear_reference"] = {int(number): value for number, value in fields["linear_reference"].items()}
-    fields["statistics"] = {label: Statistics(**values) for label, values in fields["statistics"].items()}
-    return DatasetInfo(**fields)

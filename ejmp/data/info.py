@@ -1,52 +1,72 @@
-"""What is known of a dataset as a whole, and what every dataset can be asked."""
+"""The facts about a dataset as a whole, and the interface that every dataset has."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
 from ejmp.graph.structure import Structure
 
 SCHEMA_VERSION = 1
+"""Version of the contents of `dataset.json`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """Mean and standard deviation of a label."""
+    """Mean and standard deviation of one label over the training split."""
 
     mean: float
+    """Mean, in the label's unit."""
     std: float
+    """Standard deviation, in the label's unit."""
     unit: str
+    """Unit of the label; empty if it is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """One split of a dataset: the contents of `dataset.json`."""
+    """What is known of one split of a dataset: the contents of `dataset.json`."""
 
     name: str
+    """Name of the dataset."""
     format: str
+    """Format it was converted from, a name of `ejmp.data.read.FORMATS`, "custom" or "demo"."""
     split: str
+    """Name of the split."""
     count: int
+    """Number of structures in the split."""
     source: str
-    """Where it came from: a URL, a path, or how it was made."""
+    """Where the structures came from: a URL, a path, or how they were made."""
     licence: str
+    """Licence of the data."""
     linear_reference: Mapping[int, float] = field(default_factory=dict)
-    """eV by atomic number: least squares of the training split's energy on element counts."""
+    """Energy of each element, eV by atomic number: least squares of the training split's energy on element counts."""
     statistics: Mapping[str, Statistics] = field(default_factory=dict)
-    """Of the training split: "energy" after the linear reference, "forces" (mean 0) by component, targets by name."""
+    """Statistics of the training split: "energy" after the linear reference, "forces" (mean 0) by component, and every
+    target by its name."""
     units: Mapping[str, str] = field(default_factory=lambda: {"length": "A", "energy": "eV", "forces": "eV/A"})
+    """Unit of each physical quantity."""
     schema_version: int = SCHEMA_VERSION
+    """Version of these fields."""
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        """Return the information whose fields JSON has kept, with numbers as text and statistics as mappings."""
+        reference = {int(number): energy for number, energy in fields["linear_reference"].items()}
+        statistics = {label: Statistics(**values) for label, values in fields["statistics"].items()}
+        return cls(**{**fields, "linear_reference": reference, "statistics": statistics})
 
 
 class Dataset(Protocol):
-    """What a record store and the demo mix have in common."""
+    """The interface that record stores and demo datasets have in common: structures by their number."""
 
     info: DatasetInfo
+    """What is known of the dataset as a whole."""
     num_atoms: np.ndarray[Any, Any]
-    """[len] atoms of each structure, memory-mapped where large."""
+    """Atoms of each structure, [len]; memory-mapped if it is large."""
     num_edges: np.ndarray[Any, Any]
-    """[len] estimated main edges of each structure, for balancing."""
+    """Estimated main edges of each structure, [len], by which the work of ranks is balanced."""
 
     def __len__(self) -> int: ...
 

@@ -1,1 +1,1 @@
-"""Structures and the graphs made of them: four sets of edges, batched, padded."""
+"""Structures, and the graphs made of them: batched, with four sets of edges, padded to few shapes."""

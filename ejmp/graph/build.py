@@ -31,10 +31,11 @@ from ejmp_kernels.neighbors import (
 )
 
 QUAD_TAGS = (1, 2)
-"""Quadruplets are formed around surface and adsorbate or molecule atoms, not in the bulk."""
+"""Tags of the atoms around which quadruplets are formed: surface and adsorbate or molecule, not bulk."""
 MAX_CUTOFF, MAX_NEIGHBORS = 1_000.0, 1_000_000
+"""Largest cutoff (A) and number of neighbours that are accepted."""
 MIN_DISTANCE = 0.01
-"""A; two atoms closer than this are an error."""
+"""Two atoms closer than this are an error, A."""
 
 
 def build_graph(
@@ -58,10 +59,10 @@ def build_graph(
 
     Args:
         structures: an ase.Atoms, an ejmp.Structure, anything with `numbers`, `positions`, `cell`, `pbc`, or a list.
-        cutoff: A; one value, or one per structure.
-        max_neighbors: one value, or one per structure.
-        device: where the graph goes. Without CUDA kernels the native search runs on the CPU and its result is moved.
-        dtype: of distances and vectors, float32 or float64; the model's dtype.
+        cutoff: longest edge in A; one value, or one per structure.
+        max_neighbors: most main edges into one atom; one value, or one per structure.
+        device: device of the graph. Without CUDA kernels the native search runs on the CPU and its result is moved.
+        dtype: type of distances and vectors, float32 or float64; the model's dtype.
         backend: "native" is the compiled cell list, "reference" the plain-torch search on `device`; "auto" takes
             the first one available.
 
@@ -106,17 +107,17 @@ def graph_from_edges(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> AtomGraph:
-    """Build a graph from edges somebody else found.
+    """Build a graph from edges that are already known.
 
     Args:
         structures: as for `build_graph`; atoms are numbered through the whole batch.
         edges: for each of "main", "atom_edges", "quad_edges", "atom_pairs": (edge_index [2, E] with row 0 the source
             and row 1 the target, offset [E, 3]), in any order. Main edges must be closed under swapping.
-        device: where the graph goes.
-        dtype: of distances and vectors.
+        device: device of the graph.
+        dtype: type of distances and vectors, float32 or float64.
 
     Raises:
-        ValueError: for impossible structures, as `build_graph`; for edges with wrong names, shapes, types, or atoms
+        ValueError: for structures that `build_graph` refuses; for edges with wrong names, shapes, types, or atoms
             that do not exist; and if a main edge has no counter-edge.
     """
     device = torch.device(device)
@@ -133,7 +134,7 @@ def graph_from_edges(
 
 
 def _resolve(backend: str) -> bool:
-    """Decide whether to search natively; an explicit wish that cannot be met raises."""
+    """Return whether to search natively; raise RuntimeError if that was asked for explicitly and is not possible."""
     if backend not in ("auto", "native", "reference"):
         raise ValueError(f'backend: expected "auto", "native" or "reference", got {backend!r}')
     reason = availability.why_unavailable()
@@ -150,7 +151,7 @@ def _warn_once(reason: str) -> None:
 
 
 def _per_structure(value: Any, num: int, name: str, most: float) -> list[Any]:
-    """Return one positive number of the type of `most`, and no larger, for each structure."""
+    """Return a number for each structure, after checking that it is positive, of the type of `most`, and no larger."""
     kind = type(most)
     given = value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value
     values: list[Any] = [given] * num if np.ndim(given) == 0 else list(given)
@@ -164,11 +165,12 @@ def _per_structure(value: Any, num: int, name: str, most: float) -> list[Any]:
 
 
 def neighbor_limits(k: int) -> list[int]:
-    """Return the most pairs, main, atom and quad edges per atom for a base of k neighbours."""
+    """Return the most pairs, main, atom and quad edges into one atom if k main edges are asked for."""
     return [k * 1000 // 30, k, k * 20 // 30, k * 8 // 30]
 
 
 def _collate(checked: list[Checked]) -> dict[str, Tensor]:
+    """Join checked structures to the fields of a batched graph that are not edges."""
     device = checked[0].positions.device
     sizes = torch.tensor([len(item.numbers) for item in checked], device=device)
     return {
@@ -186,14 +188,14 @@ def _assemble(parts: dict[str, Tensor], lists: dict[str, EdgeList], swap: Tensor
     check_dtype(dtype)
     sets: dict[str, EdgeSet] = {}
     for name, found in lists.items():
-        own_swap = swap if name == "main" else None
-        sets[name] = make_edge_set(parts["positions"], found, parts["cell"], parts["ptr"], dtype, own_swap)
+        swap_of_set = swap if name == "main" else None
+        sets[name] = make_edge_set(parts["positions"], found, parts["cell"], parts["ptr"], dtype, swap_of_set)
     fields: dict[str, Any] = {**parts, **sets}
     return AtomGraph(**fields)
 
 
 def _check_distances(graph: AtomGraph) -> None:
-    """Refuse two atoms on one spot, naming them."""
+    """Raise ValueError if two atoms are on one spot, naming them."""
     for edges in (graph.atom_pairs, graph.main, graph.atom_edges, graph.quad_edges):
         close = (edges.distance.detach() <= MIN_DISTANCE).nonzero().flatten()
         if len(close):
@@ -207,7 +209,7 @@ def _check_distances(graph: AtomGraph) -> None:
 
 
 def _sort_edges(parts: dict[str, Tensor], name: str, edge_index: Any, offset: Any) -> EdgeList:
-    """Check given edges and bring them into the order of the neighbour search."""
+    """Check edges that somebody gave, and bring them into the order of the neighbour search."""
     positions, batch = parts["positions"].detach(), parts["batch"]
     num_atoms, device = len(positions), positions.device
     edge_index = _integers(edge_index, f"edges[{name!r}]: edge_index", (2, None), device)
@@ -245,7 +247,7 @@ def _integers(value: Any, what: str, shape: tuple[int | None, int | None], devic
 
 
 def _find_swap(main: EdgeList) -> Tensor:
-    """Match every main edge with its counter-edge."""
+    """Return the counter-edge of every main edge, [E]."""
     degree = main.ptr.diff()
     target = torch.repeat_interleave(torch.arange(len(degree), device=degree.device), degree)
     image = pack_offset(main.offset)

@@ -1,4 +1,4 @@
-"""The graph as a value: frozen, batched, sorted by target, every size a Python int.
+"""The graph as a value: frozen, batched, its edges sorted by target, every size a Python int.
 
 Legend of letters, used in every docstring of ejmp: B structures, N atoms, E edges, K largest in-degree,
 C atom channels, M edge channels, R radial functions, S spherical functions, T tasks (heads).
@@ -19,42 +19,42 @@ from ejmp_kernels.neighbors import EdgeList
 Value = TypeVar("Value", "AtomGraph", "EdgeSet")
 EDGE_SETS = ("main", "atom_edges", "quad_edges", "atom_pairs")
 IMAGE_BASE = 1 << 20
-"""Cell offsets are packed into one integer in this base; offsets beyond +-2^17 cells are refused."""
+"""Base in which the three cell offsets of an edge are packed into one integer; beyond +-2^17 cells they are refused."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EdgeSet:
-    """Directed edges sorted by target, with CSR pointers over targets.
+    """One set of directed edges sorted by target, with CSR pointers over targets.
 
     Within one target they are ordered by (distance rounded to 1e-6 A, source, offset).
     """
 
     source: Tensor
-    """[E] int64."""
+    """Atom that each edge starts from, [E] int64."""
     target: Tensor
-    """[E] int64, ascending."""
+    """Atom that each edge ends in, [E] int64, ascending."""
     offset: Tensor
-    """[E, 3] int32, cells by which the source is shifted."""
+    """Cells by which the source is shifted, [E, 3] int32."""
     image: Tensor
-    """[E] int64, the offset packed into one number; sums of offsets are sums of images.
+    """Offset of each edge packed into one number, [E] int64; sums of offsets are sums of images.
 
-    Two edges of one target have the same image of the same neighbour if source and image agree."""
+    Two edges into one target come from the same image of the same neighbour if source and image agree."""
     shift: Tensor
-    """[E, 3] float64, A, offset . cell."""
+    """Vector by which the source is shifted, offset . cell, [E, 3] float64, A."""
     ptr: Tensor
-    """[N + 1] int64; the edges into atom i are ptr[i] .. ptr[i + 1]."""
+    """CSR pointers, [N + 1] int64; the edges into atom i are ptr[i] .. ptr[i + 1] - 1."""
     distance: Tensor
-    """[E], A."""
+    """Length of each edge, [E], A."""
     vector: Tensor
-    """[E, 3], unit vectors from source to target."""
+    """Unit vectors from source to target, [E, 3]."""
     max_degree: int
-    """K, the largest number of edges into one atom."""
+    """Largest number of edges into one atom (K)."""
     swap: Tensor | None = None
-    """[E] int64, the counter-edge of each edge (main edges only)."""
+    """Counter-edge of each edge, [E] int64; main edges only."""
 
     @property
     def num_edges(self) -> int:
-        """E."""
+        """Number of edges (E)."""
         return self.source.shape[0]
 
 
@@ -67,19 +67,19 @@ class AtomGraph:
     """
 
     positions: Tensor
-    """[N, 3] float64, A."""
+    """Positions, [N, 3] float64, A."""
     atomic_numbers: Tensor
-    """[N] int64, 1..120."""
+    """Atomic numbers, [N] int64, 1..120."""
     tags: Tensor
-    """[N] int64: 0 bulk, 1 surface, 2 adsorbate or molecule."""
+    """Tags, [N] int64: 0 bulk, 1 surface, 2 adsorbate or molecule."""
     cell: Tensor
-    """[B, 3, 3] float64, A, rows are lattice vectors; zero where not periodic."""
+    """Lattice vectors as rows, [B, 3, 3] float64, A; zero where not periodic."""
     pbc: Tensor
-    """[B, 3] bool."""
+    """Directions in which each structure is periodic, [B, 3] bool."""
     batch: Tensor
-    """[N] int64, structure of each atom."""
+    """Structure of each atom, [N] int64."""
     ptr: Tensor
-    """[B + 1] int64, first atom of each structure."""
+    """First atom of each structure, and the number of all atoms, [B + 1] int64."""
     main: EdgeSet
     """The edges that carry features; closed under swapping."""
     atom_edges: EdgeSet
@@ -91,22 +91,22 @@ class AtomGraph:
 
     @property
     def num_atoms(self) -> int:
-        """N."""
+        """Number of atoms (N)."""
         return self.positions.shape[0]
 
     @property
     def num_structures(self) -> int:
-        """B."""
+        """Number of structures (B)."""
         return self.cell.shape[0]
 
     @property
     def device(self) -> torch.device:
-        """Where every tensor of the graph is."""
+        """Device of every tensor of the graph."""
         return self.positions.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of distances and vectors."""
+        """Type of distances and vectors."""
         return self.main.distance.dtype
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
@@ -127,7 +127,7 @@ class AtomGraph:
         """Return the graph with the same edges at other positions; distances and vectors are recomputed.
 
         Args:
-            positions: [N, 3], A; gradients flow to it through distances and vectors.
+            positions: new positions, [N, 3], A; gradients flow to them through distances and vectors.
 
         Raises:
             ValueError: if the shape differs from this graph's positions.
@@ -157,7 +157,7 @@ def _move(value: Value, device: torch.device) -> Value:
 
 
 def check_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype if distances can have it.
+    """Return the dtype after checking that distances can have it.
 
     Raises:
         ValueError: if it is not float32 or float64.
@@ -171,10 +171,10 @@ def edge_geometry(positions: Tensor, source: Tensor, target: Tensor, shift: Tens
     """Return the lengths [E] in A and the unit vectors [E, 3] from source to target.
 
     Args:
-        positions: [N, 3], A.
-        source: [E].
-        target: [E].
-        shift: [E, 3], A, by which the source is shifted.
+        positions: positions, [N, 3], A.
+        source: atom that each edge starts from, [E].
+        target: atom that each edge ends in, [E].
+        shift: vector by which the source is shifted, [E, 3], A.
     """
     vector = positions.index_select(0, target) - positions.index_select(0, source) - shift
     distance = torch.linalg.vector_norm(vector, dim=-1)
@@ -182,19 +182,19 @@ def edge_geometry(positions: Tensor, source: Tensor, target: Tensor, shift: Tens
 
 
 def edge_shift(offset: Tensor, cell: Tensor, edges_per_structure: Tensor) -> Tensor:
-    """Return offset . cell, [E, 3] float64 in A, of edges that are ordered by structure.
+    """Return the shifts offset . cell, [E, 3] float64 in A, of edges that are ordered by structure.
 
     Args:
-        offset: [E, 3].
-        cell: [B, 3, 3] float64, A.
-        edges_per_structure: [B].
+        offset: cells by which the source is shifted, [E, 3].
+        cell: lattice vectors as rows, [B, 3, 3] float64, A.
+        edges_per_structure: number of edges of each structure, [B].
     """
     parts = offset.split(edges_per_structure.tolist())
     return torch.cat([part.to(cell.dtype) @ c for part, c in zip(parts, cell, strict=True)])
 
 
 def pack_offset(offset: Tensor) -> Tensor:
-    """Pack cell offsets [E, 3] into one int64 each, such that sums of offsets become sums of images.
+    """Pack cell offsets [E, 3] into one int64 each, so that sums of offsets become sums of images.
 
     Raises:
         ValueError: if an offset is beyond +-2^17 cells (positions absurdly far outside their cell).
@@ -211,7 +211,7 @@ def make_edge_set(
 ) -> EdgeSet:
     """Complete a CSR edge list with targets, images, shifts, distances and vectors.
 
-    On the CPU, edges are taken in pieces that stay in the cache.
+    On the CPU, edges are treated in pieces that stay in the cache.
     """
     degree, num_edges = found.ptr.diff(), len(found.source)
     target = torch.repeat_interleave(torch.arange(len(degree), device=degree.device), degree, output_size=num_edges)

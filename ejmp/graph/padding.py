@@ -1,6 +1,6 @@
-"""Graphs of few shapes: pad a batch with atoms and edges that change nothing, up to the next size of a ladder.
+"""Graphs of few shapes: pad a batch with atoms and edges that change no result, up to the next size of a ladder.
 
-Compiled code and CUDA graphs are made for one shape each. A padded graph has structures, atoms and edges of its own at
+Compiled code and CUDA graphs are made for one shape each. A padded graph has additional structures, atoms and edges at
 the end; real rows come first and stay as they are. The additional atoms sit in cells so large that their edges, from an
 atom to its own periodic images, are longer than any cutoff: every radial basis is zero there. Nothing waits for the
 device.
@@ -18,27 +18,35 @@ from torch import Tensor
 from ejmp.graph.graph import EDGE_SETS, IMAGE_BASE, AtomGraph, EdgeSet, edge_geometry
 
 SPACING = 1_000.0
-"""A, between an additional atom and its images: the largest cutoff of `build_graph`."""
+"""Distance between an additional atom and its images, A: the largest cutoff of `build_graph`."""
 _ROUND_ATOMS, _ROUND_EDGES, _ROUND_DEGREE = 8, 64, 4
-"""Sizes of new shapes are multiples of these: products of low precision like multiples of 8."""
+"""Sizes of new shapes are multiples of these: matrix products in low precision are fast at multiples of 8."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class GraphShape:
-    """Every size of a graph, additional rows included. Make one with `holding`, which leaves room for these."""
+    """Every size of a padded graph. Make one with `holding`, which leaves room for the additional rows."""
 
     main: int
-    """Edges; even, because they come with their counter-edges."""
+    """Number of main edges; even, because they come with their counter-edges."""
     atom_edges: int
+    """Number of atom edges."""
     quad_edges: int
+    """Number of quad edges."""
     atom_pairs: int
+    """Number of atom pairs."""
     main_degree: int
-    """Largest in-degree of the main edges, and so on."""
+    """Largest number of main edges into one atom."""
     atom_edges_degree: int
+    """Largest number of atom edges into one atom."""
     quad_edges_degree: int
+    """Largest number of quad edges into one atom."""
     atom_pairs_degree: int
+    """Largest number of atom pairs into one atom."""
     num_atoms: int
+    """Number of atoms."""
     num_structures: int
+    """Number of structures."""
 
     @classmethod
     def of(cls, graph: AtomGraph) -> Self:
@@ -53,14 +61,14 @@ class GraphShape:
 
     @classmethod
     def holding(cls, largest: Self, growth: float = 1.0) -> Self:
-        """Return a shape for every graph that is nowhere larger than `largest`, times `growth`.
+        """Return a shape that holds every graph no size of which is larger than that of `largest` times `growth`.
 
         Additional edges need additional atoms, because in-degrees are bounded: E / K of them are always enough, and
         cost little beside the edges.
 
         Args:
-            largest: without room for anything additional.
-            growth: of atoms and edges; in-degrees are only rounded up. Structures are as many, and one for the rest.
+            largest: a shape without room for additional rows.
+            growth: factor for atoms and edges. In-degrees are only rounded up, and one structure is added.
         """
         num_atoms = _round_up(growth * largest.num_atoms, _ROUND_ATOMS)
         sizes, atoms_needed = {}, 1
@@ -75,7 +83,7 @@ class GraphShape:
         return cls(num_atoms=num_atoms + atoms_needed, num_structures=num_structures, **sizes)
 
     def edges(self, name: str) -> tuple[int, int]:
-        """Return the number of edges and the largest in-degree of a set."""
+        """Return the number of edges and the largest in-degree of an edge set, by its name."""
         return getattr(self, name), getattr(self, f"{name}_degree")
 
     def misfit(self, graph: AtomGraph) -> str | None:
@@ -108,10 +116,10 @@ class Buckets:
     """The shapes that graphs are padded to, smallest first; a graph gets the first that holds it.
 
     Args:
-        shapes: to begin with.
-        growth: room in a new shape, and the step of the ladder. None allows no new shapes: a graph that fits in none is
-            an error then. Otherwise it gets a shape of its own, `growth` times as large as it is, and so does a graph
-            that would waste more than `growth` squared of the smallest shape it fits in.
+        shapes: shapes to begin with.
+        growth: None allows no new shapes: a graph that fits in none is an error then. Otherwise such a graph gets a new
+            shape that is `growth` times as large as the graph, and so does a graph for which the smallest shape that
+            holds it has more than `growth` squared as many main edges as the new one.
     """
 
     def __init__(self, shapes: Iterable[GraphShape] = (), growth: float | None = 1.2) -> None:
@@ -125,9 +133,9 @@ class Buckets:
         """Return a fixed ladder for graphs like the given ones.
 
         Args:
-            graphs: a sample.
-            growth: from one rung to the next, in main edges.
-            room: how much larger than the largest graph of its rung a shape is, for graphs outside the sample.
+            graphs: a sample of the graphs.
+            growth: factor from one rung of the ladder to the next, in main edges.
+            room: factor by which a shape is larger than the largest graph of its rung, for graphs outside the sample.
 
         Raises:
             ValueError: if there is no graph.
@@ -152,13 +160,14 @@ class Buckets:
         max_neighbors: int = 30,
         pairs_per_atom: int = 400,
     ) -> Self:
-        """Return a fixed ladder from settings, for batches whose sizes nobody has seen yet.
+        """Return a fixed ladder from settings, for batches of which there is no sample.
 
         Args:
-            num_atoms: most atoms of a batch, one rung each.
-            num_structures: of a batch.
-            max_neighbors: of the graphs. Main edges are taken to be as many per atom, and twice as many at one atom.
-            pairs_per_atom: at most, within the cutoff.
+            num_atoms: most atoms of a batch, for each rung of the ladder.
+            num_structures: number of structures in a batch.
+            max_neighbors: setting of the graphs. Atoms are expected to have that many main edges on average, and no
+                atom more than twice as many.
+            pairs_per_atom: most pairs of an atom within the cutoff.
         """
         shapes = []
         for n in num_atoms:
@@ -185,13 +194,13 @@ class Buckets:
             ValueError: if the graph fits in none and there are no new ones.
         """
         fitting = next((shape for shape in self.shapes if shape.misfit(graph) is None), None)
-        own = GraphShape.of(graph)
+        unpadded = GraphShape.of(graph)
         if self.growth is None:
             if fitting is None:
                 reason = self.shapes[-1].misfit(graph) if self.shapes else "there is none"
-                raise ValueError(f"graph: expected one that fits in a shape of these buckets, got {own}; {reason}")
+                raise ValueError(f"graph: expected one that fits in a shape of these buckets, got {unpadded}; {reason}")
             return fitting
-        wanted = GraphShape.holding(own, self.growth)
+        wanted = GraphShape.holding(unpadded, self.growth)
         if fitting is None or fitting.main > wanted.main * self.growth**2:
             self.shapes = sorted([*self.shapes, wanted])
             return wanted
@@ -204,14 +213,14 @@ def _largest(shapes: Sequence[GraphShape]) -> GraphShape:
 
 
 def pad_graph(graph: AtomGraph, shape: GraphShape) -> AtomGraph:
-    """Append structures, atoms and edges to a graph until it has a shape.
+    """Append structures, atoms and edges to a graph until it has the given shape.
 
     Results for the real structures, atoms and edges, the first ones, stay the same to rounding, as do gradients with
     respect to the positions. Additional atoms are hydrogen; each additional structure has at least one.
 
     Args:
-        graph: a batch.
-        shape: what the result has.
+        graph: the graph to pad.
+        shape: the shape of the result.
 
     Raises:
         ValueError: if the graph does not fit, with the reason.
@@ -224,7 +233,7 @@ def pad_graph(graph: AtomGraph, shape: GraphShape) -> AtomGraph:
     batch = torch.arange(num_atoms, device=device).clamp(max=num_structures - 1) + graph.num_structures
     ends = torch.arange(1, num_structures + 1, device=device) + graph.num_atoms
     ends[-1:] += num_atoms - num_structures
-    # in cells of their own, atoms at one place have no edge between them
+    # All are at the origin of cells of their own, so there is no edge between them.
     positions = torch.cat([graph.positions, graph.positions.new_zeros(num_atoms, 3)])
     cell = SPACING * torch.eye(3, dtype=torch.float64, device=device)
     return AtomGraph(
@@ -244,7 +253,7 @@ def _extended(x: Tensor, value: int, num: int) -> Tensor:
 
 
 def _pad_edges(edges: EdgeSet, num_edges: int, max_degree: int, positions: Tensor) -> EdgeSet:
-    """Add edges from the last atoms to their own images, as evenly as can be."""
+    """Add edges from the last atoms to their own images, as evenly as possible."""
     missing, first = num_edges - edges.num_edges, len(edges.ptr) - 1
     num_atoms, device = len(positions) - first, positions.device
     step = 1 if edges.swap is None else 2  # edge and counter-edge are neighbours
@@ -278,8 +287,8 @@ def _offsets(nth: Tensor, num: int) -> Tensor:
     """Return the cell offsets of the first, second, ... image, [E, 3] int64: v0, -v0, v1, -v1, ... in all directions.
 
     Args:
-        nth: [E], less than `num`.
-        num: how many images an atom needs.
+        nth: number of the image, [E], less than `num`.
+        num: number of images that an atom needs.
     """
     reach = 1
     while (2 * reach + 1) ** 3 <= num:

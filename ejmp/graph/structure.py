@@ -9,45 +9,48 @@ import torch
 from torch import Tensor
 
 MAX_ATOMIC_NUMBER = 120
+"""Largest atomic number that the model has an embedding for."""
 MIN_CELL_HEIGHT = 0.1
-"""A; a periodic cell thinner than this counts as one without a volume."""
+"""A periodic cell thinner than this counts as one without a volume, A."""
 MAX_COORDINATE = 1e6
-"""A; further out, float64 coordinates are no longer exact to the 1e-6 A that distances are compared at."""
+"""Largest coordinate, A; further out, float64 is no longer exact to the 1e-6 A at which distances are compared."""
 MAX_CELLS_OUTSIDE = 1 << 16
+"""Most cells that an atom may be away from its own."""
 TAGS = (0, 1, 2)
+"""Tags of atoms: bulk, surface, and adsorbate or molecule."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Structure:
-    """Atoms in space, as arrays or tensors, and what is known of them. `build_graph` takes ASE atoms just as well."""
+    """One structure as arrays or tensors, with its labels. `build_graph` takes ASE atoms just as well."""
 
     numbers: Any
-    """[n] integers, atomic numbers 1..120."""
+    """Atomic numbers 1..120, [n] integers."""
     positions: Any
-    """[n, 3], A; a tensor that requires grad stays connected to the graph."""
+    """Positions, [n, 3], A; a tensor that requires grad stays connected to the graph."""
     cell: Any = None
-    """[3, 3], A, rows are lattice vectors; needed in the periodic directions only."""
+    """Lattice vectors as rows, [3, 3], A; needed in the periodic directions only."""
     pbc: Any = False
-    """One bool, or three."""
+    """Whether the structure is periodic: one bool, or one for each lattice vector."""
     tags: Any = None
-    """[n] integers: 0 bulk, 1 surface, 2 adsorbate or molecule. None: 2 everywhere."""
+    """Tags, [n] integers: 0 bulk, 1 surface, 2 adsorbate or molecule. None: 2 everywhere."""
     fixed: Any = None
-    """[n] booleans: atoms held in place, which metrics leave out (losses do not, as upstream). None: all are free."""
+    """Atoms held in place, [n] booleans; metrics leave them out (losses do not, as upstream). None: all are free."""
     energy: float | None = None
-    """Total energy, eV."""
+    """Total energy, eV; None if it is not known."""
     forces: Any = None
-    """[n, 3], eV/A."""
+    """Forces, [n, 3], eV/A; None if they are not known."""
     targets: Mapping[str, float] = field(default_factory=dict)
     """Other labels of the whole structure by name, each in the unit its reader documents."""
     id: str = ""
-    """Where it comes from; unique within its dataset."""
+    """Name of the structure, unique within its dataset."""
 
 
 def to_list(structures: Any) -> list[Any]:
-    """Return one structure, ASE atoms object, or an iterable of them as a list; refuse anything else.
+    """Return one structure, one ASE atoms object, or an iterable of them, as a list.
 
     Raises:
-        ValueError: if there is no structure, or one lacks numbers or positions.
+        ValueError: if it is anything else, there is no structure, or one lacks numbers or positions.
     """
     one = hasattr(structures, "positions")
     if not one and not isinstance(structures, Iterable):
@@ -64,23 +67,29 @@ def to_list(structures: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Checked:
-    """One structure as checked tensors: a cell that is never singular beside the one that was given."""
+    """One structure as tensors, after `check_structure`."""
 
     numbers: Tensor
+    """Atomic numbers, [n] int64."""
     positions: Tensor
+    """Positions, [n, 3] float64, A."""
     cell: Tensor
+    """Lattice vectors as rows, [3, 3] float64, A; zero where not periodic."""
     search_cell: Tensor
+    """The cell with unit vectors where it is not periodic, so that it is never singular, [3, 3] float64, A."""
     pbc: Tensor
+    """Directions in which the structure is periodic, [3] bool."""
     tags: Tensor
+    """Tags, [n] int64."""
 
 
 def check_structure(structure: Any, b: int, device: torch.device) -> Checked:
-    """Convert one structure to tensors on a device, or say what is wrong with it.
+    """Convert one structure to tensors on a device, after checking that it is possible.
 
     Args:
-        structure: has numbers, positions and optionally cell, pbc, tags.
-        b: its place in the batch, for messages.
-        device: where the tensors go.
+        structure: anything with numbers, positions and optionally cell, pbc, tags.
+        b: number of the structure in the batch, for messages.
+        device: device of the tensors.
 
     Raises:
         ValueError: naming the structure and the field, if anything about it is impossible.
@@ -139,7 +148,7 @@ def _pbc(value: Any, b: int, device: torch.device) -> Tensor:
 
 
 def _cell(value: Any, pbc: Tensor, b: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the cell with zero rows where not periodic, and one completed by orthonormal rows there."""
+    """Return the cell with zero rows where it is not periodic, and with rows there that make it invertible."""
     if value is None:
         if pbc.any():
             raise ValueError(f"structure {b}: cell: expected [3, 3] for a periodic structure, got none")
@@ -173,7 +182,7 @@ def _cell(value: Any, pbc: Tensor, b: int, device: torch.device) -> tuple[Tensor
 
 
 def _tags(structure: Any, n: int, b: int, device: torch.device) -> Tensor:
-    """Return the tags; ASE atoms without a tags array, like molecules, are all 2."""
+    """Return the tags; those of ASE atoms without a tags array are all 2, as for molecules."""
     if hasattr(structure, "get_tags"):
         value = structure.get_tags() if structure.has("tags") else None
     else:

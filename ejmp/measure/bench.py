@@ -4,7 +4,6 @@ import copy
 import functools
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,9 +13,11 @@ from torch import Tensor
 
 import ejmp
 from ejmp.compress.pruning import prune
-from ejmp.graph.graph import EDGE_SETS, AtomGraph
+from ejmp.graph.graph import AtomGraph
 from ejmp.measure.flops import GraphSizes, count_macs, graph_sizes
-from ejmp.measure.instruments import StoragePeak, gemm_rates, summarise, synchronize, time_call
+from ejmp.measure.memory import peak_memory, tensors_of
+from ejmp.measure.rates import gemm_rates
+from ejmp.measure.timing import Rounds, by_turns, median_ratio, summarise
 from ejmp.measure.workloads import Workload
 from ejmp.model.backend import Backend
 from ejmp.model.config import Precision
@@ -25,81 +26,92 @@ from ejmp.provenance import provenance
 from ejmp_kernels import availability
 
 PUBLISHED_THROUGHPUT = {6: 1.00, 5: 1.14, 4: 1.34, 3: 1.61, 2: 1.99}
-"""Ghunaim et al., table 2: samples/s on one V100, over that of 6 blocks."""
+"""Throughput over that of 6 blocks by number of blocks: samples/s on one V100 in Ghunaim et al., table 2."""
 FLOP_CONVENTION = "1 GMAC = 10^9 multiply-adds of matrix products (fvcore); GFLOP = 2 x GMAC (torch.utils.flop_counter)"
 METHANOL = (
     (6, 8, 1, 1, 1, 1),
     ((-0.05, 0.66, 0), (-0.05, -0.76, 0), (-1.09, 0.98, 0), (0.44, 1.07, 0.89), (0.44, 1.07, -0.89), (0.87, -1.06, 0)),
 )
-"""Atomic numbers and positions in A."""
+"""The molecule that `check_model` runs on: atomic numbers, and positions in A."""
 GATE = {"fp32": 1e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1e-1}
-"""Largest difference from float64 in the final MLP's output, relative to its largest value."""
+"""Largest allowed difference from float64 in the final MLP's output, relative to its largest value, by precision."""
+
+ROUNDS = Rounds(least=2, most=15, seconds=100.0, warm_ups=0)
+"""How often a model is timed unless somebody asks for more; measuring memory has warmed it up before."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What to measure.
-
-    Rounds are repeated until `seconds` have passed, but at least `min_rounds` and at most `max_rounds`.
-    """
+class BenchRequest:
+    """A request to time one workload through models of several numbers of blocks."""
 
     workload: Workload
+    """Batch that every model runs on."""
     blocks: tuple[int, ...] = (6, 5, 4, 3, 2)
+    """Numbers of blocks; the models with fewer are pruned from the one with most."""
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
+    """Precisions to run every model at."""
     device: str = "cpu"
-    min_rounds: int = 2
-    max_rounds: int = 15
-    seconds: float = 100.0
+    """Device as torch names it."""
+    rounds: Rounds = ROUNDS
+    """How often every model is timed."""
     seed: int = 0
+    """Seed of the random weights."""
     small: bool = False
-    """Use JMP-S instead of JMP-L."""
+    """Whether to use JMP-S instead of JMP-L."""
     backend: Backend = "auto"
+    """Backend that is measured."""
     compare: bool = False
-    """Also time the reference backend in every round."""
+    """Whether to time the reference backend too, in every round."""
 
 
-def run(plan: Plan, report: Callable[[str], None] = lambda _line: None) -> dict[str, Any]:
+Case = tuple[int, Precision, Backend]
+"""What is timed: a number of blocks, at a precision, on a backend."""
+
+
+def run(request: BenchRequest, report: Callable[[str], None] = lambda _line: None) -> dict[str, Any]:
     """Run the benchmark and return everything it found, ready for JSON.
 
-    Every model first passes `check_model`. Then each round times the machine's matrix products
-    and every model once, so that all see the same minutes of the machine.
+    Every model first passes `check_model`. Then each round times every model and the machine's matrix products once, so
+    that all see the same minutes of the machine.
 
     Args:
-        plan: what to measure.
+        request: what to measure.
         report: called with a line about what is happening.
 
     Raises:
         RuntimeError: if a model's output is wrong; nothing is timed then.
         ValueError: if the workload has no edges.
     """
-    device = torch.device(plan.device)
-    made = provenance(device) | {"seed": plan.seed}
-    graph, graph_ms = _timed_graph(plan, device)
+    device, workload = torch.device(request.device), request.workload
+    made = provenance(device) | {"seed": request.seed}
+    graph, graph_ms = _timed_graph(workload, device)
     if graph.main.num_edges == 0:
-        raise ValueError(f"{plan.workload.name}: no two atoms are within {plan.workload.cutoff} A: nothing to measure")
-    report(f"{plan.workload.name}: {graph.num_atoms} atoms, {graph.main.num_edges} edges; making the model")
-    models = make_models(plan.blocks, small=plan.small, seed=plan.seed, device=device, backend=plan.backend)
-    gates = {b: check_model(model, plan.precisions, models[max(models)]) for b, model in models.items()}
+        raise ValueError(f"{workload.name}: no two atoms are within {workload.cutoff} A: nothing to measure")
+    report(f"{workload.name}: {graph.num_atoms} atoms, {graph.main.num_edges} edges; making the model")
+    models = make_models(request.blocks, small=request.small, seed=request.seed, device=device, backend=request.backend)
+    gates = {b: check_model(model, request.precisions, models[max(models)]) for b, model in models.items()}
     report("every model passes its check; measuring memory and warming up")
-    backends = _backends(plan)
-    cases = list(itertools.product(plan.blocks, plan.precisions, backends))
-    memory = {(b, p, k): peak_memory(models[b], graph, p, k) for b, p, k in cases}
-    times, rates = _rounds(plan, models, graph, report)
-    sizes = graph_sizes(graph)
-    rows = []
-    for p, b in itertools.product(plan.precisions, plan.blocks):
-        row = make_row(models[b], graph, sizes, times[b, p, plan.backend], _best(rates, p))
-        row |= {"precision": p, "error_vs_float64": gates[b][p]}
-        row["peak_memory_mib"] = memory[b, p, plan.backend] / 2**20
-        if plan.compare:
-            row |= _compared(times[b, p, plan.backend], times[b, p, "reference"], memory[b, p, "reference"])
+    backends: list[Backend] = [request.backend, "reference"] if request.compare else [request.backend]
+    calls: dict[Case, Callable[[], Tensor]] = {
+        (b, p, k): functools.partial(forward_pass, models[b].on(precision=p, backend=k), graph)
+        for b, p, k in itertools.product(request.blocks, request.precisions, backends)
+    }
+    memory = {case: peak_memory(call, device, tensors_of(models[case[0]], graph)) for case, call in calls.items()}
+    times, rates = _time_all(calls, request, graph, report)
+    sizes, rows = graph_sizes(graph), []
+    for p, b in itertools.product(request.precisions, request.blocks):
+        case = (b, p, request.backend)
+        row = make_row(models[b], graph, sizes, times[case], _best(rates, p))
+        row |= {"precision": p, "error_vs_float64": gates[b][p], "peak_memory_mib": memory[case] / 2**20}
+        if request.compare:
+            row |= _compared(times[case], times[b, p, "reference"], memory[b, p, "reference"])
         rows.append(row)
-    _add_ratios(rows, published=not plan.small)
+    _add_ratios(rows, published=not request.small)
     return {
         "benchmark": "blocks",
-        "model": f"{'JMP-S' if plan.small else 'JMP-L'} scalar, backend {models[max(models)].backend}",
-        "workload": {"name": plan.workload.name, "cutoff": plan.workload.cutoff, "sizes": asdict(sizes)}
-        | {"max_neighbors": sorted(set(plan.workload.max_neighbors)), "structures": graph.num_structures},
+        "model": f"{'JMP-S' if request.small else 'JMP-L'} scalar, backend {models[max(models)].backend}",
+        "workload": {"name": workload.name, "cutoff": workload.cutoff, "sizes": asdict(sizes)}
+        | {"max_neighbors": sorted(set(workload.max_neighbors)), "structures": graph.num_structures},
         "convention": FLOP_CONVENTION,
         "graph_ms": graph_ms,
         "gemm_gflops": {name: summarise(values) for name, values in rates.items()},
@@ -136,34 +148,32 @@ def check_model(model: JMP, precisions: Sequence[Precision], full: JMP | None = 
     molecule is turned; and the blocks of a pruned model must give what they gave in the full one.
 
     Args:
-        model: what to check.
-        precisions: those that will be timed.
-        full: the model it was pruned from, keeping the first blocks.
+        model: model to check.
+        precisions: precisions that will be timed.
+        full: the model it was pruned from, keeping the first blocks; None if it was not pruned.
 
     Returns:
-        Each precision's error, relative to the largest value.
+        The error at each precision, relative to the largest value.
 
     Raises:
         RuntimeError: if the model fails; errors are held against `GATE`.
     """
-    device, blocks = model.embedding.atom_embedding.weight.device, model.config.blocks
+    device, blocks = model.device, model.config.blocks
     graph = ejmp.build_graph(ejmp.Structure(numbers=METHANOL[0], positions=METHANOL[1]), 12.0, device=device)
-    double, in_double = copy.deepcopy(model).double(), graph.to(dtype=torch.float64)
-    double.precision = "fp32"
+    double, in_double = copy.deepcopy(model.on(precision="fp32")).double(), graph.to(dtype=torch.float64)
     exact = double.features(in_double).mlp_E[-1]
     quarter = torch.tensor([[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64, device=device)
     turned = double.features(in_double.with_positions(graph.positions @ quarter)).mlp_E[-1]
     if not _error(turned, exact) <= 1e-9:
         raise RuntimeError(f"{blocks} blocks: not invariant under rotation, error {_error(turned, exact):.1e}")
     if full is not None:
-        theirs = full.features(graph).x_E
-        for i, mine in enumerate(model.features(graph).x_E):
-            if not _error(mine, theirs[i]) <= GATE["fp32"]:
+        expected = full.features(graph).x_E
+        for i, found in enumerate(model.features(graph).x_E):
+            if not _error(found, expected[i]) <= GATE["fp32"]:
                 raise RuntimeError(f"{blocks} blocks: block {i} gives something else than in the full model")
     errors = {}
     for precision in precisions:
-        value = _forward(model, graph, precision, lambda m, g: m.features(g).mlp_E[-1])
-        errors[precision] = _error(value, exact)
+        errors[precision] = _error(model.on(precision=precision).features(graph).mlp_E[-1], exact)
         if not errors[precision] <= GATE[precision]:
             raise RuntimeError(f"{blocks} blocks, {precision}: error {errors[precision]:.1e} against float64")
     return errors
@@ -174,92 +184,52 @@ def _error(value: Tensor, exact: Tensor) -> float:
 
 
 @torch.no_grad()
-def _forward(
-    model: JMP,
-    graph: AtomGraph,
-    precision: Precision,
-    call: Callable[[JMP, AtomGraph], Tensor] = lambda model, graph: model(graph).energy,
-    backend: Backend | None = None,
-) -> Tensor:
-    before = model.precision, model.requested_backend
-    model.precision, model.requested_backend = precision, backend or model.requested_backend
-    try:
-        return call(model, graph)
-    finally:
-        model.precision, model.requested_backend = before
-
-
-def time_forward(model: JMP, graph: AtomGraph, precision: Precision, backend: Backend | None = None) -> float:
-    """Return the seconds of one forward pass, with the device idle before and after.
+def forward_pass(model: JMP, graph: AtomGraph) -> Tensor:
+    """Run one forward pass and return the energies, [B, T]; what is timed.
 
     Raises:
-        RuntimeError: if the energy is not finite.
+        RuntimeError: if an energy is not finite.
     """
-    energies: list[Tensor] = []
-    seconds = time_call(lambda: energies.append(_forward(model, graph, precision, backend=backend)), graph.device)
-    if not torch.isfinite(energies[0]).all():
-        raise RuntimeError(f"{model.config.blocks} blocks, {precision}: the energy is not finite")
-    return seconds
+    energy = model(graph).energy
+    if not torch.isfinite(energy).all():
+        raise RuntimeError(f"{model.config.blocks} blocks, {model.precision}: the energy is not finite")
+    return energy
 
 
-def peak_memory(model: JMP, graph: AtomGraph, precision: Precision, backend: Backend | None = None) -> int:
-    """Return the most bytes a forward pass holds beyond what was there before it."""
-    if graph.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(graph.device)
-        before = torch.cuda.memory_allocated(graph.device)
-        _forward(model, graph, precision, backend=backend)
-        synchronize(graph.device)
-        return torch.cuda.max_memory_allocated(graph.device) - before
-    owners = (graph, *(getattr(graph, name) for name in EDGE_SETS))
-    inputs = [*(vars(owner).values() for owner in owners), model.state_dict().values()]
-    with StoragePeak(itertools.chain.from_iterable(inputs)) as memory:
-        _forward(model, graph, precision, backend=backend)
-    return memory.peak
-
-
-def _timed_graph(plan: Plan, device: torch.device) -> tuple[AtomGraph, dict[str, dict[str, float]]]:
+def _timed_graph(workload: Workload, device: torch.device) -> tuple[AtomGraph, dict[str, dict[str, float]]]:
     """Build the graph by turns with every backend there is; return the graph and milliseconds by backend."""
     backends = ["reference"] if availability.why_unavailable() else ["native", "reference"]
-    samples: dict[str, list[float]] = {backend: [] for backend in backends}
-    graph = workload_graph(plan.workload, device=device)
-    for _ in range(7):
-        for backend, found in samples.items():
-            build = functools.partial(workload_graph, plan.workload, device=device, backend=backend)
-            found.append(1e3 * time_call(build, device))
-    return graph, {backend: summarise(found) for backend, found in samples.items()}
-
-
-Times = dict[tuple[int, str, str], list[float]]
-
-
-def _backends(plan: Plan) -> list[Backend]:
-    return [plan.backend, "reference"] if plan.compare else [plan.backend]
-
-
-def _compared(seconds: Sequence[float], reference: Sequence[float], reference_bytes: int) -> dict[str, Any]:
-    """Return what the reference backend took in the same rounds, and the speed-up: the median of the rounds' ratios."""
-    return {
-        "reference_ms": summarise([1e3 * s for s in reference]),
-        "speedup": statistics.median(r / s for r, s in zip(reference, seconds, strict=True)),
-        "reference_peak_memory_mib": reference_bytes / 2**20,
+    builds = {name: functools.partial(workload_graph, workload, device=device, backend=name) for name in backends}
+    times = by_turns(builds, device, Rounds(least=7))
+    return workload_graph(workload, device=device), {
+        name: summarise([1e3 * s for s in seconds]) for name, seconds in times.items()
     }
 
 
-def _rounds(
-    plan: Plan, models: dict[int, JMP], graph: AtomGraph, report: Callable[[str], None]
-) -> tuple[Times, dict[str, list[float]]]:
-    cases = list(itertools.product(plan.blocks, plan.precisions, _backends(plan)))
-    times: Times = {case: [] for case in cases}
+def _time_all(
+    calls: dict[Case, Callable[[], Tensor]],
+    request: BenchRequest,
+    graph: AtomGraph,
+    report: Callable[[str], None],
+) -> tuple[dict[Case, list[float]], dict[str, list[float]]]:
+    """Return the seconds of each case, and the rates of matrix products in GFLOP/s, one of each per round."""
     rates: dict[str, list[float]] = {}
-    start, number = time.perf_counter(), 0
-    while number < plan.min_rounds or (number < plan.max_rounds and time.perf_counter() - start < plan.seconds):
-        for name, rate in gemm_rates(graph.main.num_edges, plan.precisions, graph.device).items():
+
+    def after_round(number: int, seconds: float) -> None:
+        for name, rate in gemm_rates(graph.main.num_edges, request.precisions, graph.device).items():
             rates.setdefault(name, []).append(rate)
-        for b, p, backend in cases:
-            times[b, p, backend].append(time_forward(models[b], graph, p, backend))
-        number += 1
-        report(f"round {number} done, {time.perf_counter() - start:.0f} s")
-    return times, rates
+        report(f"round {number} done, {seconds:.0f} s")
+
+    return by_turns(calls, graph.device, request.rounds, after_round=after_round), rates
+
+
+def _compared(seconds: Sequence[float], reference: Sequence[float], reference_bytes: int) -> dict[str, Any]:
+    """Return what the reference backend took in the same rounds, and how many times faster the measured one is."""
+    return {
+        "reference_ms": summarise([1e3 * s for s in reference]),
+        "speedup": median_ratio(reference, seconds),
+        "reference_peak_memory_mib": reference_bytes / 2**20,
+    }
 
 
 def _best(rates: dict[str, list[float]], precision: str) -> float:
@@ -292,9 +262,7 @@ def _add_ratios(rows: list[dict[str, Any]], *, published: bool) -> None:
     for row in rows:
         same = [r for r in rows if r["precision"] == row["precision"]]
         full = max(same, key=lambda r: r["blocks"])
-        # Throughput: the median of the ratios within each round, which the machine's drift does not touch.
-        pairs = zip(full["samples_ms"], row["samples_ms"], strict=True)
-        row["ratio"] = {"structures_per_s": statistics.median(a / b for a, b in pairs)}
+        row["ratio"] = {"structures_per_s": median_ratio(full["samples_ms"], row["samples_ms"])}
         row["ratio"] |= {name: row[name] / full[name] for name in ("gmac", "parameters", "peak_memory_mib")}
         if published and full["blocks"] == 6:
             row["published_throughput_ratio"] = PUBLISHED_THROUGHPUT.get(row["blocks"])

@@ -13,9 +13,10 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """One entry of the table."""
+    """What the datasheet of one card says."""
 
     name: str
+    """Name of the card in results."""
     pattern: str
     """Regular expression that the whole of torch.cuda.get_device_name must match."""
     tflops: Mapping[str, float]
@@ -23,6 +24,7 @@ class Card:
     gbytes_per_s: float
     """Memory bandwidth, 10^9 bytes per second, read and written together."""
     source: str
+    """Datasheet and its figures that the numbers are from."""
 
 
 _V100 = "NVIDIA V100 datasheet (2020-01): single precision, deep learning"
@@ -36,46 +38,21 @@ def _hopper(fp32: float, tf32: float, half: float) -> dict[str, float]:
 
 
 _AMPERE = {"fp32": 19.5, "tf32": 156.0, "fp16": 312.0, "bf16": 312.0}
-CARDS = (
-    Card(
-        name="V100 SXM2",
-        pattern=r"Tesla V100-SXM[23]-\d+GB",
-        tflops={"fp32": 15.7, "fp16": 125.0},
-        gbytes_per_s=900.0,
-        source=_V100,
-    ),
-    Card(
-        name="V100 PCIe",
-        pattern=r"Tesla V100-PCIE-\d+GB",
-        tflops={"fp32": 14.0, "fp16": 112.0},
-        gbytes_per_s=900.0,
-        source=_V100,
-    ),
-    Card(name="A100 40GB", pattern=r"NVIDIA A100-(SXM4|PCIE)-40GB", tflops=_AMPERE, gbytes_per_s=1555.0, source=_A100),
-    Card(name="A100 80GB SXM", pattern=r"NVIDIA A100-SXM4-80GB", tflops=_AMPERE, gbytes_per_s=2039.0, source=_A100),
-    Card(name="A100 80GB PCIe", pattern=r"NVIDIA A100 80GB PCIe", tflops=_AMPERE, gbytes_per_s=1935.0, source=_A100),
-    Card(
-        name="H100 SXM",
-        pattern=r"NVIDIA H100 80GB HBM3",
-        tflops=_hopper(67.0, 494.5, 989.5),
-        gbytes_per_s=3350.0,
-        source=_H100,
-    ),
-    Card(
-        name="H100 PCIe",
-        pattern=r"NVIDIA H100 PCIe",
-        tflops=_hopper(51.0, 378.0, 756.5),
-        gbytes_per_s=2000.0,
-        source=_H100,
-    ),
-    Card(
-        name="H200 SXM",
-        pattern=r"NVIDIA H200",
-        tflops=_hopper(67.0, 494.5, 989.5),
-        gbytes_per_s=4800.0,
-        source=_H200,
-    ),
+_CARDS: tuple[tuple[str, str, Mapping[str, float], float, str], ...] = (
+    ("V100 SXM2", r"Tesla V100-SXM[23]-\d+GB", {"fp32": 15.7, "fp16": 125.0}, 900.0, _V100),
+    ("V100 PCIe", r"Tesla V100-PCIE-\d+GB", {"fp32": 14.0, "fp16": 112.0}, 900.0, _V100),
+    ("A100 40GB", r"NVIDIA A100-(SXM4|PCIE)-40GB", _AMPERE, 1555.0, _A100),
+    ("A100 80GB SXM", r"NVIDIA A100-SXM4-80GB", _AMPERE, 2039.0, _A100),
+    ("A100 80GB PCIe", r"NVIDIA A100 80GB PCIe", _AMPERE, 1935.0, _A100),
+    ("H100 SXM", r"NVIDIA H100 80GB HBM3", _hopper(67.0, 494.5, 989.5), 3350.0, _H100),
+    ("H100 PCIe", r"NVIDIA H100 PCIe", _hopper(51.0, 378.0, 756.5), 2000.0, _H100),
+    ("H200 SXM", r"NVIDIA H200", _hopper(67.0, 494.5, 989.5), 4800.0, _H200),
 )
+CARDS = tuple(
+    Card(name=name, pattern=pattern, tflops=tflops, gbytes_per_s=rate, source=source)
+    for name, pattern, tflops, rate, source in _CARDS
+)
+"""The cards whose datasheets are known."""
 
 
 def find(name: str) -> Card | None:

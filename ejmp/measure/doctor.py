@@ -21,13 +21,15 @@ OPS = (
     ("swap and add", "swap_add"),
     ("matrix products", "matmul"),
 )
+"""Titles and names of the ops in the report."""
 STORED = ("atom_sum", "gather_add", "activate", "swap_add", "matmul")
-"""Ops that also exist in bfloat16; the others run in float32 then."""
+"""Names of the ops that also exist in bfloat16; in a bfloat16 model the others run in float32."""
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""Types in the order of the report's columns."""
 
 
 def examine() -> str:
-    """Return a report of what this installation has and takes, for people."""
+    """Return a report for people: what this installation has, and which implementation it takes."""
     reason = availability.why_unavailable()
     lines = [
         f"torch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads",
@@ -51,7 +53,7 @@ def examine() -> str:
 
 
 def _choice(device: str, dtype: torch.dtype) -> str:
-    """Name what "auto" takes, and why not what comes before it."""
+    """Name the backend that "auto" takes, and say why it does not take those that come before it."""
     reasons = {backend: why_unavailable(backend, device, dtype) for backend in candidates("auto", device)}
     chosen = next(backend for backend, reason in reasons.items() if reason is None)
     before = [f"{backend}: {reason}" for backend, reason in reasons.items() if reason is not None]
@@ -87,7 +89,7 @@ def _cuda() -> str:
 
 
 def _serves(op: str, dtype: torch.dtype) -> str:
-    """Name the implementation of an op for a type, on the CPU."""
+    """Name the implementation that serves an op for a type on the CPU."""
     if op == "find_neighbors":
         return "-" if dtype != torch.float64 else "torch" if availability.why_unavailable() else "native"
     if why_unavailable("native", "cpu", dtype):

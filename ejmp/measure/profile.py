@@ -23,7 +23,8 @@ from ejmp.graph.graph import AtomGraph
 from ejmp.measure import datasheets
 from ejmp.measure.bench import FLOP_CONVENTION, make_models, workload_graph
 from ejmp.measure.flops import GraphSizes, count_macs, graph_sizes
-from ejmp.measure.instruments import gemm_rates, repeated_seconds, synchronize
+from ejmp.measure.rates import gemm_rates
+from ejmp.measure.timing import repeated_seconds, synchronize
 from ejmp.measure.workloads import Workload
 from ejmp.model.backend import Backend
 from ejmp.model.config import JMPConfig, Precision
@@ -46,41 +47,56 @@ OTHER = "other"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What to profile."""
+class ProfileRequest:
+    """A request to profile one workload through one model.
+
+    Raises:
+        ValueError: if blocks or rounds is not positive.
+    """
 
     workload: Workload
+    """Batch that the model runs on."""
     blocks: int = 4
+    """Number of blocks."""
     precision: Precision = "fp32"
+    """Precision of the linear maps."""
     device: str = "cpu"
+    """Device as torch names it."""
     backend: Backend = "auto"
+    """Backend that is profiled."""
     small: bool = False
-    """JMP-S instead of JMP-L."""
+    """Whether to use JMP-S instead of JMP-L."""
     rounds: int = 3
+    """Number of passes whose median counts."""
     fvcore: bool = True
-    """Also make fvcore's table, on the reference backend in fp32."""
+    """Whether to make fvcore's table too, on the reference backend in fp32."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name, value in (("blocks", self.blocks), ("rounds", self.rounds)):
+            if value < 1:
+                raise ValueError(f"--{name}: expected 1 or more, got {value}")
 
 
-def run(plan: Plan) -> dict[str, Any]:
+def run(request: ProfileRequest) -> dict[str, Any]:
     """Profile a scalar model with random weights; return everything found, ready for JSON.
 
     Raises:
         ModuleNotFoundError: if fvcore's table is wanted and fvcore is not installed.
         ValueError: if the workload has no edges.
     """
-    if plan.fvcore:
+    if request.fvcore:
         need_fvcore()
-    device = torch.device(plan.device)
-    graph = workload_graph(plan.workload, device=device)
+    device, workload = torch.device(request.device), request.workload
+    graph = workload_graph(workload, device=device)
     if graph.main.num_edges == 0:
-        raise ValueError(f"{plan.workload.name}: no two atoms are within {plan.workload.cutoff} A: nothing to profile")
-    options: Any = {"small": plan.small, "device": device, "backend": plan.backend}
-    model = make_models([plan.blocks], **options)[plan.blocks]
-    model.precision = plan.precision
-    name = f"{'JMP-S' if plan.small else 'JMP-L'} scalar, {plan.blocks} blocks"
-    head = {"model": name, "workload": plan.workload.name, "provenance": provenance(device)}
-    found = profile_model(model, graph, rounds=plan.rounds)
-    return head | found | {"fvcore": fvcore_table(model, graph) if plan.fvcore else None}
+        raise ValueError(f"{workload.name}: no two atoms are within {workload.cutoff} A: nothing to profile")
+    models = make_models([request.blocks], small=request.small, device=device, backend=request.backend)
+    model = models[request.blocks].on(precision=request.precision)
+    name = f"{'JMP-S' if request.small else 'JMP-L'} scalar, {request.blocks} blocks"
+    head = {"model": name, "workload": workload.name, "provenance": provenance(device)}
+    found = profile_model(model, graph, rounds=request.rounds)
+    return head | found | {"fvcore": fvcore_table(model, graph) if request.fvcore else None}
 
 
 @torch.no_grad()
@@ -88,12 +104,12 @@ def profile_model(model: JMP, graph: AtomGraph, *, rounds: int = 3) -> dict[str,
     """Profile a model's forward pass at its precision, on its backend and device.
 
     Args:
-        model: any.
-        graph: a batch with edges.
-        rounds: medians are of this many passes.
+        model: model to profile.
+        graph: batch with edges.
+        rounds: number of passes whose median counts.
 
     Returns:
-        "modules" and "ops" (lists of rows), "totals" and what was measured on; see `text`.
+        "modules" and "ops" (lists of rows), "totals", and what was measured on what; `profile_report.text` shows it.
     """
     device, sizes = graph.device, graph_sizes(graph)
     call = functools.partial(model, graph)
@@ -126,7 +142,7 @@ def profile_model(model: JMP, graph: AtomGraph, *, rounds: int = 3) -> dict[str,
 def totals(
     macs: int, executed: int, seconds: float, gemm_gflops: float, device: torch.device, precision: str
 ) -> dict[str, Any]:
-    """Return the work of a pass in both conventions and its rate beside the datasheet's and the measured one."""
+    """Return the work of a pass in both conventions, and its rate beside the datasheet's and the measured one."""
     card, peak = datasheets.card_of(device), datasheets.peak_tflops(device, precision)
     tflops = 2e-12 * macs / seconds
     return {
@@ -156,7 +172,7 @@ def analytic(config: JMPConfig, sizes: GraphSizes) -> dict[str, int]:
 
 
 class Clock:
-    """Seconds since the last mark; on CUDA by events, which are read after the pass."""
+    """A meter of time in seconds; on CUDA it gives events, which are read after the pass."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -195,7 +211,7 @@ class Marks:
 
 
 def by_part(model: JMP, graph: AtomGraph, meter: Callable[[], Any]) -> dict[str, Any]:
-    """Run a forward pass and return what a meter advanced in each part of the model: a `Clock`, or a count."""
+    """Run a forward pass; return by how much a meter, a `Clock` or a count, advanced in each part of the model."""
     synchronize(graph.device)
     marks = Marks(meter)
     with observed_by(marks):
@@ -212,12 +228,12 @@ def by_part(model: JMP, graph: AtomGraph, meter: Callable[[], Any]) -> dict[str,
 def by_op(model: JMP, graph: AtomGraph, flops: dict[Any, int]) -> list[dict[str, Any]]:
     """Run a forward pass under torch's profiler; return calls, work and time of each op, the longest first.
 
-    What an op of ejmp's calls counts as its own.
+    The time of an op of ejmp's includes that of the ops it calls.
 
     Args:
-        model: any.
-        graph: a batch.
-        flops: of each op, from a `FlopCounterMode`.
+        model: model to profile.
+        graph: batch to run it on.
+        flops: operations of each op, from a `FlopCounterMode`.
     """
     cuda = graph.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -248,7 +264,7 @@ def by_op(model: JMP, graph: AtomGraph, flops: dict[Any, int]) -> list[dict[str,
 
 
 def _own_op(event: Any) -> Any:
-    """Return the op of ejmp's that an op was called from, or the op itself."""
+    """Return the outermost op of ejmp's that an op was called from, or the op itself."""
     outermost, parent = event, event.cpu_parent
     while parent is not None:
         if parent.name.startswith(("ejmp::", "ejmp_triton::")):
@@ -271,7 +287,7 @@ class ByNumbers(nn.Module):
 
 
 def need_fvcore() -> None:
-    """Find out before a measurement whether fvcore's table can be made.
+    """Raise ModuleNotFoundError before a measurement, not after it, if fvcore's table cannot be made.
 
     Raises:
         ModuleNotFoundError: if fvcore is not installed.

@@ -1,14 +1,16 @@
-"""Turn a profile into text."""
+"""A profile as text."""
 
 from typing import Any
+
+from ejmp.measure.markdown import Columns, format_rows
 
 
 def text(result: dict[str, Any], *, most_ops: int = 25) -> str:
     """Return a profile (`ejmp.measure.profile.run`) as text for people.
 
     Args:
-        result: what was found.
-        most_ops: how many ops to list; the rest are one line.
+        result: the profile.
+        most_ops: number of ops to list; the rest are one line.
     """
     head = [
         f"{result['model']}, backend {result['backend']}, {result['precision']}, on {result['device']}",
@@ -24,48 +26,54 @@ def text(result: dict[str, Any], *, most_ops: int = 25) -> str:
     return "\n\n".join(parts)
 
 
+MODULE_COLUMNS: Columns = (
+    ("module", "{module}"),
+    ("GMAC, model", "{gmac:.4g}"),
+    ("GFLOP, model", "{gflop:.4g}"),
+    ("GFLOP, run", "{run_gflop:.4g}"),
+    ("ms", "{ms:.3g}"),
+    ("% of time", "{percent:.1f}"),
+    ("TFLOP/s", "{rate}"),
+)
+OP_COLUMNS: Columns = (
+    ("op", "{op}"),
+    ("calls", "{calls}"),
+    ("GFLOP, run", "{gflop:.4g}"),
+    ("ms", "{ms:.3g}"),
+    ("% of time", "{percent:.1f}"),
+)
+
+
 def modules_table(result: dict[str, Any]) -> str:
     """Return a Markdown table of work and time by module, each block's parts summed below the blocks."""
     rows = result["modules"]
-    lines = [
-        "| module | GMAC, model | GFLOP, model | GFLOP, run | ms | % of time | TFLOP/s |",
-        "| --- |" + " ---: |" * 6,
-    ]
-    lines += [_module_line(row) for row in rows]
-    total = {name: sum(row[name] for row in rows) for name in ("gmac", "gflop", "run_gflop", "ms", "share")}
-    lines.append(_module_line(total | {"module": "all"}))
     blocks = [row for row in rows if row["module"].startswith("block ")]
+    sums = [_total(rows, module="all")]
     for part in dict.fromkeys(row["module"].split()[-1] for row in blocks):
         same = [row for row in blocks if row["module"].split()[-1] == part]
-        total = {name: sum(row[name] for row in same) for name in ("gmac", "gflop", "run_gflop", "ms", "share")}
-        lines.append(_module_line(total | {"module": f"all blocks' {part}"}))
-    return "\n".join(lines)
-
-
-def _module_line(row: dict[str, Any]) -> str:
-    rate = f"{row['gflop'] / row['ms']:.3g}" if row["ms"] > 0 else "-"
-    return (
-        f"| {row['module']} | {row['gmac']:.4g} | {row['gflop']:.4g} | {row['run_gflop']:.4g} | {row['ms']:.3g} | "
-        f"{100 * row['share']:.1f} | {rate} |"
-    )
+        sums.append(_total(same, module=f"all blocks' {part}"))
+    shown = [
+        row | {"percent": 100 * row["share"], "rate": f"{row['gflop'] / row['ms']:.3g}" if row["ms"] > 0 else "-"}
+        for row in (*rows, *sums)
+    ]
+    return format_rows(MODULE_COLUMNS, shown, numbers=True)
 
 
 def ops_table(result: dict[str, Any], *, most: int = 25) -> str:
     """Return a Markdown table of calls, work and time by op.
 
-    Time is the op's own; only an op of ejmp's has that of the ops it calls.
+    The time of an op leaves out the ops it calls; only an op of ejmp's includes them.
     """
-    lines = ["| op | calls | GFLOP, run | ms | % of time |", "| --- |" + " ---: |" * 4]
-    rows = result["ops"]
-    rest = rows[most:]
+    rows, rest = result["ops"][:most], result["ops"][most:]
     if rest:
-        total = {name: sum(row[name] for row in rest) for name in ("calls", "gflop", "ms", "share")}
-        rows = [*rows[:most], total | {"op": f"{len(rest)} others"}]
-    lines += [
-        f"| {row['op']} | {row['calls']} | {row['gflop']:.4g} | {row['ms']:.3g} | {100 * row['share']:.1f} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
+        rows = [*rows, _total(rest, op=f"{len(rest)} others")]
+    return format_rows(OP_COLUMNS, [row | {"percent": 100 * row["share"]} for row in rows], numbers=True)
+
+
+def _total(rows: list[dict[str, Any]], **name: str) -> dict[str, Any]:
+    """Return a row with a name and the sum of every number in some rows."""
+    numbers = [key for key, value in rows[0].items() if not isinstance(value, str)]
+    return name | {key: sum(row[key] for row in rows) for key in numbers}
 
 
 def totals_lines(result: dict[str, Any]) -> str:

@@ -1,82 +1,95 @@
-"""Turn benchmark results into a table and a picture."""
+"""Benchmark results as tables and pictures."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-COLUMNS = (
-    "precision | blocks | structures/s | atoms/s | edges/s | ms median | ms p95 | x of {most} blocks | published x | "
-    "GMAC | GFLOP | of {most} | parameters | of {most} | peak MiB | of {most} | % of GEMM rate"
+from ejmp.measure.markdown import Columns, format_rows, markdown_table
+
+COLUMNS: Columns = (
+    ("precision", "{precision}"),
+    ("blocks", "{blocks}"),
+    ("structures/s", "{structures_per_s:.3g}"),
+    ("atoms/s", "{atoms_per_s:.4g}"),
+    ("edges/s", "{edges_per_s:.4g}"),
+    ("ms median", "{ms[median]:.0f}"),
+    ("ms p95", "{ms[p95]:.0f}"),
+    ("x of {most} blocks", "{ratio[structures_per_s]:.2f}"),
+    ("published x", "{published}"),
+    ("GMAC", "{gmac:.1f}"),
+    ("GFLOP", "{gflop:.1f}"),
+    ("of {most}", "{ratio[gmac]:.2f}"),
+    ("parameters", "{parameters:,}"),
+    ("of {most}", "{ratio[parameters]:.2f}"),
+    ("peak MiB", "{peak_memory_mib:.0f}"),
+    ("of {most}", "{ratio[peak_memory_mib]:.2f}"),
+    ("% of GEMM rate", "{gemm_percent:.0f}"),
 )
-COMPARED = " | x of reference | its peak MiB"
+"""All columns of the block-count table; {most} is the largest number of blocks."""
+COMPARED: Columns = (("x of reference", "{speedup:.2f}"), ("its peak MiB", "{reference_peak_memory_mib:.0f}"))
+"""Columns of a benchmark that timed the reference backend too."""
+SHORT: Columns = (
+    *(COLUMNS[i] for i in (0, 1, 2, 7, 8)),
+    ("x of the plain-torch model", "{speedup:.2f}"),
+    ("MiB", "{peak_memory_mib:.0f}"),
+)
+"""Columns of the short table."""
+PASSES = ("forward", "backward", "second")
+"""What is timed of an op: the op, its gradients, and their gradients."""
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return a Markdown table of a block-count benchmark."""
+    """Return a Markdown table of a block-count benchmark with all columns."""
     compared = all("speedup" in row for row in result["rows"])
-    head = COLUMNS.format(most=max(row["blocks"] for row in result["rows"])) + (COMPARED if compared else "")
-    lines = [f"| {head} |", "|" + " --- |" * (head.count("|") + 1)]
+    return _blocks_table(result, (*COLUMNS, *(COMPARED if compared else ())))
+
+
+def short_table(result: dict[str, Any]) -> str:
+    """Return a Markdown table of seven columns of a block-count benchmark that timed the reference backend too.
+
+    Raises:
+        ValueError: if it did not.
+    """
+    if not all("speedup" in row for row in result["rows"]):
+        raise ValueError("result: expected one of ejmp bench --compare, got one without the reference backend")
+    return _blocks_table(result, SHORT)
+
+
+def _blocks_table(result: dict[str, Any], columns: Columns) -> str:
+    rows = []
     for row in result["rows"]:
         published = row.get("published_throughput_ratio")
-        cells = [
-            row["precision"],
-            str(row["blocks"]),
-            f"{row['structures_per_s']:.3g}",
-            f"{row['atoms_per_s']:.4g}",
-            f"{row['edges_per_s']:.4g}",
-            f"{row['ms']['median']:.0f}",
-            f"{row['ms']['p95']:.0f}",
-            f"{row['ratio']['structures_per_s']:.2f}",
-            f"{published:.2f}" if published else "-",
-            f"{row['gmac']:.1f}",
-            f"{row['gflop']:.1f}",
-            f"{row['ratio']['gmac']:.2f}",
-            f"{row['parameters']:,}",
-            f"{row['ratio']['parameters']:.2f}",
-            f"{row['peak_memory_mib']:.0f}",
-            f"{row['ratio']['peak_memory_mib']:.2f}",
-            f"{100 * row['gemm_share']:.0f}",
-        ]
-        if compared:
-            cells += [f"{row['speedup']:.2f}", f"{row['reference_peak_memory_mib']:.0f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        shown = {"published": f"{published:.2f}" if published else "-", "gemm_percent": 100 * row["gemm_share"]}
+        rows.append(row | shown)
+    most = max(row["blocks"] for row in result["rows"])
+    return format_rows([(title.format(most=most), cell) for title, cell in columns], rows)
 
 
 def kernel_table(result: dict[str, Any]) -> str:
     """Return a Markdown table of `benchmarks/bench_kernels.py`, one row per op, from pytest-benchmark's JSON."""
-    passes = ("forward", "backward", "second")
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for benchmark in result["benchmarks"]:
         info = benchmark["extra_info"]
         if "speedup" in info and "op" in info:
-            order = next(name for name in passes if f"-{name}]" in benchmark["name"])
+            order = next(name for name in PASSES if f"-{name}]" in benchmark["name"])
             found.setdefault(info["op"], {})[order] = info
-    columns = [
-        "op",
-        *(f"{order} {of}" for order in passes for of in ("ms", "x")),
-        "x, shared tables",
-        "% of GEMM",
-        "% of copy",
-    ]
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    for op, rows in found.items():
+    timed = [f"{order} {what}" for order in PASSES for what in ("ms", "x")]
+    rows = []
+    for op, infos in found.items():
         cells = [op]
-        for order in passes:
-            row = rows.get(order)
-            cells += [f"{row['ms']:.1f}", f"{row['speedup']:.1f}"] if row else ["-", "-"]
-        shared = [f"{row['speedup_over_shared']:.1f}" for row in rows.values() if "speedup_over_shared" in row]
-        first = rows["forward"]
-        cells += [
-            " ".join(shared) or "-",
-            f"{100 * first['share_of_gemm_rate']:.0f}",
-            f"{100 * first['share_of_copy_rate']:.0f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for order in PASSES:
+            info = infos.get(order)
+            cells += [f"{info['ms']:.1f}", f"{info['speedup']:.1f}"] if info else ["-", "-"]
+        shared = [f"{info['speedup_over_shared']:.1f}" for info in infos.values() if "speedup_over_shared" in info]
+        first = infos["forward"]
+        shares = [f"{100 * first[f'share_of_{what}_rate']:.0f}" for what in ("gemm", "copy")]
+        rows.append([*cells, " ".join(shared) or "-", *shares])
+    return markdown_table(["op", *timed, "x, shared tables", "% of GEMM", "% of copy"], rows)
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Return the lines that belong above the table."""
+    """Return the lines that belong above the table: what was measured, on what, and how."""
     work, made = result["workload"], result["provenance"]
     sizes = work["sizes"]
     graphs = ", ".join(f"{name} {found['median']:.1f}" for name, found in result["graph_ms"].items())
@@ -100,7 +113,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def need_matplotlib() -> None:
-    """Find out before a measurement, not after it, whether a picture of it can be drawn.
+    """Raise ModuleNotFoundError before a measurement, not after it, if no picture of it can be drawn.
 
     Raises:
         ModuleNotFoundError: if matplotlib is not installed.
@@ -110,29 +123,38 @@ def need_matplotlib() -> None:
     mpl.use("Agg")
 
 
-def picture(result: dict[str, Any], path: Path) -> None:
-    """Draw throughput over that of 6 blocks against the number of blocks, with the published curve."""
+@contextmanager
+def _picture(path: Path, width: float) -> Iterator[Any]:
+    """Give axes to draw on, of a picture that is `width` x 4 inches and is written with a legend."""
     need_matplotlib()
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for precision in dict.fromkeys(row["precision"] for row in result["rows"]):
-        rows = [row for row in result["rows"] if row["precision"] == precision]
-        blocks = [row["blocks"] for row in rows]
-        axes.plot(blocks, [row["ratio"]["structures_per_s"] for row in rows], "o-", label=f"ejmp, {precision}")
-    rows = [row for row in result["rows"] if row["precision"] == result["rows"][0]["precision"]]
-    blocks = [row["blocks"] for row in rows]
-    published = [(row["blocks"], row.get("published_throughput_ratio")) for row in rows]
-    published = [point for point in published if point[1] is not None]
-    if published:
-        axes.plot(*zip(*published, strict=True), "s--", color="gray", label="published (V100)")
-    axes.plot(blocks, [1 / row["ratio"]["gmac"] for row in rows], ":", color="black", label="work alone")
-    axes.set(xlabel="interaction blocks", ylabel=f"throughput over {max(blocks)} blocks", xticks=blocks)
-    axes.set_title(f"{result['model'].split(',')[0]}, {result['workload']['name']}")
-    axes.invert_xaxis()
+    figure, axes = plt.subplots(figsize=(width, 4), layout="constrained")
+    yield axes
     axes.legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def picture(result: dict[str, Any], path: Path) -> None:
+    """Draw throughput over that of 6 blocks against the number of blocks, with the published curve."""
+    by_precision: dict[str, list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        by_precision.setdefault(row["precision"], []).append(row)
+    rows = next(iter(by_precision.values()))
+    blocks = [row["blocks"] for row in rows]
+    published = [(row["blocks"], row.get("published_throughput_ratio")) for row in rows]
+    published = [point for point in published if point[1] is not None]
+    with _picture(path, 6) as axes:
+        for precision, same in by_precision.items():
+            ratios = [row["ratio"]["structures_per_s"] for row in same]
+            axes.plot([row["blocks"] for row in same], ratios, "o-", label=f"ejmp, {precision}")
+        if published:
+            axes.plot(*zip(*published, strict=True), "s--", color="gray", label="published (V100)")
+        axes.plot(blocks, [1 / row["ratio"]["gmac"] for row in rows], ":", color="black", label="work alone")
+        axes.set(xlabel="interaction blocks", ylabel=f"throughput over {max(blocks)} blocks", xticks=blocks)
+        axes.set_title(f"{result['model'].split(',')[0]}, {result['workload']['name']}")
+        axes.invert_xaxis()
 
 
 def _block_names(scores: dict[str, dict[str, list[float]]]) -> list[str]:
@@ -146,29 +168,27 @@ def relevance_table(scores: dict[str, dict[str, list[float]]]) -> str:
     Args:
         scores: by dataset and branch ("energy", "forces", "combined"), [blocks + 1] each (`ejmp.train.survey`).
     """
-    columns = ["dataset", "branch", *_block_names(scores)]
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    rows = []
     for name, branches in scores.items():
         for branch, values in branches.items():
             total = sum(values) or 1.0
-            lines.append("| " + " | ".join([name, branch, *(f"{100 * v / total:.1f}" for v in values)]) + " |")
-    return "\n".join(lines)
+            rows.append([name, branch, *(f"{100 * v / total:.1f}" for v in values)])
+    return markdown_table(["dataset", "branch", *_block_names(scores)], rows)
 
 
 def relevance_picture(scores: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Draw the combined scores as bars, one group per block, one colour per dataset. Arguments as for the table."""
-    need_matplotlib()
-    import matplotlib.pyplot as plt  # noqa: PLC0415
+    """Draw the combined scores as bars, one group per block, one colour per dataset.
 
+    Args:
+        scores: as for `relevance_table`.
+        path: file to write.
+    """
     names, width = _block_names(scores), 0.8 / len(scores)
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for i, (name, branches) in enumerate(scores.items()):
-        places = [place + (i - (len(scores) - 1) / 2) * width for place in range(len(names))]
-        axes.bar(places, branches["combined"], width, label=name)
-    axes.set(xticks=range(len(names)), xticklabels=names, ylabel="share of the relevance", title="Block relevance")
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with _picture(path, 7) as axes:
+        for i, (name, branches) in enumerate(scores.items()):
+            places = [place + (i - (len(scores) - 1) / 2) * width for place in range(len(names))]
+            axes.bar(places, branches["combined"], width, label=name)
+        axes.set(xticks=range(len(names)), xticklabels=names, ylabel="share of the relevance", title="Block relevance")
 
 
 def data_table(result: dict[str, Any]) -> str:
@@ -186,4 +206,4 @@ def data_table(result: dict[str, Any]) -> str:
     for kind in ("molecules", "slabs"):
         made = infos[f"bench_make_batch[8-{kind}]"]
         rows.append((f"graphs of {kind}, {made['atoms']:.0f} atoms", f"{made['structures_per_cpu_s']:.0f}/s per core"))
-    return "\n".join(["| | |", "| --- | ---: |", *(f"| {name} | {value} |" for name, value in rows)])
+    return markdown_table(["", ""], rows, numbers=True)

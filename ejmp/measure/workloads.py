@@ -1,4 +1,4 @@
-"""Structures to measure on: four built in, or anything ase.io reads."""
+"""Structures to measure on: four batches that are built in, or anything that ase.io reads."""
 
 import fnmatch
 import tempfile
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ejmp.data.catalog import CATALOG
 from ejmp.graph.structure import Structure
 
 if TYPE_CHECKING:
@@ -20,11 +21,20 @@ class Workload:
     """A batch of structures with the graph settings its dataset is used with."""
 
     name: str
+    """Name of the batch in results."""
     structures: list[Any]
+    """The structures, as `ejmp.build_graph` takes them."""
     cutoff: float
-    """A."""
+    """Cutoff of the graph, in A."""
     max_neighbors: list[int]
-    """One per structure."""
+    """Largest number of neighbours of an atom, one number per structure."""
+
+
+def _as_in(dataset: str, name: str, structures: list[Any]) -> Workload:
+    """Return a workload with the graph settings of a dataset."""
+    graph = CATALOG[dataset].graph
+    neighbors = [graph.neighbors_of(len(item.numbers)) for item in structures]
+    return Workload(name=name, structures=structures, cutoff=graph.cutoff, max_neighbors=neighbors)
 
 
 def framework() -> Workload:
@@ -44,7 +54,7 @@ def framework() -> Workload:
     basis = [place for places in sites.values() for place in places]
     cell = [25.832] * 3 + [90] * 3
     atoms = crystal(symbols, basis, spacegroup=225, cellpar=cell, primitive_cell=True)
-    return Workload(name="framework", structures=[atoms], cutoff=19.0, max_neighbors=[30])
+    return _as_in("qmof", "framework", [atoms])
 
 
 def molecules() -> Workload:
@@ -52,7 +62,7 @@ def molecules() -> Workload:
     from ase.collections import g2  # noqa: PLC0415
 
     chosen = [atoms for name in g2.names if len(atoms := g2[name]) >= 4][:32]
-    return Workload(name="molecules", structures=chosen, cutoff=8.0, max_neighbors=[30] * len(chosen))
+    return _as_in("qm9", "molecules", chosen)
 
 
 def slab() -> Workload:
@@ -65,15 +75,15 @@ def slab() -> Workload:
     carbon_monoxide.rotate(180, "x")
     carbon_monoxide.set_tags([2, 2])
     add_adsorbate(atoms, carbon_monoxide, height=1.85, position="ontop", mol_index=1)
-    return Workload(name="slab", structures=[atoms], cutoff=12.0, max_neighbors=[30])
+    return _as_in("oc20", "slab", [atoms])
 
 
 def rocksalt(structures: int = 1, *, repeats: int = 2) -> Workload:
     """Return rattled crystals of sodium chloride, 8 repeats^3 atoms each, at OC20's settings; needs no ase.
 
     Args:
-        structures: how many, each rattled differently.
-        repeats: of the cubic cell of 5.64 A, along each axis.
+        structures: number of crystals, each rattled differently.
+        repeats: number of cubic cells of 5.64 A along each axis.
     """
     cell = np.array([[0, 0, 0], [0, 1, 1], [1, 0, 1], [1, 1, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]]) / 2
     places = np.stack(np.meshgrid(*[np.arange(repeats)] * 3, indexing="ij"), axis=-1).reshape(-1, 1, 3)
@@ -89,10 +99,11 @@ def rocksalt(structures: int = 1, *, repeats: int = 2) -> Workload:
         )
         for _ in range(structures)
     ]
-    return Workload(name="rocksalt", structures=found, cutoff=12.0, max_neighbors=[30] * structures)
+    return _as_in("oc20", "rocksalt", found)
 
 
 BUILT_IN = {"framework": framework, "molecules": molecules, "slab": slab, "rocksalt": rocksalt}
+"""Functions that make the built-in batches, by name."""
 
 
 def read_structures(path: Path, *, select: str = "*", most: int = 1) -> list[Any]:
@@ -100,8 +111,8 @@ def read_structures(path: Path, *, select: str = "*", most: int = 1) -> list[Any
 
     Args:
         path: a file ase.io reads, or a folder or zip archive of such files.
-        select: glob that the files' names in a folder or archive must match.
-        most: how many structures to read; a file may hold several.
+        select: glob that the names of files in a folder or archive must match.
+        most: largest number of structures to read; a file may hold several.
 
     Raises:
         FileNotFoundError: if there is no such path.
@@ -150,24 +161,19 @@ def _read(file: Path) -> list[Any]:
     return frames if isinstance(frames, list) else [frames]
 
 
-def qmof_neighbors(num_atoms: int) -> int:
-    """Return JMP's rule for QMOF: 30 neighbours, 10 above 200 atoms, 5 above 300."""
-    return 30 if num_atoms <= 200 else 10 if num_atoms <= 300 else 5
-
-
 def from_files(path: Path, *, select: str = "*", most: int = 1, cutoff: float | None = None) -> Workload:
     """Make a workload of files: QMOF's settings (19 A) for periodic structures, QM9's (8 A) for molecules.
 
     Args:
-        path: see `read_structures`.
-        select: see `read_structures`.
-        most: see `read_structures`.
-        cutoff: A, overrides the dataset's.
+        path: what to read, as for `read_structures`.
+        select: which files to read, as for `read_structures`.
+        most: largest number of structures, as for `read_structures`.
+        cutoff: cutoff in A, instead of the dataset's.
     """
     structures = read_structures(path, select=select, most=most)
     if cutoff is None:
-        cutoff = 19.0 if any(atoms.pbc.any() for atoms in structures) else 8.0
+        cutoff = CATALOG["qmof" if any(atoms.pbc.any() for atoms in structures) else "qm9"].graph.cutoff
     names = [str(atoms.info["name"]) for atoms in structures]
     name = names[0] if len(names) == 1 else f"{len(names)} structures of {path.name}"
-    neighbors = [qmof_neighbors(len(atoms)) for atoms in structures]
+    neighbors = [CATALOG["qmof"].graph.neighbors_of(len(atoms)) for atoms in structures]
     return Workload(name=name, structures=structures, cutoff=cutoff, max_neighbors=neighbors)

@@ -1,10 +1,27 @@
 """Random orthogonal matrices, drawn without a factorisation."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 PANEL = 128
 """Number of reflections that are applied together, as matrix products."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread for a while.
+
+    Threads that wait for each other take ten times as long while another process is busy.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @torch.no_grad()
@@ -21,10 +38,10 @@ def orthogonal_(weight: Tensor) -> Tensor:
     tall = weight if weight.shape[0] >= weight.shape[1] else weight.mT
     rows, columns = tall.shape
     vectors = torch.randn(rows, columns, dtype=weight.dtype, device=weight.device).tril_()
-    first, norm = vectors.diagonal().clone(), vectors.norm(dim=0)
+    first, norm = vectors.diagonal().clone(), vectors.square().sum(0).sqrt()
     sign = torch.where(first < 0, -1.0, 1.0).to(weight.dtype)
     vectors.diagonal().add_(sign * norm)
-    scale = 2 / vectors.square().sum(0)  # a reflection is 1 - scale v v^T
+    scale = 1 / (norm * (norm + first.abs()))  # 2 / v^T v; a reflection is 1 - scale v v^T
     tall.zero_().fill_diagonal_(1)
     for start in reversed(range(0, columns, PANEL)):
         stop = min(start + PANEL, columns)
@@ -33,6 +50,6 @@ def orthogonal_(weight: Tensor) -> Tensor:
         inverse = torch.triu(v.mT @ v, 1)
         inverse.diagonal().copy_(1 / own)
         rest = tall[start:, start:]
-        rest -= v @ torch.linalg.solve_triangular(inverse, v.mT @ rest, upper=True)
+        rest.addmm_(v, torch.linalg.solve_triangular(inverse, v.mT @ rest, upper=True), alpha=-1)
     tall *= -sign
     return weight

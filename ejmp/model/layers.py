@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ejmp.model.initialisation import orthogonal_
+from ejmp.model.initialisation import one_thread, orthogonal_
 
 INV_SQRT_2 = 1 / math.sqrt(2)
 INV_SQRT_3 = 1 / math.sqrt(3)
@@ -31,11 +31,14 @@ def he_orthogonal_(weight: Tensor) -> Tensor:
     """
     if weight.is_meta:
         return weight
-    orthogonal_(weight.flatten(1))
     inputs = [0, 1] if weight.ndim == 3 else [1]
     fan_in = math.prod(weight.shape[i] for i in inputs)
-    variance, mean = torch.var_mean(weight, dim=inputs, unbiased=True, keepdim=True)
-    return weight.sub_(mean).div_((variance + 1e-6).sqrt()).mul_(fan_in**-0.5)
+    with one_thread():
+        orthogonal_(weight.flatten(1))
+        weight -= weight.mean(inputs, keepdim=True)
+        variance = torch.linalg.vector_norm(weight, dim=inputs, keepdim=True).square() / max(fan_in - 1, 1)
+        weight *= ((variance + 1e-6) * fan_in).rsqrt()
+    return weight
 
 
 class Linear(nn.Module):

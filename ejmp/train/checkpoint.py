@@ -24,7 +24,6 @@ from torch import distributed as dist
 from ejmp.data.store.durable import hash_file, sync, written
 from ejmp.model.checkpoint import load as load_model
 from ejmp.model.checkpoint import write_files
-from ejmp.model.jmp import JMP
 from ejmp.train.distributed import broadcast
 from ejmp.train.engine import Engine
 from ejmp.train.moments import optimizer_state, optimizer_steps, set_optimizer_state
@@ -38,15 +37,16 @@ LEFTOVER = re.compile(r"\.(step-\d+)\.(new|old|replaced)")
 
 @dataclass(frozen=True, kw_only=True)
 class Restored:
-    """What a checkpoint holds beside what `load` has put into the engine."""
+    """The contents of a checkpoint that `load` does not put into the engine."""
 
     path: Path
+    """The checkpoint's directory."""
     step: int
-    """Steps that were taken before it was saved, skipped ones too."""
+    """Number of steps taken before it was saved, skipped ones too."""
     state: dict[str, Any]
-    """As it was given to `save`."""
+    """State that was given to `save`."""
     ema: dict[str, Tensor] | None
-    """Averages by parameter name."""
+    """Averaged weights by parameter name; None if the run keeps none."""
 
 
 def save(
@@ -61,12 +61,12 @@ def save(
     """Write a checkpoint, and remove all but the newest `keep_checkpoints` and the best. All ranks must call it.
 
     Args:
-        engine: whose weights, moments, loss scale and settings are saved, with the random state of every rank.
-        run: the run's directory; it is made if need be.
-        step: steps taken; names the directory. One of the same name is replaced.
+        engine: engine whose weights, moments, loss scale and settings are saved, with the random state of every rank.
+        run: directory of the run's checkpoints; it is made if need be.
+        step: number of steps taken, which names the directory. One of the same name is replaced.
         state: anything else that is ready for JSON: position of the sampler, schedule, early stopping.
-        ema: averages by parameter name.
-        best: remember this one as the best so far.
+        ema: averaged weights by parameter name.
+        best: whether to remember this checkpoint as the best so far.
 
     Returns:
         The checkpoint's directory.
@@ -95,11 +95,10 @@ def save(
 
 
 def _write(new: Path, engine: Engine, tensors: Mapping[str, Mapping[str, Tensor]], more: Mapping[str, Any]) -> None:
-    """Fill a directory, the manifest last, and read it back."""
+    """Write a checkpoint's files into a directory, the manifest last, and read them back."""
     from safetensors.torch import save_file  # noqa: PLC0415
 
     model = engine.objective.model
-    assert isinstance(model, JMP)
     write_files(model, new)
     _compare(new / "model.safetensors", model.state_dict())
     for name, values in tensors.items():
@@ -123,11 +122,11 @@ def _write(new: Path, engine: Engine, tensors: Mapping[str, Mapping[str, Tensor]
     (new / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": manifest}, indent=1) + "\n")
     sync(new / "manifest.json")
     sync(new)
-    check(new)
+    check_checkpoint(new)
 
 
 def _compare(path: Path, expected: Mapping[str, Tensor]) -> None:
-    """Compare a file's tensors with those it was made of, bit by bit."""
+    """Raise OSError if a file's tensors differ in a bit from those it was made of."""
     from safetensors.torch import load_file  # noqa: PLC0415
 
     for name, value in load_file(path).items():
@@ -150,7 +149,7 @@ def _publish(new: Path, path: Path) -> None:
 
 
 def _tidy(run: Path) -> None:
-    """Remove what an earlier save left when it was cut off; put back what it was about to replace."""
+    """Remove what a save that was cut off has left; put back the checkpoint it was about to replace."""
     for path in run.iterdir():
         match = LEFTOVER.fullmatch(path.name)
         if match and match[2] == "replaced" and not (run / match[1]).exists():
@@ -160,7 +159,7 @@ def _tidy(run: Path) -> None:
 
 
 def _remove_old(run: Path, step: int, keep: int) -> None:
-    """Remove all but the newest up to this step and the best; never one that is newer."""
+    """Remove the checkpoints up to this step, except for the newest `keep` of them and the best one."""
     chosen = best(run)
     for path in [path for path in steps(run) if step_of(path) <= step][keep:]:
         if path != chosen:
@@ -180,17 +179,13 @@ def steps(run: Path) -> list[Path]:
 
 
 def best(run: Path) -> Path | None:
-    """Return the checkpoint that was saved as the best, if there is one."""
+    """Return the checkpoint that was saved as the best; None if no one was."""
     file = run / "best.json"
     return run / f"step-{json.loads(file.read_text())['step']:08d}" if file.exists() else None
 
 
-def check(path: Path) -> None:
-    """Read a checkpoint whole.
-
-    Raises:
-        ValueError: if a file is missing or differs from what was written, naming it.
-    """
+def check_checkpoint(path: Path) -> None:
+    """Raise ValueError, naming the file, if one of a checkpoint's files is missing or not as it was written."""
     try:
         files = json.loads((path / "manifest.json").read_text())["files"]
         expected = {name: (file["bytes"], file["blake2b"]) for name, file in files.items()}
@@ -218,7 +213,7 @@ def latest(run: Path) -> Path:
         raise FileNotFoundError(f"{run}: there is no checkpoint to resume from")
     for path in found:
         try:
-            check(path)
+            check_checkpoint(path)
         except ValueError as error:
             LOG.warning("%s; trying an older one", error)
         else:
@@ -230,8 +225,8 @@ def resume(engine: Engine, run: Path) -> Restored:
     """Load a run's newest checkpoint that is whole. All ranks must call it.
 
     Raises:
-        FileNotFoundError: as `latest`.
-        ValueError: as `latest` and `load`.
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if no checkpoint is whole, or the newest is not of this model.
     """
     return load(engine, broadcast(latest(run) if engine.ranks.rank == 0 else None))
 
@@ -251,7 +246,6 @@ def load(engine: Engine, path: Path) -> Restored:
     if state.get("format") != FORMAT:
         raise ValueError(f"{path}: expected format {FORMAT!r}, got {state.get('format')!r}")
     model, saved = engine.objective.model, load_model(path, backend="reference")
-    assert isinstance(model, JMP)
     if saved.config != model.config:
         raise ValueError(f"{path}: expected a model with {model.config}, got {saved.config}")
     model.load_state_dict(saved.state_dict())  # copies, into the tensors that ZeRO shares

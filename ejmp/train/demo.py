@@ -1,4 +1,4 @@
-"""A small teacher for those who have none yet: pre-trained once on the demo mix, then kept.
+"""A small teacher for users who have none yet: pre-trained once on the demo mix, then kept.
 
 It has JMP's six blocks and heads at a fraction of the widths, so that pre-training, pruning and distilling it take
 minutes on two cores. Nothing measured with it says anything about JMP-L.
@@ -9,29 +9,27 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import torch
 from torch import distributed as dist
 
-from ejmp.data import MixSampler
 from ejmp.data.store.durable import hash_file, hash_text
 from ejmp.model.config import JMPConfig
-from ejmp.model.jmp import JMP
-from ejmp.model.scale_factors import fit_scale_factors
-from ejmp.train import config
+from ejmp.train import presets
 from ejmp.train.distributed import Ranks
 from ejmp.train.loop import FINAL, Run, train
 from ejmp.train.objective import Supervised
-from ejmp.train.sources import Source, demo_mix, loader_of, tasks_of
+from ejmp.train.sources import demo_mix, tasks_of
+from ejmp.train.start import new_model
 from ejmp_kernels.cache import cache_root
 
-SETTINGS = config.demo("pretrain")
+CONFIG = presets.demo("pretrain")
+"""Settings the teacher is pre-trained with."""
 
 
 def demo_config(*, blocks: int = 6) -> JMPConfig:
-    """Return the sizes of the demo model: 0.7 M parameters at six blocks, which have no residual layers of their own.
+    """Return the sizes of the demo model: 0.7 M parameters at six blocks, which have no residual layers.
 
     Args:
-        blocks: interaction blocks.
+        blocks: number of interaction blocks.
     """
     return JMPConfig(
         blocks=blocks,
@@ -56,20 +54,10 @@ def demo_config(*, blocks: int = 6) -> JMPConfig:
     )
 
 
-def new_model(config: JMPConfig, sources: list[Source], *, seed: int) -> JMP:
-    """Return an untrained model whose scale factors are fitted to some of the sources' training structures."""
-    torch.manual_seed(seed)
-    model = JMP(config)
-    sizes = [len(source.split("train")) for source in sources]
-    loader = loader_of(sources, "train", MixSampler(sizes=sizes, seed=seed, batch_size=16))
-    fit_scale_factors(model, [batch.graph for batch in loader.batches(0, 64)])
-    return model
-
-
 def cache_folder() -> Path:
-    """Return where the teacher is kept: a folder named after everything that makes it what it is."""
+    """Return the folder where the teacher is kept, whose name has a hash of its sizes, settings and data."""
     counts = [len(source.split("train")) for source in demo_mix()]
-    recipe = f"{demo_config()} {SETTINGS} {counts}"
+    recipe = f"{demo_config()} {CONFIG} {counts}"
     return cache_root() / f"demo-teacher-{hash_text(recipe)}"
 
 
@@ -77,23 +65,23 @@ def demo_teacher(ranks: Ranks) -> Path:
     """Return the folder of the demo teacher, which the first call pre-trains: some minutes on two cores.
 
     Raises:
-        ValueError: if the kept one is damaged, naming it.
-        SystemExit: if it was told to stop (SIGTERM) meanwhile.
+        ValueError: if the kept teacher is damaged, naming its folder.
+        SystemExit: if this process is told to stop (SIGTERM) meanwhile.
     """
     folder = cache_folder()
     whole = folder.exists()
     dist.barrier()
     if whole:
-        check(folder)
+        check_teacher(folder)
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".demo-teacher-")) if ranks.rank == 0 else folder
     sources = demo_mix()
-    model = new_model(demo_config(), sources, seed=SETTINGS.seed)
-    settings = dataclasses.replace(SETTINGS, batch_size=max(1, SETTINGS.batch_size // ranks.world_size))
+    model = new_model(demo_config(), sources, seed=CONFIG.seed)
+    config = dataclasses.replace(CONFIG, batch_size=max(1, CONFIG.batch_size // ranks.world_size))
     objective = Supervised(model, tasks_of(sources))
     try:
-        result = train(Run(objective=objective, sources=sources, config=settings, directory=scratch, ranks=ranks))
+        result = train(Run(objective=objective, sources=sources, config=config, directory=scratch, ranks=ranks))
         if not result.finished:
             raise SystemExit(0)
         if ranks.rank == 0:
@@ -111,12 +99,8 @@ def checksum(folder: Path) -> str:
     return hash_file(folder / "model.safetensors")
 
 
-def check(folder: Path) -> None:
-    """Do nothing if the kept teacher is as it was written.
-
-    Raises:
-        ValueError: if not.
-    """
+def check_teacher(folder: Path) -> None:
+    """Raise ValueError if the kept teacher is not as it was written."""
     try:
         good = (folder / "checksum").read_text() == checksum(folder)
     except OSError as error:

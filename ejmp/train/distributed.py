@@ -13,36 +13,41 @@ from torch import Tensor
 from torch import distributed as dist
 
 TIMEOUT = timedelta(minutes=10)
-# Rank, number of ranks, rank within the node (the first that is set): deepspeed and torchrun, Open MPI, other MPIs
-# (which may use srun to start their daemons, and so come first), Slurm's srun.
+"""Time after which a collective gives up waiting for the other ranks."""
+# Names of rank, number of ranks and rank within the node (the first that is set), by launcher: deepspeed and torchrun,
+# Open MPI, other MPIs, Slurm's srun. MPIs may start their daemons with srun, and so come before it.
 LAUNCHERS = (
     ("RANK", "WORLD_SIZE", ("LOCAL_RANK",)),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", ("OMPI_COMM_WORLD_LOCAL_RANK",)),
     ("PMI_RANK", "PMI_SIZE", ("MPI_LOCALRANKID", "PALS_LOCAL_RANKID", "SLURM_LOCALID")),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ("SLURM_LOCALID",)),
 )
+# Names of the number of ranks on this node, by launcher.
 LOCAL_SIZES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "PALS_LOCAL_SIZE")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """One process among those of a run."""
+    """The place of this process among all processes of a run."""
 
     rank: int
+    """Number of this process, from 0."""
     world_size: int
+    """Number of processes of the run."""
     local_rank: int
-    """Among those of the same node."""
+    """Number of this process among those of the same node, from 0."""
     device: torch.device
+    """Device this process computes on."""
 
 
 def start(device: Literal["auto", "cpu", "cuda"] = "auto") -> Ranks:
-    """Join the process group: of the deepspeed launcher, torchrun, mpirun, srun, or of this process alone.
+    """Join the process group that the deepspeed launcher, torchrun, mpirun or srun made, or make one of this process.
 
     Args:
-        device: "auto" takes CUDA where there is one and DS_ACCELERATOR is not cpu.
+        device: device to compute on; "auto" takes CUDA if there is one and DS_ACCELERATOR is not cpu.
 
     Raises:
-        ValueError: for a device that is not there; if ranks are on several nodes and nothing says where rank 0 is.
+        ValueError: for a device that is not there, or if ranks are on several nodes and nothing says where rank 0 is.
     """
     rank, world_size, local_rank = _place()
     target = _device(device, local_rank)
@@ -63,7 +68,7 @@ def start(device: Literal["auto", "cpu", "cuda"] = "auto") -> Ranks:
 
 
 def _place() -> tuple[int, int, int]:
-    """Return rank, number of ranks and rank within the node, as the launcher says."""
+    """Return rank, number of ranks and rank within the node, read from the launcher's variables."""
     for rank, size, local_names in LAUNCHERS:
         if rank in os.environ and size in os.environ:
             local = next((os.environ[name] for name in local_names if name in os.environ), "0")
@@ -87,7 +92,7 @@ def _device(device: str, local_rank: int) -> torch.device:
 
 
 def _meeting_point(world_size: int) -> tuple[str, int]:
-    """Return where rank 0 listens. All ranks must come to the same answer, each on its own."""
+    """Return host and port at which rank 0 listens. All ranks must come to the same answer, each on its own."""
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     nodes = os.environ.get("SLURM_STEP_NODELIST")
     local_sizes = {os.environ[name] for name in LOCAL_SIZES if name in os.environ}
@@ -97,7 +102,8 @@ def _meeting_point(world_size: int) -> tuple[str, int]:
         address = first_node(nodes)
     elif address is None:
         raise ValueError("MASTER_ADDR: expected the host of rank 0 (mpirun -x MASTER_ADDR=HOST ...), got nothing")
-    # Two runs on one node must not meet: ranks of one mpirun have the same parent, those of one srun the same job.
+    # Two runs on one node need different ports: ranks of one mpirun have the same parent, those of one srun the same
+    # job.
     run = f"{os.environ['SLURM_JOB_ID']}{os.environ.get('SLURM_STEP_ID', '')}" if nodes else str(os.getppid())
     several_nodes_by_mpi = str(world_size) not in local_sizes and not nodes
     default = 29500 if several_nodes_by_mpi else 20000 + int(run) % 12000
@@ -132,7 +138,7 @@ def broadcast(value: Any) -> Any:
 
 
 def host() -> str:
-    """Return where rank 0 is, as the other ranks reach it."""
+    """Return the host of rank 0 by the name at which the other ranks reach it."""
     return os.environ.get("MASTER_ADDR", socket.gethostname())
 
 
@@ -143,7 +149,7 @@ class Preemption:
     """
 
     def __init__(self) -> None:
-        """Take over both signals; only the main thread can."""
+        """Install handlers of both signals, which only the main thread can."""
         self._noticed = False
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._notice)

@@ -14,7 +14,7 @@ from ejmp.model.jmp import JMP
 from ejmp_kernels.neighbors import csr_pointers, symmetrise
 
 QUAD_TAG = 1
-"""Quad edges touch an atom of this tag or a higher one."""
+"""Lowest tag such that a quad edge has at least one atom with it or a higher one."""
 
 
 def drop_edges(
@@ -26,24 +26,24 @@ def drop_edges(
     neighbours take the place of dropped ones, and main edges are closed under swapping afterwards.
 
     Args:
-        graph: as `build_graph` made it.
+        graph: graph that `build_graph` made.
         share: probability to leave a pair out, 0 to below 1.
-        max_neighbors: that the graph was built with; one value, or one per structure.
-        generator: of random numbers, on the graph's device.
+        max_neighbors: value the graph was built with, or one value per structure.
+        generator: generator of the random numbers, on the graph's device; None: torch's default one.
 
     Raises:
         ValueError: if the share is out of range, or there is no value of max_neighbors for each structure.
     """
     if not 0 <= share < 1:
         raise ValueError(f"share: expected 0 or more and less than 1, got {share}")
-    bases = [max_neighbors] * graph.num_structures if isinstance(max_neighbors, int) else list(max_neighbors)
-    if len(bases) != graph.num_structures:
-        raise ValueError(f"max_neighbors: expected one value or {graph.num_structures}, got {len(bases)}")
+    most = [max_neighbors] * graph.num_structures if isinstance(max_neighbors, int) else list(max_neighbors)
+    if len(most) != graph.num_structures:
+        raise ValueError(f"max_neighbors: expected one value or {graph.num_structures}, got {len(most)}")
     pairs = graph.atom_pairs
     chance = torch.rand(pairs.num_edges, dtype=torch.float64, generator=generator, device=graph.device)
     left = _subset(pairs, chance >= share)
     place = torch.arange(left.num_edges, device=graph.device) - left.ptr[left.target]
-    limits = torch.tensor([neighbor_limits(k) for k in bases], device=graph.device)[graph.batch[left.target]]
+    limits = torch.tensor([neighbor_limits(k) for k in most], device=graph.device)[graph.batch[left.target]]
     main, near, quad = (place < limits[:, j] for j in (1, 2, 3))
     quad &= (graph.tags[left.source] >= QUAD_TAG) | (graph.tags[left.target] >= QUAD_TAG)
     return dataclasses.replace(
@@ -65,7 +65,7 @@ def _subset(edges: EdgeSet, keep: Tensor) -> EdgeSet:
 
 
 def _close(graph: AtomGraph, edges: EdgeSet) -> EdgeSet:
-    """Keep one direction of each pair and add its counter-edge."""
+    """Return main edges in which every edge has its counter-edge; of each pair one direction is kept."""
     distance, _ = edge_geometry(graph.positions, edges.source, edges.target, edges.shift)
     rank = (distance.detach() * 1e6).round().long()
     found, swap = symmetrise(edges.source, edges.target, edges.offset, rank, graph.num_atoms)
@@ -74,12 +74,12 @@ def _close(graph: AtomGraph, edges: EdgeSet) -> EdgeSet:
 
 @contextmanager
 def scaled_outputs(model: JMP, share: float) -> Iterator[None]:
-    """Divide the output blocks' sums over edges by 1 - share, in forward passes on graphs with dropped edges."""
+    """Divide the output blocks' sums over edges by 1 - share, while the body of the `with` statement runs."""
     factors = [block.scale_sum for block in model.backbone.out_blocks if isinstance(block, OutputBlock)]
     before = [factor.scale_factor for factor in factors]
     try:
         for factor, value in zip(factors, before, strict=True):
-            factor.scale_factor = value / (1 - share)  # a new tensor: autograd may have kept the old one
+            factor.scale_factor = value / (1 - share)  # not in place: autograd may have saved the old tensor
         yield
     finally:
         for factor, value in zip(factors, before, strict=True):

@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 class EMA:
-    """average = decay * average + (1 - decay) * parameter after each step; it begins as a copy.
+    """Averages of parameters over the steps: average = decay * average + (1 - decay) * parameter after each.
 
-    Averages of half-precision parameters are kept in float32.
+    They begin as copies of the parameters. Averages of half-precision parameters are kept in float32.
 
     Args:
-        parameters: by name: `dict(model.named_parameters())`, which names tied weights once.
-        decay: between 0 and 1.
+        parameters: parameters by name: `dict(model.named_parameters())`, which names tied weights once.
+        decay: weight of the old average, from 0 to below 1.
 
     Raises:
         ValueError: for a decay out of range.
@@ -32,14 +32,14 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the parameters after a step; after a skipped one, do not call it."""
+        """Move the averages towards the parameters; to be called after each step that was not skipped."""
         averages = list(self.averages.values())
         current = [p.to(a.dtype) for p, a in zip(self._parameters.values(), averages, strict=True)]
         torch._foreach_lerp_(averages, current, 1 - self.decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Put the averages into the parameters for a while, to validate or to save them."""
+        """Put the averages into the parameters while the body of the `with` statement runs."""
         before = {name: p.detach().clone() for name, p in self._parameters.items()}
         try:
             self._copy(self.averages)
@@ -57,7 +57,7 @@ class EMA:
         return dict(self.averages)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a state.
+        """Replace the averages by those that `state_dict` returned.
 
         Raises:
             ValueError: if names or shapes are not those of the parameters.

@@ -19,13 +19,15 @@ from ejmp.compress.losses import Losses
 from ejmp.data.sampling.batch import Batch
 from ejmp.train.config import TrainConfig
 from ejmp.train.distributed import Ranks, sum_over_ranks
+from ejmp.train.objective import Objective
 
 LOG = logging.getLogger(__name__)
 MAX_SKIPPED = 20
-"""Steps in a row that may be skipped before training gives up."""
+"""Number of steps skipped in a row after which training gives up."""
 BUCKET = 50_000_000
 """Largest number of elements that are reduced or gathered at once: 200 MB."""
 FIRST_SCALE = 2.0**16
+"""Loss scale at the start of a run in fp16."""
 GOOD_STEPS = 2000
 """Steps without an overflow after which the loss scale is doubled."""
 
@@ -35,17 +37,18 @@ class StepResult:
     """What a step was like."""
 
     losses: Losses
-    """Of this rank."""
+    """Losses computed on this rank's batch."""
     loss: float
-    """Mean over the ranks of what was differentiated."""
+    """Total loss, averaged over the ranks."""
     grad_norm: float
-    """Of the mean gradient over all ranks, before clipping."""
+    """Norm of the gradient averaged over all ranks, before clipping."""
     skipped: bool
-    """Loss or gradient was not finite somewhere: no weight has changed."""
+    """Whether loss or gradient was not finite on some rank, so that no weight has changed."""
     suspects: tuple[str, ...]
-    """Of a skipped step: ids of this rank's structures, unless only other ranks' losses were not finite."""
+    """Ids of this rank's structures if the step was skipped and they may be why; empty if only other ranks' losses
+    were not finite."""
     lr: float
-    """Of the first parameter group."""
+    """Learning rate of the first parameter group."""
 
 
 def deepspeed_json(config: TrainConfig, world_size: int) -> dict[str, Any]:
@@ -66,7 +69,7 @@ def deepspeed_json(config: TrainConfig, world_size: int) -> dict[str, Any]:
                 "betas": list(config.betas),
                 "eps": 1e-8,
                 "weight_decay": config.weight_decay,
-                "torch_adam": True,  # DeepSpeed's own need a compiler at run time
+                "torch_adam": True,  # DeepSpeed's own optimisers need a compiler at run time
                 "fused": True,
             },
         },
@@ -82,10 +85,10 @@ class Engine:
     "fp16" the loss is scaled: by half as much after a skipped step, by twice as much after 2000 good ones.
 
     Args:
-        objective: maps a batch to its losses; `objective.model` holds all that is trained.
+        objective: what to minimise; `objective.model` holds all that is trained.
         groups: parameter groups as torch.optim takes them, with a learning rate each, which `set_lr` multiplies.
         config: settings of the run.
-        ranks: from `start`.
+        ranks: this process among all, from `start`.
 
     Raises:
         ModuleNotFoundError: without deepspeed.
@@ -93,11 +96,11 @@ class Engine:
     """
 
     def __init__(
-        self, objective: nn.Module, groups: Sequence[Mapping[str, Any]], config: TrainConfig, ranks: Ranks
+        self, objective: Objective, groups: Sequence[Mapping[str, Any]], config: TrainConfig, ranks: Ranks
     ) -> None:
         deepspeed = _deepspeed()
         self.objective, self.config, self.ranks = objective, config, ranks
-        groups = _check(objective, groups)
+        groups = _checked_groups(objective, groups)
         self.base_lrs = [group["lr"] for group in groups]
         self.parameters: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
         self._forward = _Forward(objective)
@@ -172,7 +175,7 @@ class Engine:
         return loss / self.ranks.world_size, math.sqrt(squares) / self.loss_scale
 
     def _clip(self, gradients: list[Tensor], norm: float) -> None:
-        """Undo the loss scale and clip, in place."""
+        """Undo the loss scale of this rank's gradients and clip them, in place."""
         clip, factor = self.config.clip, 1 / self.loss_scale
         if self.config.clip_kind == "norm":
             factor *= min(1.0, clip / (norm + 1e-6))
@@ -189,7 +192,7 @@ class Engine:
                 self.zero.averaged_gradients[group] = None
 
     def _count(self, skipped: bool, loss: float, total: Tensor, batch: Batch) -> tuple[str, ...]:
-        """Keep the counts and the loss scale; return the ids that may have made the step fail."""
+        """Update the counts and the loss scale; return the ids of structures that may have made the step fail."""
         if not skipped:
             self.skipped_in_row = 0
             self.good_steps += 1
@@ -211,7 +214,7 @@ class Engine:
         return suspects
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counts and the loss scale, ready for JSON; weights and moments are a checkpoint's."""
+        """Return the counts and the loss scale, ready for JSON; `checkpoint` saves weights and moments."""
         return {name: getattr(self, name) for name in ("loss_scale", "good_steps", "skipped", "skipped_in_row")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -226,8 +229,9 @@ class _Forward(nn.Module):
     """The objective as DeepSpeed wants it: a module that returns one tensor."""
 
     losses: Losses
+    """Losses of the last forward pass."""
 
-    def __init__(self, objective: nn.Module) -> None:
+    def __init__(self, objective: Objective) -> None:
         super().__init__()
         self.objective = objective
 
@@ -236,12 +240,14 @@ class _Forward(nn.Module):
         return self.losses.total
 
 
-def _check(objective: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the groups without empty parameters, on which ZeRO stumbles, and without empty groups."""
-    model = objective.model
-    assert isinstance(model, nn.Module)
+def _checked_groups(objective: Objective, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the groups without empty parameters, on which ZeRO stumbles, and without empty groups.
+
+    Raises:
+        ValueError: as `Engine`.
+    """
     names = {id(parameter): name for name, parameter in objective.named_parameters() if parameter.requires_grad}
-    inside = {id(parameter) for parameter in model.parameters()}
+    inside = {id(parameter) for parameter in objective.model.parameters()}
     given = [id(parameter) for group in groups for parameter in group["params"]]
     if outside := [name for key, name in names.items() if key not in inside]:
         raise ValueError(f"objective: expected all that is trained inside objective.model, got {', '.join(outside)}")
@@ -264,7 +270,7 @@ def _deepspeed() -> Any:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("training needs DeepSpeed: pip install ejmp[train]") from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed would compile this for minutes when it is first used on a CPU; training has no use for it.
+    # DeepSpeed would spend minutes on compiling this op when it is first used on a CPU; training has no use for it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    warnings.filterwarnings("ignore", ".*all_gather_into_tensor. is deprecated", FutureWarning)  # DeepSpeed's affair
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor. is deprecated", FutureWarning)  # DeepSpeed calls it
     return deepspeed

@@ -9,15 +9,15 @@ from ejmp.model.jmp import JMP
 from ejmp.train.distributed import Ranks, sum_over_ranks
 from ejmp.train.metrics import Maes
 from ejmp.train.objective import predict
-from ejmp.train.sources import Source, Split, loader_of, tasks_of
+from ejmp.train.sources import Split, TaskData, loader_of, tasks_of
 
 Errors = dict[str, dict[str, float]]
-"""By dataset, then by name with its unit; see `Maes.result`."""
+"""Mean absolute errors by dataset, then by name with its unit; see `Maes.result`."""
 
 
 def evaluate(
     model: JMP,
-    sources: Sequence[Source],
+    sources: Sequence[TaskData],
     ranks: Ranks,
     *,
     split: Split = "val",
@@ -27,12 +27,12 @@ def evaluate(
     """Return the mean absolute errors of a model on one split of each source.
 
     Args:
-        model: with a head for each source's task; put into evaluation mode.
-        sources: datasets, graphs and tasks.
+        model: model with a head for each source's task; it is in evaluation mode meanwhile.
+        sources: datasets with their graphs and tasks.
         ranks: this process among all, which share the work.
-        split: of each source.
-        batch_size: structures per rank and step.
-        num_workers: processes that build graphs.
+        split: split of each source to evaluate.
+        batch_size: number of structures per rank and step.
+        num_workers: number of processes per rank that build graphs; 0: this one does.
     """
     sizes = [len(source.split(split)) for source in sources]
     sampler = InOrder(sizes=sizes, batch_size=batch_size, world_size=ranks.world_size, rank=ranks.rank)
@@ -51,9 +51,9 @@ def evaluate(
 
 
 def score(errors: Errors) -> float:
-    """Return what validation is about, lower is better: the mean over datasets of the force error in meV/A.
+    """Return the number that validations compare, lower is better: the mean force error of all datasets, in meV/A.
 
-    Where no dataset has forces, of the first error there is.
+    If no dataset has forces, it is the mean of each dataset's first error.
     """
     forces = [row["forces_meV_per_A"] for row in errors.values() if "forces_meV_per_A" in row]
     values = forces or [next(iter(row.values())) for row in errors.values() if row]
@@ -61,12 +61,16 @@ def score(errors: Errors) -> float:
 
 
 def forces_only(errors: Errors) -> Errors:
-    """Return the errors of forces alone, the column of the paper's Table 1."""
+    """Return the force errors alone, which are what Table 1 of Ghunaim et al. compares."""
     return {name: {"forces meV/A": row["forces_meV_per_A"]} for name, row in errors.items()}
 
 
 def table(rows: dict[str, Errors]) -> str:
-    """Return a Markdown table with a row per model, a column per dataset and error."""
+    """Return a Markdown table with a row per model and a column per dataset and error.
+
+    Args:
+        rows: errors by name of the model; all on the same datasets.
+    """
     columns = [(name, kind) for name, errors in next(iter(rows.values())).items() for kind in errors]
     head = "| model | " + " | ".join(f"{name} {kind}" for name, kind in columns) + " |"
     lines = [head, "| --- |" + " ---: |" * len(columns)]

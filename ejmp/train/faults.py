@@ -1,4 +1,4 @@
-"""If one rank fails, all end, and what went wrong is shown once.
+"""Ends all ranks when one fails, and shows once what went wrong.
 
 Every rank keeps a TCP connection to rank 0, read by a thread. A rank that raises sends its traceback through it; of a
 rank that is killed, the system closes it. Rank 0 prints what it hears of first, tells the others, and ends. A thread
@@ -22,11 +22,11 @@ from torch import distributed as dist
 from ejmp.train.distributed import Ranks, broadcast, host, start
 
 GRACE = 1.0
-"""Seconds a failing rank waits for news of an earlier fault elsewhere, whose consequence its own may be."""
+"""Time in seconds that a failing rank waits for news of an earlier fault elsewhere, which may have caused its own."""
 PATIENCE = 10.0
-"""Seconds a failing rank waits for rank 0 to show its message."""
+"""Time in seconds that a failing rank waits for rank 0 to show its message."""
 CONNECT = 60.0
-"""Seconds the ranks have to connect."""
+"""Time in seconds that the ranks have to connect."""
 
 
 @contextlib.contextmanager
@@ -34,10 +34,10 @@ def session(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[Ranks]:
     """Join the process group and leave it at the end; an exception in the body ends all ranks with exit status 1.
 
     Args:
-        device: as for `start`.
+        device: device to compute on; "auto" takes CUDA if there is one and DS_ACCELERATOR is not cpu.
 
     Raises:
-        ValueError: as `start`.
+        ValueError: for a device that is not there, or if ranks are on several nodes and nothing says where rank 0 is.
     """
     ranks = start(device)
     if ranks.world_size == 1:
@@ -49,7 +49,11 @@ def session(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[Ranks]:
 
 
 class Watch:
-    """Watches the other ranks while the body of a `with` statement runs; all ranks leave it together."""
+    """Watches the other ranks while the body of a `with` statement runs; all ranks leave it together.
+
+    Args:
+        ranks: this process among all.
+    """
 
     def __init__(self, ranks: Ranks) -> None:
         self.rank = ranks.rank
@@ -66,7 +70,7 @@ class Watch:
             listener.start()
 
     def _accept(self) -> dict[int, socket.socket]:
-        """Let every other rank connect; a stranger, who does not know the token, is sent away."""
+        """Let every other rank connect, on rank 0; close connections of strangers, who do not know the token."""
         token, peers = secrets.token_hex(), {}
         dual = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if dual else socket.AF_INET
@@ -90,7 +94,7 @@ class Watch:
         return _keep_alive(peer)
 
     def _hear(self, rank: int, peer: socket.socket) -> None:
-        """Listen to a rank, on rank 0."""
+        """Listen to a rank, on rank 0, until it is done; if it fails or falls silent, end all."""
         with contextlib.suppress(OSError):
             for line in peer.makefile():
                 message = json.loads(line)
@@ -104,7 +108,7 @@ class Watch:
             self._end_all(rank, "ended without a message: killed, or its node is gone\n")
 
     def _obey(self) -> None:
-        """Listen to rank 0, on any other rank."""
+        """Listen to rank 0, on any other rank; end when it says so or falls silent."""
         with contextlib.suppress(OSError):
             for line in self.peers[0].makefile():
                 if json.loads(line)["what"] == "failed":
@@ -116,8 +120,8 @@ class Watch:
         _exit()
 
     def _end_all(self, rank: int, text: str) -> NoReturn:
-        """Show a fault and end all ranks, on rank 0. Later faults wait here for the end."""
-        self.lock.acquire()
+        """Show a fault and end all ranks, on rank 0."""
+        self.lock.acquire()  # for good: threads with later faults wait here until the process ends
         _show(rank, text)
         for peer in self.peers.values():
             with contextlib.suppress(OSError):
@@ -128,7 +132,7 @@ class Watch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Wait for the other ranks; or hand on the exception, and end."""
+        """Wait for the other ranks; after an exception, send it to rank 0 and end."""
         if error is None or (isinstance(error, SystemExit) and not error.code):
             self._finish()
             return
@@ -153,7 +157,7 @@ class Watch:
 
 
 def _keep_alive(peer: socket.socket) -> socket.socket:
-    """Let the system notice within 20 s that the other node is gone."""
+    """Make the system notice within 20 s if the other node is gone, and return the connection."""
     peer.settimeout(None)
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
@@ -163,7 +167,7 @@ def _keep_alive(peer: socket.socket) -> socket.socket:
 
 
 def _read_line(peer: socket.socket) -> str:
-    """Read a line and not a byte more, with a limit."""
+    """Read a line of up to 1000 bytes and not a byte more; return "" if the connection ends first."""
     line = b""
     while not line.endswith(b"\n") and len(line) < 1000:
         byte = peer.recv(1)

@@ -1,47 +1,214 @@
-"""Command-line flags of `TrainConfig`; needs no torch, so that --help is quick."""
+"""Flags of the training commands, and the requests they make; needs no torch, so that --help is quick."""
 
 import argparse
-import dataclasses
-import typing
-from types import UnionType
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
+from ejmp.compress.config import parse_blocks, parse_terms
+from ejmp.train import presets
 from ejmp.train.config import TrainConfig
+from ejmp.train.requests import (
+    DistillRequest,
+    EvaluateRequest,
+    FinetuneRequest,
+    PretrainRequest,
+    Request,
+    RunRequest,
+)
+from ejmp.train.settings import add_settings, read_settings
+
+CommandName = Literal["pretrain", "distill", "finetune", "evaluate"]
+TrainingName = Literal["pretrain", "distill", "finetune"]
+PRESETS: dict[TrainingName, Callable[[], TrainConfig]] = {
+    "pretrain": presets.pretrain,
+    "distill": presets.distill,
+    "finetune": presets.finetune,
+}
 
 
-def add_settings(parser: argparse.ArgumentParser, defaults: TrainConfig, demo: TrainConfig) -> None:
-    """Add a flag for each training setting; see `settings`.
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A training command: its flags, and the request they make."""
 
-    Args:
-        parser: to add to.
-        defaults: shown in the help.
-        demo: defaults of a run on the demo data, shown where they differ.
-    """
-    group = parser.add_argument_group("settings", "ejmp.train.config.TrainConfig says what each is")
-    for name, kind in typing.get_type_hints(TrainConfig).items():
-        usual, small = getattr(defaults, name), getattr(demo, name)
-        text = f"default: {usual}" if usual == small else f"default: {usual}; for the demo data {small}"
-        group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **_options(kind))
+    description: str
+    add_flags: Callable[[argparse.ArgumentParser], None]
+    """Adds the command's flags to a parser."""
+    request: Callable[[argparse.Namespace], Request]
+    """Makes a request of parsed flags; raises ValueError for a value out of range."""
 
 
-def settings(options: argparse.Namespace, defaults: TrainConfig) -> TrainConfig:
-    """Return the defaults with what was given on the command line.
-
-    Raises:
-        ValueError: if a setting is out of range.
-    """
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    return TrainConfig.from_dict({**defaults.to_dict(), **{k: v for k, v in vars(options).items() if k in names}})
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
-def _options(kind: Any) -> dict[str, Any]:
-    """Return argparse's options for a type: int, float, one of either or "none", a choice, a pair."""
-    if typing.get_origin(kind) is Literal:
-        choices = typing.get_args(kind)
-        return {"choices": choices, "type": type(choices[0])}
-    if typing.get_origin(kind) is tuple:
-        return {"nargs": 2, "type": float, "metavar": ("B1", "B2")}
-    if isinstance(kind, UnionType):
-        number = next(t for t in typing.get_args(kind) if t is not type(None))
-        return {"type": lambda text: None if text == "none" else number(text), "metavar": f"{number.__name__}|none"}
-    return {"type": kind, "metavar": kind.__name__}
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    text = "record stores (ejmp data convert), a head each; none given: the embedded demo mix"
+    parser.add_argument("--data", metavar="NAME=FOLDER,...", help=text)
+
+
+def _add_run(parser: argparse.ArgumentParser, name: TrainingName) -> None:
+    # The attribute is not called "run": in the parser of `ejmp` that one is the function to call.
+    parser.add_argument(
+        "--run",
+        dest="directory",
+        type=Path,
+        default=Path("runs", name),
+        metavar="FOLDER",
+        help=f"folder of the run; default: runs/{name}",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --run")
+    parser.add_argument("--track", nargs="+", default=(), choices=("tensorboard", "wandb"))
+    add_settings(parser, PRESETS[name](), presets.demo(name))
+
+
+def _run_request(options: argparse.Namespace, name: TrainingName) -> RunRequest:
+    config, given = read_settings(options, PRESETS[name]() if options.data else presets.demo(name))
+    return RunRequest(
+        directory=options.directory,
+        resume=options.resume,
+        trackers=tuple(options.track),
+        config=config,
+        given=given,
+    )
+
+
+def _add_pretrain(parser: argparse.ArgumentParser) -> None:
+    _add_device(parser)
+    _add_data(parser)
+    parser.add_argument("--model", choices=("demo", "jmp-s", "jmp-l"), default="demo", help="sizes")
+    parser.add_argument("--blocks", type=int, help="default: all")
+    _add_run(parser, "pretrain")
+
+
+def _pretrain_request(options: argparse.Namespace) -> PretrainRequest:
+    return PretrainRequest(
+        device=options.device,
+        data=options.data,
+        run=_run_request(options, "pretrain"),
+        model=options.model,
+        blocks=options.blocks,
+    )
+
+
+def _add_distill(parser: argparse.ArgumentParser) -> None:
+    _add_device(parser)
+    _add_data(parser)
+    parser.add_argument(
+        "--teacher", type=Path, metavar="PATH", help="jmp-l.pt or a saved model; none given: the demo teacher"
+    )
+    parser.add_argument(
+        "--teacher-precision",
+        choices=("fp32", "tf32", "bf16", "fp16"),
+        help="default: bf16 on CUDA (fp16 before compute capability 8.0), the run's on a CPU",
+    )
+    parser.add_argument("--blocks", type=int, help="number of the teacher's blocks the student keeps, the first ones")
+    parser.add_argument("--keep", help="or exactly these blocks, like 0,1,2,5")
+    parser.add_argument("--final-mlp", choices=("sliced", "random"), default="sliced")
+    parser.add_argument("--student", type=Path, metavar="PATH", help="or a saved model to go on with")
+    parser.add_argument("--freeze-blocks", action="store_true", help="train the final MLP and the heads only")
+    parser.add_argument(
+        "--terms",
+        metavar="NAME=WEIGHT,...",
+        help=f"ejmp.compress.config.DistillConfig names them; default: {presets.TERMS}; "
+        f"for the demo data {presets.DEMO_TERMS}",
+    )
+    _add_run(parser, "distill")
+
+
+def _distill_request(options: argparse.Namespace) -> DistillRequest:
+    return DistillRequest(
+        device=options.device,
+        data=options.data,
+        run=_run_request(options, "distill"),
+        teacher=options.teacher,
+        teacher_precision=options.teacher_precision,
+        blocks=options.blocks,
+        keep=parse_blocks(options.keep) if options.keep else None,
+        student=options.student,
+        final_mlp=options.final_mlp,
+        freeze_blocks=options.freeze_blocks,
+        terms=parse_terms(options.terms or (presets.TERMS if options.data else presets.DEMO_TERMS)),
+    )
+
+
+def _add_finetune(parser: argparse.ArgumentParser) -> None:
+    _add_device(parser)
+    parser.add_argument("--data", metavar="NAME=FOLDER", help="a record store with splits train, val and test")
+    parser.add_argument("--demo", default="rmd17", metavar="NAME", help="or a demo set: rmd17, qm9, spice, md22, qmof")
+    parser.add_argument("--target", help='"energy" or a label of the data; default: the demo set\'s, or energy')
+    parser.add_argument("--forces", choices=("gradient", "direct"), default="gradient")
+    parser.add_argument(
+        "--start", type=Path, metavar="PATH", help="saved model to start from; none given: the demo teacher"
+    )
+    parser.add_argument("--scratch", action="store_true", help="start from random weights of the same sizes")
+    parser.add_argument(
+        "--reduction", choices=("sum", "mean"), default="sum", help="how atoms' outputs make a structure's"
+    )
+    _add_run(parser, "finetune")
+
+
+def _finetune_request(options: argparse.Namespace) -> FinetuneRequest:
+    return FinetuneRequest(
+        device=options.device,
+        data=options.data,
+        run=_run_request(options, "finetune"),
+        demo=options.demo,
+        target=options.target or "energy",
+        forces=options.forces,
+        start=options.start,
+        scratch=options.scratch,
+        reduction=options.reduction,
+    )
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    _add_device(parser)
+    parser.add_argument(
+        "models", nargs="*", type=Path, metavar="MODEL", help="saved models; none given: the demo teacher"
+    )
+    _add_data(parser)
+    parser.add_argument("--demo", metavar="NAME", help="or a demo set to fine-tune on")
+    parser.add_argument("--split", choices=("train", "val", "test"), default="val")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--output", type=Path, metavar="JSON")
+
+
+def _evaluate_request(options: argparse.Namespace) -> EvaluateRequest:
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size: expected 1 or more, got {options.batch_size}")
+    return EvaluateRequest(
+        device=options.device,
+        models=tuple(options.models),
+        data=options.data,
+        demo=options.demo,
+        split=options.split,
+        batch_size=options.batch_size,
+        output=options.output,
+    )
+
+
+COMMANDS: dict[CommandName, Command] = {
+    "pretrain": Command(
+        description="Pre-train a model on a mix of datasets (JMP, arXiv 2310.16802).",
+        add_flags=_add_pretrain,
+        request=_pretrain_request,
+    ),
+    "distill": Command(
+        description="Prune a teacher's last blocks and distil it into what is left (Ghunaim et al. 2025).",
+        add_flags=_add_distill,
+        request=_distill_request,
+    ),
+    "finetune": Command(
+        description="Fine-tune a model on one dataset: energies and forces, or another label.",
+        add_flags=_add_finetune,
+        request=_finetune_request,
+    ),
+    "evaluate": Command(
+        description="Mean absolute errors of models, in meV and meV/A on free atoms.",
+        add_flags=_add_evaluate,
+        request=_evaluate_request,
+    ),
+}

@@ -1,4 +1,4 @@
-"""Which parameters learn how fast, and the division of gradients that all blocks add to."""
+"""Parameter groups with learning-rate factors, and the scaling of gradients that all blocks add to."""
 
 import re
 from collections.abc import Callable
@@ -18,13 +18,13 @@ OUT_BLOCK = re.compile(r"backbone\.out_blocks\.(\d+)\.")
 class LayerFactors:
     """Learning-rate factors of the parts of a model. The defaults are JMP's for fine-tuning (arXiv 2310.16802).
 
-    What belongs to no part keeps 1: basis projections, the embedding's output block, final MLP and heads.
+    All other parameters have factor 1: basis projections, the embedding's output block, final MLP and heads.
     """
 
     embedding: float = 0.3
-    """Of the table of elements."""
+    """Factor of the atom embedding, the table of elements."""
     blocks: tuple[float, ...] = (0.55, 0.40, 0.30, 0.40, 0.55, 0.625)
-    """Of each block of the unpruned model, with its output block; a pruned model's blocks keep theirs."""
+    """Factor of each block of the unpruned model and its output block; a pruned model's blocks keep theirs."""
 
 
 def parameter_groups(
@@ -33,10 +33,10 @@ def parameter_groups(
     """Divide the trainable parameters of a model into an optimizer's groups.
 
     Args:
-        model: each of its parameters that require a gradient is in exactly one group.
-        lr: of a factor of 1.
-        weight_decay: of all.
-        factors: None: one group.
+        model: model whose parameters that require a gradient are put into one group each.
+        lr: learning rate of a factor of 1.
+        weight_decay: weight decay of all groups.
+        factors: learning-rate factors; None: all parameters are in one group.
 
     Returns:
         Groups with "name", "params", "lr" (lr times the factor), "lr_factor" and "weight_decay".
@@ -73,10 +73,10 @@ def scale_shared_gradients(model: JMP) -> list[RemovableHandle]:
     """Divide the gradients of the basis projections by the number of blocks that share them, as JMP does.
 
     A hook on each parameter sees the sum over all blocks, before it is accumulated and before DeepSpeed sees it.
-    Scaling is linear: several backward passes into one gradient are right as well. Call it once.
+    Scaling is linear: several backward passes into one gradient are right as well. A second call would divide again.
 
     Returns:
-        Handles whose `remove` ends it.
+        Handles of the hooks; `remove` takes a hook away.
     """
     blocks = model.config.blocks
     handles = []

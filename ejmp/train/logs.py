@@ -1,4 +1,4 @@
-"""What a run tells: JSON lines for programs, a progress bar for people, tensorboard and wandb if asked for."""
+"""The log of a run: JSON lines for programs, a progress bar for people, tensorboard and wandb if asked for."""
 
 import importlib
 import json
@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 Tracker = Literal["tensorboard", "wandb"]
+"""Service that gets the numbers of the log as well."""
 
 
 class Log:
-    """Lines of JSON in a file, and their numbers elsewhere; only rank 0 writes.
+    """Writes lines of JSON to a file, their numbers to trackers, and the progress to the terminal.
 
     Args:
-        path: of the file, which is appended to; None: nothing is written or shown.
-        steps: of the run, for the progress bar.
-        trackers: where numbers go too.
+        path: file, which is appended to; None (on all ranks but 0): nothing is written or shown.
+        steps: number of steps of the run, for the progress bar.
+        trackers: services that get the numbers as well.
 
     Raises:
         ModuleNotFoundError: if a tracker is not installed.
@@ -58,7 +59,7 @@ class Log:
             self._file.close()
 
     def write(self, event: str, step: int, values: Mapping[str, Any]) -> None:
-        """Add a line: what happened, at which step, with which values."""
+        """Write a line that says what happened, at which step, with which values."""
         if self._file is None:
             return
         line = {"event": event, "step": step, "time": round(time.time(), 3), **values}

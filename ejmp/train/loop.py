@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ejmp.data import MixSampler
 from ejmp.model.checkpoint import save
-from ejmp.model.jmp import JMP
 from ejmp.provenance import provenance
 from ejmp.train import checkpoint
 from ejmp.train.config import TrainConfig
@@ -22,8 +20,9 @@ from ejmp.train.engine import Engine, StepResult, deepspeed_json
 from ejmp.train.evaluate import Errors, evaluate, score
 from ejmp.train.groups import LayerFactors, parameter_groups, scale_shared_gradients
 from ejmp.train.logs import Log, Tracker
+from ejmp.train.objective import Objective
 from ejmp.train.schedule import EarlyStop, Schedule
-from ejmp.train.sources import TASKS_FILE, Source, loader_of, tasks_text
+from ejmp.train.sources import TASKS_FILE, TaskData, loader_of, tasks_text
 
 FINAL = "final"
 """The folder of a run that holds the trained model."""
@@ -33,15 +32,20 @@ FINAL = "final"
 class Run:
     """What is trained, on what, and where it is kept."""
 
-    objective: nn.Module
-    """Has `model`, a JMP."""
-    sources: Sequence[Source]
+    objective: Objective
+    """What is minimised, with the model that is trained."""
+    sources: Sequence[TaskData]
+    """Datasets with their splits, graphs and tasks, in the order of their dataset numbers."""
     config: TrainConfig
+    """Settings of the training loop."""
     directory: Path
+    """Folder of the run."""
     ranks: Ranks
+    """This process among all of the run."""
     factors: LayerFactors | None = None
-    """Of the learning rate, by part of the model; None: the same everywhere."""
+    """Learning-rate factors by part of the model; None: 1 everywhere."""
     trackers: tuple[Tracker, ...] = ()
+    """Services that get the logged numbers as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,25 +53,27 @@ class Result:
     """How a run ended."""
 
     step: int
+    """Number of steps taken."""
     finished: bool
     """False if it was told to stop before its last step; a resumed run goes on."""
     before: Errors
-    """Validation before the first step."""
+    """Validation errors before the first step."""
     after: Errors
-    """Of the best validation, whose weights are in the run's folder `final`."""
+    """Errors of the best validation, whose weights are in the run's folder `final`."""
 
 
 def train(run: Run, *, resume: bool = False) -> Result:
     """Train until the last step, an early stop, or SIGTERM.
 
     Args:
-        run: what to do. The folder gets run.json, deepspeed.json, log.jsonl, checkpoints and the final model.
+        run: what to train and where. Its folder gets run.json, deepspeed.json, log.jsonl, checkpoints and the final
+            model.
         resume: go on from the newest whole checkpoint in the folder.
 
     Raises:
-        ValueError: if the folder holds a run and resume is not asked for; as `checkpoint.resume`.
+        ValueError: if the folder holds a run and resume is not asked for, or has no whole checkpoint of this model.
         FileNotFoundError: if there is no checkpoint to resume from.
-        RuntimeError: if too many steps in a row are not finite; from a reader or a worker process.
+        RuntimeError: if too many steps in a row are not finite, or a reader or a worker process fails.
     """
     checkpoints = run.directory / "checkpoints"
     if not resume and checkpoints.exists():
@@ -86,11 +92,12 @@ def train(run: Run, *, resume: bool = False) -> Result:
 
 
 class _Trainer:
+    """The parts of a run and how far it is."""
+
     def __init__(self, run: Run) -> None:
         self.run, self.config = run, run.config
         torch.manual_seed(run.config.seed)
         model = run.objective.model
-        assert isinstance(model, JMP)
         self.model = model.train()
         scale_shared_gradients(model)
         groups = parameter_groups(model, lr=run.config.lr, weight_decay=run.config.weight_decay, factors=run.factors)
@@ -121,6 +128,7 @@ class _Trainer:
         self.best: Errors = {}
 
     def go(self, log: Log, checkpoints: Path) -> Result:
+        """Train to the end, or until told to stop."""
         config = self.config
         if self.step == 0:
             self.before = self.validate()
@@ -148,10 +156,11 @@ class _Trainer:
         return Result(step=self.step, finished=not told, before=self.before, after=self.best)
 
     def validate(self) -> Errors:
+        """Return the errors of the present weights on the validation splits."""
         return evaluate(self.model, self.run.sources, self.run.ranks, num_workers=self.config.num_workers)
 
     def _validated(self, log: Log) -> None:
-        """Validate the averaged weights, keep them if they are the best, and tell the schedule."""
+        """Validate the averaged weights, save them if they are the best, and tell the schedule."""
         if self.ema is None:
             self._judge(log)
         else:
@@ -185,8 +194,6 @@ class _Trainer:
         log.show(self.step, f"loss {result.loss:.4g}  {rate:.3g} structures/s")
         return now
 
-    # ---- state ----
-
     def _save(self, checkpoints: Path) -> None:
         state = {
             "sampler": self.sampler.state(self.position),
@@ -199,6 +206,7 @@ class _Trainer:
         checkpoint.save(self.engine, checkpoints, self.step, state, ema=ema)
 
     def restore(self, checkpoints: Path) -> None:
+        """Go on from the newest checkpoint that is whole."""
         restored = checkpoint.resume(self.engine, checkpoints)
         state = restored.state
         self.step = restored.step
@@ -213,9 +221,8 @@ class _Trainer:
 
 
 def _describe(run: Run) -> None:
-    """Write what this run is and what it runs on."""
+    """Write run.json and deepspeed.json: what this run is, and what it runs on."""
     model = run.objective.model
-    assert isinstance(model, JMP)
     description = {
         "config": run.config.to_dict(),
         "objective": type(run.objective).__name__,

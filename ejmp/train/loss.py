@@ -8,7 +8,7 @@ from ejmp.data.sampling.batch import Batch
 from ejmp.train.task import Tasks
 
 FORCE_OFFSET = 1e-6
-"""Upstream adds it to each component of the difference of forces, in units of force_std."""
+"""Number that is added to each component of the difference of forces, in units of force_std, as upstream does."""
 
 
 def multitask_loss(energy: Tensor, forces: Tensor | None, batch: Batch, tasks: Tasks) -> Losses:
@@ -20,21 +20,21 @@ def multitask_loss(energy: Tensor, forces: Tensor | None, batch: Batch, tasks: T
     leave them out, as upstream.
 
     Args:
-        energy: [B, T], raw.
-        forces: [N, T, 3], raw, direct or gradient; or [N, 3], those of each atom's own task; None if no task trains
-            forces.
-        batch: labels; NaN where missing, which adds nothing to the loss and zeros to the gradients.
-        tasks: by dataset number.
+        energy: raw energies of all heads, [B, T].
+        forces: raw forces, direct or gradient, of all heads [N, T, 3] or of each atom's own task [N, 3]; None if no
+            task trains forces.
+        batch: labels, NaN where missing; a missing label adds nothing to the loss and zeros to the gradients.
+        tasks: tasks by dataset number.
 
     Returns:
-        "energy" and "forces" (where they are predicted) as parts. The total is 0 without any label.
+        Losses with the parts "energy" and (if forces are predicted) "forces". The total is 0 without any label.
 
     Raises:
-        ValueError: if a head a task needs is missing, or forces are.
+        ValueError: if a head that a task needs is missing, or forces are.
     """
     if forces is None and any(task.force_weight for task in tasks):
-        wanted = next(task.name for task in tasks if task.force_weight)
-        raise ValueError(f"forces: task {wanted} trains forces, got None")
+        name = next(task.name for task in tasks if task.force_weight)
+        raise ValueError(f"forces: task {name} trains forces, got None")
     predicted = tasks.own_energy(energy, batch)
     weight = tasks.of(batch, "energy_weight")
     label = tasks.raw_energy(batch)

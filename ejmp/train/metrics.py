@@ -11,20 +11,22 @@ ENERGY, ENERGY_PER_ATOM, STRUCTURES, FORCES, COMPONENTS = range(5)
 
 
 class Maes:
-    """Absolute errors added up over batches, and over ranks by an all_reduce (sum) of `sums`."""
+    """Mean absolute errors: sums over batches, which ranks add up by an all_reduce of `sums`."""
 
     def __init__(self, tasks: Tasks, device: torch.device | str = "cpu") -> None:
         self.tasks = tasks
         self.sums = torch.zeros(len(tasks), 5, dtype=torch.float64, device=device)
-        """[tasks, 5]: errors of the target, the same per atom, structures, errors of force components, components."""
+        """Sums by task, [tasks, 5]: absolute errors of the target, these per atom, number of structures, absolute
+        errors of force components, number of components."""
 
     @torch.no_grad()
     def update(self, energy: Tensor, forces: Tensor | None, batch: Batch) -> None:
-        """Add a batch. Missing labels are left out, and fixed atoms from the forces.
+        """Add the errors on a batch. Missing labels are left out, and the forces on fixed atoms.
 
         Args:
-            energy: [B, T], raw.
-            forces: [N, T, 3] or those of each atom's own task [N, 3], raw; None if they are not predicted.
+            energy: raw energies of all heads, [B, T].
+            forces: raw forces of all heads [N, T, 3] or of each atom's own task [N, 3]; None if they are not
+                predicted.
             batch: labels.
         """
         tasks, graph = self.tasks, batch.graph
@@ -47,9 +49,10 @@ class Maes:
         self.sums[:, column].index_add_(0, dataset, values)
 
     def result(self) -> dict[str, dict[str, float]]:
-        """Return by task "energy_meV" and "energy_meV_per_atom", or the target and its unit, and "forces_meV_per_A".
+        """Return the mean errors by task and name.
 
-        What no structure was labelled with is left out. A NaN prediction makes its mean NaN.
+        The names are "energy_meV" and "energy_meV_per_atom", or another target with its unit, and "forces_meV_per_A".
+        Errors of labels that no structure has are left out. A NaN prediction makes its mean NaN.
         """
         found: dict[str, dict[str, float]] = {}
         for task, row in zip(self.tasks, self.sums.tolist(), strict=True):

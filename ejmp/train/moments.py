@@ -1,4 +1,4 @@
-"""Adam's moments by parameter name, whole on rank 0, however ZeRO has divided them."""
+"""Adam's moments by parameter name: gathered on rank 0 and given back, however ZeRO divides them."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,28 +10,27 @@ from torch import distributed as dist
 from ejmp.train.engine import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Names of the running means of gradients and squared gradients in the optimiser's state."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What one rank's optimiser holds of one parameter group: a slice of all its parameters, laid end to end.
+    """The slice of one parameter group, all its parameters laid end to end, that one rank's optimiser holds.
 
     At stage 0 each parameter is on its own and every rank holds all of it.
     """
 
     key: Tensor
-    """What the optimiser knows it by, [size]."""
+    """Tensor that the optimiser updates, the key of its state, [size]."""
     whole: int
-    """Elements of all ranks' shares together."""
+    """Number of elements of all ranks' shares together."""
     places: Mapping[str, tuple[int, nn.Parameter]]
-    """Where each parameter begins in the whole."""
+    """Each parameter by name, with the index in the whole at which it begins."""
 
 
 def shares(engine: Engine) -> Iterator[Share]:
-    """Yield this rank's part of the optimiser."""
-    model = engine.objective.model
-    assert isinstance(model, nn.Module)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    """Yield this rank's share of each parameter group."""
+    names = {id(parameter): name for name, parameter in engine.objective.model.named_parameters()}
     if engine.zero is None:
         for parameter in engine.parameters:
             yield Share(key=parameter, whole=parameter.numel(), places={names[id(parameter)]: (0, parameter)})
@@ -63,23 +62,23 @@ def optimizer_state(engine: Engine) -> dict[str, Tensor]:
     return found
 
 
-def _gather(own: Tensor, size: int, rank: int) -> Tensor | None:
-    """Return all ranks' slices of a tensor of a size end to end, in memory, on rank 0."""
-    if own.numel() == size:
-        return own.cpu() if rank == 0 else None
-    parts = [torch.empty_like(own) for _ in range(size // own.numel())] if rank == 0 else None
-    dist.gather(own, parts)
+def _gather(part: Tensor, size: int, rank: int) -> Tensor | None:
+    """Return on rank 0 all ranks' parts end to end, [size] on the CPU, and None elsewhere."""
+    if part.numel() == size:
+        return part.cpu() if rank == 0 else None
+    parts = [torch.empty_like(part) for _ in range(size // part.numel())] if rank == 0 else None
+    dist.gather(part, parts)
     return None if parts is None else torch.cat([part.cpu() for part in parts])
 
 
 def optimizer_steps(engine: Engine) -> int:
-    """Return how many steps the optimiser has taken."""
+    """Return the number of steps the optimiser has taken."""
     steps = {int(engine.optimizer.state[s.key]["step"]) for s in shares(engine) if s.key in engine.optimizer.state}
     return max(steps, default=0)
 
 
 def set_optimizer_state(engine: Engine, moments: Mapping[str, Tensor], steps: int) -> None:
-    """Give the optimiser what `optimizer_state` and `optimizer_steps` returned, with any number of ranks.
+    """Load into the optimiser what `optimizer_state` and `optimizer_steps` returned, with any number of ranks.
 
     Raises:
         ValueError: if a moment is missing, unknown or has another shape.

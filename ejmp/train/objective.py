@@ -7,7 +7,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from ejmp.compress.distill import DistillConfig, combine, distill_loss
+from ejmp.compress.config import DistillConfig
+from ejmp.compress.distill import combine, distill_loss
 from ejmp.compress.losses import Losses
 from ejmp.data.sampling.batch import Batch
 from ejmp.model.jmp import JMP
@@ -20,9 +21,9 @@ def predict(model: JMP, batch: Batch, tasks: Tasks, *, create_graph: bool = Fals
     """Return raw energies [B, T] and raw forces: direct [N, T, 3], gradient [N, 3], or None.
 
     Args:
-        model: with the tasks' heads.
+        model: model with a head for each task.
         batch: structures of the tasks' datasets.
-        tasks: by dataset number; forces of all must be predicted in one way.
+        tasks: tasks by dataset number; forces of all must be predicted in one way.
         create_graph: keep the autograd graph of gradient forces, to train on them.
 
     Raises:
@@ -39,32 +40,50 @@ def predict(model: JMP, batch: Batch, tasks: Tasks, *, create_graph: bool = Fals
     with torch.enable_grad():
         positions = batch.graph.positions.detach().requires_grad_()
         energy = model(batch.graph.with_positions(positions), direct_forces=False).energy
-        own = tasks.own_energy(energy, batch).sum()
-        (gradient,) = torch.autograd.grad(own, positions, create_graph=create_graph)
+        total = tasks.own_energy(energy, batch).sum()
+        (gradient,) = torch.autograd.grad(total, positions, create_graph=create_graph)
     return energy, -gradient.to(model.dtype)
 
 
-class Supervised(nn.Module):
+class Objective(nn.Module):
+    """What a training step minimises: maps a batch to its losses.
+
+    Args:
+        model: model to train, which holds every parameter that is trained.
+    """
+
+    model: JMP
+
+    def __init__(self, model: JMP) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Losses:
+        """Return the losses of a batch, with their autograd graph."""
+        raise NotImplementedError
+
+
+class Supervised(Objective):
     """Learn labels: pre-training and fine-tuning.
 
     Args:
-        model: with a head for each task.
-        tasks: by dataset number.
+        model: model with a head for each task.
+        tasks: tasks by dataset number.
         edge_dropout: share of pairs that are left out of each graph.
-        max_neighbors: the graphs', by dataset number; needed with edge dropout.
+        max_neighbors: largest number of neighbours that graphs were built with, by dataset number; needed with edge
+            dropout.
     """
 
     def __init__(
         self, model: JMP, tasks: Tasks, *, edge_dropout: float = 0.0, max_neighbors: Sequence[int] = ()
     ) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.tasks = tasks
         self.edge_dropout = edge_dropout
         self.max_neighbors = tuple(max_neighbors)
 
     def forward(self, batch: Batch) -> Losses:
-        """Compare predictions with labels."""
+        """Compare the model's predictions with the batch's labels."""
         context = nullcontext()
         if self.edge_dropout:
             limits = [self.max_neighbors[d] for d in batch.dataset.tolist()]
@@ -76,37 +95,43 @@ class Supervised(nn.Module):
         return multitask_loss(energy, forces, batch, self.tasks)
 
 
-class Distillation(nn.Module):
+class Distillation(Objective):
     """Learn what a teacher makes of the same graph, on its outputs and at every layer of the final MLP.
 
     The teacher runs without autograd. Where the student is the teacher's own blocks, all frozen (`freeze_blocks`), they
     are run once, for both.
+
+    Args:
+        model: student to train.
+        teacher: model to learn from; it is put into evaluation mode and frozen.
+        tasks: tasks by dataset number.
+        config: weights of the terms.
     """
 
     def __init__(self, model: JMP, teacher: JMP, tasks: Tasks, config: DistillConfig) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.tasks = tasks
         self.config = config
         self._teacher = (teacher.eval().requires_grad_(requires_grad=False),)  # in a tuple: not part of what is trained
         self.shared = _shared_outputs(model, teacher)
+        """Indices of the teacher's outputs (the embedding's is 0) that the student takes over; None: it has its own."""
 
     def forward(self, batch: Batch) -> Losses:
-        """Compare the student with the teacher, and with the labels where the config weighs them."""
+        """Compare the student with the teacher, and with the batch's labels where the config weighs them."""
         (teacher,), graph = self._teacher, batch.graph
         with torch.no_grad():
-            of_teacher = teacher.features(graph, direct_forces=self.model.config.direct_forces)
-            target = teacher.heads(of_teacher, graph)
+            teacher_features = teacher.features(graph, direct_forces=self.model.config.direct_forces)
+            teacher_out = teacher.heads(teacher_features, graph)
         if self.shared is None:
             features = self.model.features(graph)
         else:
-            x_e = tuple(of_teacher.x_E[i] for i in self.shared)
-            x_f = tuple(of_teacher.x_F[i] for i in self.shared) if of_teacher.x_F else ()
+            x_e = tuple(teacher_features.x_E[i] for i in self.shared)
+            x_f = tuple(teacher_features.x_F[i] for i in self.shared) if teacher_features.x_F else ()
             features = self.model.final_mlp(x_e, x_f, graph)
         out = self.model.heads(features, graph)
-        labels = multitask_loss(out.energy, out.forces, batch, self.tasks) if self.config.labels else None
-        taught = distill_loss((features, out), (of_teacher, target), graph, self.config)
-        return combine(labels, taught, self.config)
+        label_loss = multitask_loss(out.energy, out.forces, batch, self.tasks) if self.config.labels else None
+        teacher_loss = distill_loss((features, out), (teacher_features, teacher_out), graph, self.config)
+        return combine(label_loss, teacher_loss, self.config)
 
 
 def freeze_blocks(model: JMP) -> None:
@@ -116,17 +141,17 @@ def freeze_blocks(model: JMP) -> None:
 
 
 def _shared_outputs(model: JMP, teacher: JMP) -> list[int] | None:
-    """Return which of the teacher's outputs are those of a model of frozen blocks of it; None if it has others."""
+    """Return which of the teacher's outputs a student of its frozen first blocks would compute again, or None."""
     if model.precision != teacher.precision:
         return None
     kept = model.config.kept_blocks or tuple(range(model.config.blocks))
     origin = teacher.config.kept_blocks or tuple(range(teacher.config.blocks))
     if not set(kept) <= set(origin) or kept != origin[: len(kept)]:
         return None
-    theirs = teacher.state_dict()
+    teacher_state = teacher.state_dict()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, value in model.state_dict().items():
-        own = ".out_mlp_" in name or name.startswith("output.")
-        if not own and (name in trained or not torch.equal(value, theirs[name])):
+        after_blocks = ".out_mlp_" in name or name.startswith("output.")
+        if not after_blocks and (name in trained or not torch.equal(value, teacher_state[name])):
             return None
     return [0, *(i + 1 for i in range(len(kept)))]

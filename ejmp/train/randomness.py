@@ -11,7 +11,7 @@ import torch
 def random_state() -> dict[str, Any]:
     """Return the state of the generators of Python, numpy and torch, on the CPU and the current CUDA device."""
     version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - what others draw from
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - other libraries draw from it
     state = {
         "python": [version, np.array(words, "<u4").tobytes().hex(), gauss],
         "numpy": [kind, np.asarray(keys, "<u4").tobytes().hex(), position, has_gauss, cached],
@@ -23,7 +23,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Go on from what `random_state` returned."""
+    """Set all generators to the state that `random_state` returned."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(np.frombuffer(bytes.fromhex(words), "<u4").tolist()), gauss))
     kind, keys, *rest = state["numpy"]
@@ -38,7 +38,7 @@ def _bytes(digits: str) -> torch.Tensor:
 
 
 def seed_all(*numbers: int) -> None:
-    """Seed all generators from some numbers; other numbers give unrelated sequences."""
+    """Seed all generators from a sequence of numbers; another sequence gives unrelated random numbers."""
     seeds = np.random.SeedSequence(numbers).generate_state(3)
     random.seed(int(seeds[0]))
     np.random.seed(int(seeds[1]))  # noqa: NPY002

@@ -1,4 +1,4 @@
-"""The learning rate over a run, and what validations decide: when it falls, and when training ends."""
+"""The learning rate over a run, and early stopping; both watch the validations."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from ejmp.train.config import TrainConfig
 
 
 class _BestSoFar:
-    """The lowest value so far, and how many came since; NaN is never the lowest."""
+    """Keeps the lowest value so far and how many values came after it; NaN is never the lowest."""
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
@@ -22,28 +22,33 @@ class _BestSoFar:
         return better
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs, ready for JSON (an infinite best is None)."""
+        """Return the state for a checkpoint, ready for JSON (an infinite best is None)."""
         state = {name: value for name, value in vars(self).items() if name not in ("patience", "reduction")}
         return {**state, "best": None if math.isinf(self.best) else self.best}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Replace the state by one that `state_dict` returned."""
         for name in self.state_dict():
             setattr(self, name, state[name])
         self.best = math.inf if self.best is None else self.best
 
 
 class Plateau(_BestSoFar):
-    """Lower a factor when more than `patience` values in a row were not below the best (torch's ReduceLROnPlateau)."""
+    """Lowers a factor when more than `patience` values in a row were not below the best (torch's ReduceLROnPlateau).
+
+    Args:
+        patience: number of values in a row that may miss the best before the factor falls.
+        reduction: what the factor is multiplied with then.
+    """
 
     def __init__(self, patience: int, reduction: float) -> None:
         super().__init__(patience)
         self.reduction = reduction
         self.factor = 1.0
-        """Of the learning rate."""
+        """Present factor of the learning rate."""
 
     def update(self, value: float) -> None:
-        """Take the next validation's value."""
+        """Take the value of the next validation."""
         self._note(value)
         if self.since_best > self.patience:
             self.factor *= self.reduction
@@ -51,10 +56,10 @@ class Plateau(_BestSoFar):
 
 
 class EarlyStop(_BestSoFar):
-    """Say when `patience` values in a row were not below the best."""
+    """Says when `patience` values in a row were not below the best."""
 
     def update(self, value: float) -> bool:
-        """Take the next validation's value; return whether it is the best so far."""
+        """Take the value of the next validation; return whether it is the best so far."""
         return self._note(value)
 
     @property
@@ -64,7 +69,7 @@ class EarlyStop(_BestSoFar):
 
 
 class Schedule:
-    """Linear warm-up, cosine, then constant or falling whenever validations stop improving."""
+    """The learning rate over its configured value: linear warm-up, cosine, then falling on plateaus or constant."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -73,7 +78,7 @@ class Schedule:
         self.plateau = None if patience is None else Plateau(patience, config.plateau_factor)
 
     def factor(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0, over the configured one."""
+        """Return the learning rate of a step, counted from 0, over the configured learning rate."""
         config = self.config
         if step < config.warmup_steps:
             return config.warmup_start + (1 - config.warmup_start) * step / config.warmup_steps
@@ -82,15 +87,15 @@ class Schedule:
         return cosine * (1 if self.plateau is None else self.plateau.factor)
 
     def validated(self, step: int, value: float) -> None:
-        """Take a validation's value after a number of steps; only those after the cosine can lower the rate."""
+        """Take the value of a validation after some number of steps; only those after the cosine can lower the rate."""
         if self.plateau is not None and step >= self.config.warmup_steps + self.cosine_steps:
             self.plateau.update(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs beside the step, ready for JSON."""
+        """Return the state for a checkpoint, which is all but the step, ready for JSON."""
         return {} if self.plateau is None else {"plateau": self.plateau.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; one without a plateau leaves it as new."""
+        """Replace the state by one that `state_dict` returned; one without a plateau changes nothing."""
         if self.plateau is not None and "plateau" in state:
             self.plateau.load_state_dict(state["plateau"])

@@ -1,4 +1,4 @@
-"""Which data a run uses: record stores named on the command line or the embedded demo mix, with their tasks."""
+"""The data of a run: record stores named on the command line, or the embedded demo data, with their tasks."""
 
 import dataclasses
 import json
@@ -10,44 +10,35 @@ from typing import Any, Literal
 import torch
 
 from ejmp.data import DEMO_DOWNSTREAM, DEMO_MIX, Dataset, Loader, demo, open_store
+from ejmp.data.catalog import CATALOG, GraphSettings
 from ejmp.data.sampling.mix import Sampler
 from ejmp.model.jmp import JMP
-from ejmp.train.task import PRETRAIN_STATISTICS, Task, Tasks, pretrain_tasks
+from ejmp.train.task import Task, Tasks, pretrain_tasks
 
-GRAPHS = {
-    "oc20": (12.0, 30),
-    "oc22": (12.0, 30),
-    "ani1x": (8.0, 30),
-    "transition1x": (8.0, 30),
-    "qm9": (8.0, 30),
-    "rmd17": (7.0, 100),
-    "md22": (12.0, 30),
-    "spice": (12.0, 30),
-    "qmof": (19.0, 30),
-}
-"""Cutoff (A) and neighbours JMP uses (arXiv 2310.16802)."""
 DEMO_GRAPH = (5.0, 14)
-"""The same for the demo mix, small as everything there."""
-FORCE_WEIGHTS = {name: weight for name, (_, _, weight) in PRETRAIN_STATISTICS.items()}
+"""Cutoff (A) and neighbours of the demo mix's graphs, small as everything there."""
 DEMO_FORCE_WEIGHT = 10.0
 Split = Literal["train", "val", "test"]
 TASKS_FILE = "tasks.json"
+"""File beside a saved model that says what its heads predict, and of which graphs."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """A dataset's splits, the graphs made of them, and its task."""
+class TaskData:
+    """A dataset's splits, how graphs are made of them, and its task."""
 
     splits: Mapping[str, Dataset]
-    """By name; at least the one that is asked for."""
+    """Splits by name; at least the one that is asked for."""
     task: Task
+    """What a head learns of the dataset."""
     cutoff: float
-    """A."""
+    """Largest distance between neighbours in a graph, in A."""
     max_neighbors: int
+    """Largest number of neighbours of an atom along main edges, before symmetrisation."""
 
     @property
     def name(self) -> str:
-        """The dataset's."""
+        """The name of the dataset."""
         return self.task.name
 
     def split(self, name: Split) -> Dataset:
@@ -61,12 +52,12 @@ class Source:
         return self.splits[name]
 
 
-def demo_mix() -> list[Source]:
+def demo_mix() -> list[TaskData]:
     """Return the four demo datasets to pre-train and distil on, one head each."""
     return [_demo(name, head=head, forces="direct") for head, name in enumerate(DEMO_MIX)]
 
 
-def demo_downstream(name: str) -> Source:
+def demo_downstream(name: str) -> TaskData:
     """Return a demo dataset to fine-tune on, on head 0: forces as gradients where it has them, a scalar elsewhere.
 
     Raises:
@@ -77,7 +68,7 @@ def demo_downstream(name: str) -> Source:
     return _demo(name, head=0, forces="gradient")
 
 
-def _demo(name: str, *, head: int, forces: Literal["direct", "gradient"]) -> Source:
+def _demo(name: str, *, head: int, forces: Literal["direct", "gradient"]) -> TaskData:
     splits: dict[str, Dataset] = {"train": demo(name, "train"), "val": demo(name, "val")}
     if name in DEMO_DOWNSTREAM:
         splits["test"] = demo(name, "test")
@@ -85,16 +76,19 @@ def _demo(name: str, *, head: int, forces: Literal["direct", "gradient"]) -> Sou
     target = "gap" if name in ("qm9", "qmof") else "energy"
     weight = DEMO_FORCE_WEIGHT if forces == "direct" else 100.0
     task = Task.from_info(info, head=head, target=target, forces=forces, force_weight=weight)
-    return Source(splits=splits, task=task, cutoff=DEMO_GRAPH[0], max_neighbors=DEMO_GRAPH[1])
+    return TaskData(splits=splits, task=task, cutoff=DEMO_GRAPH[0], max_neighbors=DEMO_GRAPH[1])
 
 
-def from_stores(spec: str, *, target: str = "energy", forces: Literal["direct", "gradient"] = "direct") -> list[Source]:
+def from_stores(
+    spec: str, *, target: str = "energy", forces: Literal["direct", "gradient"] = "direct"
+) -> list[TaskData]:
     """Open record stores (`ejmp data convert`) named like "oc20=PATH,oc22=PATH"; heads are numbered in that order.
 
     Args:
-        spec: names and folders with a folder per split; a name in `GRAPHS` brings its cutoff and neighbours.
-        target: what the heads learn.
-        forces: how they are predicted.
+        spec: Names and folders, each with a folder per split; a name in the catalogue (`ejmp.data.catalog`) brings its
+            cutoff and neighbours.
+        target: Label that the heads learn.
+        forces: How forces are predicted.
 
     Raises:
         ValueError: for a spec of another form, or a folder without splits.
@@ -109,16 +103,18 @@ def from_stores(spec: str, *, target: str = "energy", forces: Literal["direct", 
             raise ValueError(f"data: {folder}: no split with a dataset.json; `ejmp data convert` writes them")
         splits = {path.name: open_store(path) for path in paths}
         info = (splits.get("train") or next(iter(splits.values()))).info
-        weight = FORCE_WEIGHTS.get(name, 100.0) if forces == "direct" else 100.0
+        entry = CATALOG.get(name)
+        pretraining = entry.pretraining if entry is not None and forces == "direct" else None
+        weight = pretraining.force_weight if pretraining is not None else 100.0
         task = Task.from_info(info, head=head, target=target, forces=forces, force_weight=weight)
-        cutoff, max_neighbors = GRAPHS.get(name, (12.0, 30))
+        graph = entry.graph if entry is not None else GraphSettings(cutoff=12.0)
         task = dataclasses.replace(task, name=name)
-        sources.append(Source(splits=splits, task=task, cutoff=cutoff, max_neighbors=max_neighbors))
+        sources.append(TaskData(splits=splits, task=task, cutoff=graph.cutoff, max_neighbors=graph.max_neighbors))
     return sources
 
 
 def loader_of(
-    sources: Sequence[Source],
+    sources: Sequence[TaskData],
     split: Split,
     sampler: Sampler,
     *,
@@ -126,7 +122,16 @@ def loader_of(
     device: torch.device | str = "cpu",
     num_workers: int = 0,
 ) -> Loader:
-    """Return a loader of one split of each source, with its graphs; the rest is as for `Loader`."""
+    """Return a loader of one split of each source, with its graphs.
+
+    Args:
+        sources: datasets, in the order of their dataset numbers.
+        split: split to load of each.
+        sampler: chooses and orders the samples.
+        dtype: type of the graphs' real numbers.
+        device: device the batches are put on.
+        num_workers: number of processes that make batches; 0: this one does.
+    """
     return Loader(
         datasets=[source.split(split) for source in sources],
         sampler=sampler,
@@ -138,13 +143,13 @@ def loader_of(
     )
 
 
-def tasks_of(sources: Sequence[Source]) -> Tasks:
-    """Return the sources' tasks, by dataset number."""
+def tasks_of(sources: Sequence[TaskData]) -> Tasks:
+    """Return the sources' tasks in the order of their dataset numbers."""
     return Tasks([source.task for source in sources])
 
 
-def tasks_text(sources: Sequence[Source]) -> str:
-    """Return what `load_tasks` reads: what a model's heads predict, and of which graphs."""
+def tasks_text(sources: Sequence[TaskData]) -> str:
+    """Return the text of a model's tasks file, which `load_tasks` reads: what its heads predict, of which graphs."""
     rows = [
         {**dataclasses.asdict(source.task), "cutoff": source.cutoff, "max_neighbors": source.max_neighbors}
         for source in sources
@@ -153,7 +158,7 @@ def tasks_text(sources: Sequence[Source]) -> str:
 
 
 def load_tasks(directory: Path) -> list[tuple[Task, float, int]] | None:
-    """Return a saved model's tasks with cutoff (A) and neighbours; None if it came without.
+    """Return a saved model's tasks, each with the cutoff (A) and neighbours of its graphs; None without a file of them.
 
     Raises:
         ValueError: if the file is damaged.
@@ -173,10 +178,11 @@ def load_tasks(directory: Path) -> list[tuple[Task, float, int]] | None:
     return found
 
 
-def with_tasks_of(path: Path, sources: Sequence[Source], model: JMP) -> list[Source]:
-    """Give sources the heads, normalisation and graphs of a saved model, by name.
+def with_tasks_of(path: Path, sources: Sequence[TaskData], model: JMP) -> list[TaskData]:
+    """Return sources with the heads, normalisation and graphs that a saved model has for datasets of their names.
 
-    JMP's checkpoint has them by its paper: its four datasets, whose linear references come with the data.
+    For JMP's checkpoint, which comes without a tasks file, they are those of the paper for its four datasets; the
+    linear references stay those of the data.
 
     Raises:
         ValueError: if the model was not trained on one of the sources.

@@ -1,4 +1,4 @@
-"""Block relevance on the datasets of a mix, one by one."""
+"""Block relevance on each dataset of a mix."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,25 +8,26 @@ from ejmp.compress.relevance import block_relevance, magnitude
 from ejmp.data.sampling.batch import Batch, make_batch
 from ejmp.model.jmp import JMP, Output
 from ejmp.train.loss import multitask_loss
-from ejmp.train.sources import Source
+from ejmp.train.sources import TaskData
 from ejmp.train.task import Tasks
 
 
 def survey(
-    model: JMP, sources: Sequence[Source], *, structures: int = 32, batch_size: int = 4, labels: bool = False
+    model: JMP, sources: Sequence[TaskData], *, structures: int = 32, batch_size: int = 4, labels: bool = False
 ) -> dict[str, dict[str, list[float]]]:
     """Score the blocks of a model on validation structures of each source.
 
     Args:
-        model: with a head for each source's task.
+        model: model with a head for each source's task.
         sources: datasets with a split "val".
-        structures: of each at most.
-        batch_size: does not change the scores.
-        labels: take the loss of energies and direct forces on labels, the paper's choice, instead of the sum of
-            the magnitudes of all heads.
+        structures: largest number of structures to take of each dataset.
+        batch_size: number of structures per batch, which does not change the scores.
+        labels: whether to take the loss of energies and direct forces on labels, the paper's choice; otherwise the
+            loss is the sum of the magnitudes of all heads.
 
     Returns:
-        By dataset: "energy", "forces" (if the model has that branch) and "combined", [blocks + 1] each.
+        Scores by dataset and branch: "energy", "forces" (if the model has that branch) and "combined", each
+        [blocks + 1].
     """
     found = {}
     for source in sources:
@@ -42,7 +43,7 @@ def survey(
     return found
 
 
-def _batches(model: JMP, source: Source, structures: int, batch_size: int) -> Iterator[Batch]:
+def _batches(model: JMP, source: TaskData, structures: int, batch_size: int) -> Iterator[Batch]:
     data = source.split("val")
     count = min(structures, len(data))
     for first in range(0, count, batch_size):

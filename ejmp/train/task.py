@@ -1,4 +1,4 @@
-"""What a head learns of a dataset: which labels, in which normalisation, with which weights."""
+"""Tasks: which labels of a dataset a head learns, in which normalisation, with which weights in the loss."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from ejmp.data.catalog import CATALOG, FINETUNING
 from ejmp.data.info import DatasetInfo
 from ejmp.data.sampling.batch import Batch
 from ejmp.graph.structure import MAX_ATOMIC_NUMBER
@@ -27,29 +28,31 @@ class Task:
     """
 
     name: str
+    """Name of the dataset."""
     head: int = 0
+    """Index of the model's head, from 0."""
     target: str = "energy"
-    """"energy", or a name in `Batch.targets`."""
+    """Label the head predicts: "energy", or a name in `Batch.targets`."""
     linear_reference: Mapping[int, float] = field(default_factory=dict)
-    """eV by atomic number, subtracted for each atom. If there is one, an energy of a structure with another element
-    counts as missing."""
+    """Energy by atomic number, in eV, which is subtracted for each atom. If there is one, the energy of a structure
+    with another element counts as missing."""
     mean: float = 0.0
-    """Of the target after the linear reference, in its unit."""
+    """Mean of the target after subtracting the reference, in the target's unit."""
     std: float = 1.0
-    """The same."""
+    """Standard deviation of the target after subtracting the reference, in the target's unit."""
     force_std: float = 1.0
-    """eV/A."""
+    """Standard deviation of the force components, in eV/A."""
     unit: str = "eV"
-    """Of the target."""
+    """Unit of the target."""
     energy_weight: float = 1.0
-    """Of the target's loss; 0: not trained."""
+    """Weight of the target's error in the loss; 0: the target is not trained."""
     force_weight: float = 0.0
-    """0: not trained."""
+    """Weight of the forces' error in the loss; 0: forces are not trained."""
     forces: Literal["direct", "gradient"] | None = "direct"
-    """How forces are predicted; None: not at all."""
+    """How forces are predicted: by the force branch, as the energy's gradient, or (None) not at all."""
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Check the head, the weights and the deviations."""
         if self.head < 0:
             raise ValueError(f"Task {self.name}: head: expected 0 or more, got {self.head}")
         for name in ("energy_weight", "force_weight"):
@@ -74,14 +77,14 @@ class Task:
         forces: Literal["direct", "gradient"] | None = "direct",
         force_weight: float = FORCE_WEIGHT,
     ) -> Self:
-        """Take the normalisation of a dataset's training split.
+        """Make a task with the normalisation of a dataset's training split.
 
         Args:
-            info: what the dataset says of itself.
-            head: of the model.
+            info: description of the dataset, with the statistics of its training split.
+            head: index of the model's head.
             target: "energy", or another label of the dataset.
-            forces: how they are predicted. They are trained if the target is the energy and the dataset has them.
-            force_weight: of their loss.
+            forces: how forces are predicted. They are trained if the target is the energy and the dataset has forces.
+            force_weight: weight of the forces' error in the loss.
 
         Raises:
             ValueError: if the dataset has no statistics of the target.
@@ -89,24 +92,31 @@ class Task:
         if target not in info.statistics:
             known = ", ".join(sorted(info.statistics)) or "none"
             raise ValueError(f"target: {info.name} has statistics of {known}, got {target!r}")
-        own, energy = info.statistics[target], target == "energy"
+        statistics, energy = info.statistics[target], target == "energy"
         trained = energy and forces is not None and "forces" in info.statistics
         return cls(
             name=info.name,
             head=head,
             target=target,
             linear_reference=info.linear_reference if energy else {},
-            mean=own.mean,
-            std=own.std,
+            mean=statistics.mean,
+            std=statistics.std,
             force_std=info.statistics["forces"].std if trained else 1.0,
-            unit=own.unit,
+            unit=statistics.unit,
             force_weight=force_weight if trained else 0.0,
             forces=forces if trained else None,
         )
 
 
 class Tasks(Sequence[Task]):
-    """The tasks of a mix, in the order of its dataset numbers, and their normalisation of whole batches, in float64."""
+    """The tasks of a mix in the order of its dataset numbers; normalises whole batches, in float64.
+
+    Args:
+        tasks: at least one task, all of different names.
+
+    Raises:
+        ValueError: for no tasks, or two of one name.
+    """
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         if not tasks:
@@ -128,23 +138,23 @@ class Tasks(Sequence[Task]):
         return iter(self.tasks)
 
     def of(self, batch: Batch, name: str) -> Tensor:
-        """Return a number of each structure's task, [B] float64 (head: int64).
+        """Return a number of each structure's task, [B] float64 (for "head" int64).
 
         Args:
             batch: structures whose dataset numbers are below the number of tasks.
-            name: a field of `Task`, or "raw_force", the eV/A of one unit of raw forces.
+            name: name of a number in `Task`, or "raw_force": one unit of the raw forces, in eV/A.
         """
         return self._table(batch.dataset.device)[name][batch.dataset]
 
     def reference(self, batch: Batch) -> Tensor:
-        """Return the sum of each structure's linear reference, [B] float64, eV."""
+        """Return each structure's linear reference, summed over its atoms, [B] float64, in eV."""
         graph = batch.graph
         dataset = batch.dataset[graph.batch]
         per_atom = self._table(batch.dataset.device)["reference"][dataset, graph.atomic_numbers]
         return per_atom.new_zeros(graph.num_structures).index_add_(0, graph.batch, per_atom)
 
     def raw_energy(self, batch: Batch) -> Tensor:
-        """Return each structure's target as its head should predict it, [B] float64; NaN where missing."""
+        """Return each structure's normalised target, which its head should predict, [B] float64; NaN where missing."""
         columns = torch.full_like(batch.energy, torch.nan).repeat(len(self.targets), 1)
         for row, name in zip(columns, self.targets, strict=True):
             found = batch.energy if name == "energy" else batch.targets.get(name)
@@ -154,35 +164,37 @@ class Tasks(Sequence[Task]):
         return (label - self.reference(batch) - self.of(batch, "mean")) / self.of(batch, "std")
 
     def energy(self, raw: Tensor, batch: Batch) -> Tensor:
-        """Return raw predictions [B] in the unit of each target, [B] float64."""
+        """Return raw predictions [B] of the tasks' own heads in the unit of each target, [B] float64."""
         return raw.double() * self.of(batch, "std") + self.of(batch, "mean") + self.reference(batch)
 
     def forces(self, raw: Tensor, batch: Batch) -> Tensor:
-        """Return raw forces [N, 3], direct or gradient, as [N, 3] float64, eV/A."""
+        """Return raw forces [N, 3], direct or gradient, in eV/A, [N, 3] float64."""
         return raw.double() * self.of(batch, "raw_force")[batch.graph.batch, None]
 
     def own_energy(self, energy: Tensor, batch: Batch) -> Tensor:
-        """Select the head of each structure's task, [B, T] to [B].
+        """Select from energies of all heads [B, T] those of each structure's task, [B].
 
         Raises:
             ValueError: if there are fewer heads than a task needs, or no row per structure.
         """
-        self._check(energy, (batch.graph.num_structures,), "energy")
+        self._check_heads(energy, (batch.graph.num_structures,), "energy")
         return energy.gather(1, self.of(batch, "head")[:, None])[:, 0]
 
     def own_forces(self, forces: Tensor, batch: Batch) -> Tensor:
-        """Select the head of each atom's task, [N, T, 3] to [N, 3]; [N, 3] are taken to be that already.
+        """Select from forces of all heads [N, T, 3] those of each atom's task, [N, 3].
+
+        Forces of shape [N, 3], such as gradient forces, are taken to be those of each atom's task already.
 
         Raises:
             ValueError: if there are fewer heads than a task needs, or no row per atom.
         """
         if forces.shape == (batch.graph.num_atoms, 3):
             return forces
-        self._check(forces[..., 0], (batch.graph.num_atoms,), "forces")
+        self._check_heads(forces[..., 0], (batch.graph.num_atoms,), "forces")
         head = self.of(batch, "head")[batch.graph.batch]
         return forces.gather(1, head[:, None, None].expand(-1, 1, 3))[:, 0]
 
-    def _check(self, value: Tensor, rows: tuple[int], name: str) -> None:
+    def _check_heads(self, value: Tensor, rows: tuple[int], name: str) -> None:
         heads = 1 + max(task.head for task in self.tasks)
         if value.ndim != 2 or value.shape[:1] != rows or value.shape[1] < heads:
             raise ValueError(f"{name}: expected [{rows[0]}, T, ...] with T of at least {heads}, got {[*value.shape]}")
@@ -208,24 +220,17 @@ def _reference_row(task: Task) -> list[float]:
     return [task.linear_reference.get(number, unknown) for number in range(MAX_ATOMIC_NUMBER + 1)]
 
 
-PRETRAIN_STATISTICS = {
-    "oc20": (24.901469505465872, 0.5111534595489502, 73.0),
-    "oc22": (25.229595396538468, 0.25678861141204834, 80.0),
-    "ani1x": (2.8700712783472118, 2.131422996520996, 15.0),
-    "transition1x": (1.787466168382901, 0.3591422140598297, 14.0),
-}
-"""Energy std (eV), force std (eV/A) and force weight of JMP's pre-training; the means are 0 (arXiv 2310.16802)."""
-
-
 def pretrain_tasks() -> Tasks:
     """Return JMP's four pre-training tasks: oc20, oc22, ani1x, transition1x, on heads 0 to 3.
 
-    Their energies are after a linear reference, which comes with the data (`dataclasses.replace` puts it in).
+    Their normalisation is that of energies less a linear reference, which comes with the data: put it in with
+    `dataclasses.replace`.
     """
+    rows = [(entry.name, entry.pretraining) for entry in CATALOG.values() if entry.pretraining is not None]
     return Tasks(
         [
-            Task(name=name, head=head, std=std, force_std=force_std, force_weight=weight)
-            for head, (name, (std, force_std, weight)) in enumerate(PRETRAIN_STATISTICS.items())
+            Task(name=name, head=head, std=row.energy_std, force_std=row.force_std, force_weight=row.force_weight)
+            for head, (name, row) in enumerate(rows)
         ]
     )
 
@@ -234,23 +239,23 @@ def finetune_task(name: str) -> Task:
     """Return a fine-tuning task with JMP's normalisation, on head 0; those on forces have gradient forces.
 
     Args:
-        name: "aspirin", "ac_ala3_nhme", "solvated_amino_acids", "qm9_u0" (after a linear reference, which comes with
+        name: "aspirin", "ac_ala3_nhme", "solvated_amino_acids", "qm9_u0" (less a linear reference, which comes with
             the data) or "qmof_gap".
 
     Raises:
         ValueError: if there is no such task.
     """
-    statistics = {
-        "aspirin": (-17617.379355234374, 0.2673998440577667, 1.2733363),
-        "ac_ala3_nhme": (-26913.953, 0.35547638, 1.1291506),
-        "solvated_amino_acids": (-60673.68, 3310.6692, 0.81945145),
-    }
-    if name in statistics:
-        mean, std, force_std = statistics[name]
-        return Task(name=name, mean=mean, std=std, force_std=force_std, force_weight=FORCE_WEIGHT, forces="gradient")
-    if name == "qm9_u0":
-        return Task(name=name, mean=0.0028667436, std=1.0965848, forces=None)
-    if name == "qmof_gap":
-        return Task(name=name, target="gap", mean=2.1866251527, std=1.175752521125648, forces=None)
-    known = ", ".join([*statistics, "qm9_u0", "qmof_gap"])
-    raise ValueError(f"name: expected one of {known}, got {name!r}")
+    if name not in FINETUNING:
+        raise ValueError(f"name: expected one of {', '.join(FINETUNING)}, got {name!r}")
+    row = FINETUNING[name]
+    if row.force_std is None:
+        return Task(name=name, target=row.target, mean=row.mean, std=row.std, forces=None)
+    return Task(
+        name=name,
+        target=row.target,
+        mean=row.mean,
+        std=row.std,
+        force_std=row.force_std,
+        force_weight=FORCE_WEIGHT,
+        forces="gradient",
+    )

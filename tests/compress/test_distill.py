@@ -8,7 +8,8 @@ import torch
 from support.inputs import load_golden
 
 import ejmp
-from ejmp.compress.distill import DistillConfig, combine, distill_loss
+from ejmp.compress.config import DistillConfig
+from ejmp.compress.distill import combine, distill_loss
 from ejmp.compress.losses import Losses
 
 TERMS = ("energy", "forces", "node", "edge", "edge_to_node", "vector_to_vector")

@@ -1,4 +1,4 @@
-"""Conversion: the same store out of any number of processes and after any number of interruptions."""
+"""Conversion gives the same store with any number of processes and after any number of interruptions."""
 
 import json
 import multiprocessing
@@ -10,7 +10,6 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,19 +17,19 @@ from support.data_store import make_format, make_structure, numbers_of, same
 from support.inputs import environment
 
 from ejmp import cli
-from ejmp.data import Format, Part, convert, open_store, verify
+from ejmp.data import FORMATS, Format, Part, convert, open_store, verify
 
 KILLS = {"slice": 10, "all": 200}
 
 
 def contents(dest):
-    """Every file of a conversion by its name; the name of the folder, which dataset.json has, is the same in all."""
+    """Return the contents of every file of a conversion by its name; all conversions here are of one dataset name."""
     return {str(path.relative_to(dest)): path.read_bytes() for path in sorted(dest.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """The files of one undisturbed conversion."""
+    """Return the files of one undisturbed conversion."""
     dest = tmp_path_factory.mktemp("reference") / "set"
     convert("nowhere", dest, format=make_format(), shard_size=30, licence="CC0")
     return contents(dest)
@@ -143,15 +142,12 @@ def test_bad_sources(tmp_path):
         open_store(tmp_path / "a" / "train")
 
 
-# Interruptions.
-
-
 def run_slowly(dest):
     convert("nowhere", dest, format=make_format(seconds=5e-4), shard_size=30, licence="CC0")
 
 
 def check_kills(folder, reference, kills, seed):
-    """Kill conversions at random moments, begin each again until it is complete; return how many were complete."""
+    """Kill conversions at random moments and restart each until it is complete; return how many became complete."""
     context, random = multiprocessing.get_context("fork"), np.random.default_rng(seed)
     start = time.monotonic()
     run_slowly(folder / "timed" / "set")
@@ -177,7 +173,7 @@ def check_kills(folder, reference, kills, seed):
 
 
 def check_readable(dest, reference):
-    """What has its own name is complete; a split that can be opened is all there."""
+    """Check that every file with its final name is complete, and that a split that can be opened is complete."""
     if not dest.exists():
         return
     for name, data in contents(dest).items():
@@ -198,8 +194,6 @@ def test_killed_conversions(tmp_path, reference):
 def test_two_hundred_killed_conversions(tmp_path, reference):
     assert check_kills(tmp_path, reference, KILLS["all"], 1) > 5
 
-
-# Several processes.
 
 DRIVER = """
     import os, signal, sys
@@ -242,7 +236,7 @@ def mpirun(folder, dest, mode):
 
 
 def test_three_ranks_write_the_same_bytes(tmp_path, reference):
-    """Also after a rank was killed, and after one met an error: these end the others and leave nothing visible."""
+    """A rank that is killed or fails ends the others and leaves no visible dataset; the next run completes it."""
     for mode in ("kill", "error"):
         run = mpirun(tmp_path, tmp_path / "set", mode)
         assert run.returncode != 0
@@ -254,13 +248,12 @@ def test_three_ranks_write_the_same_bytes(tmp_path, reference):
     assert contents(tmp_path / "set") == reference
 
 
-# The command.
-
-
 @pytest.fixture
 def formats(monkeypatch):
-    stub = SimpleNamespace(FORMATS={"mine": make_format(), "ase": one_part([make_structure(1)])})
-    monkeypatch.setitem(sys.modules, "ejmp.data.read", stub)
+    for name in list(FORMATS):
+        monkeypatch.delitem(FORMATS, name)
+    monkeypatch.setitem(FORMATS, "mine", make_format())
+    monkeypatch.setitem(FORMATS, "ase", one_part([make_structure(1)]))
 
 
 @pytest.mark.usefixtures("formats")

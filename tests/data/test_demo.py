@@ -1,4 +1,4 @@
-"""The demo mix: what is shipped, that its labels are physics, and that it is made as it says."""
+"""The demo mix: what is shipped, whether its labels are physics, and whether it is made as documented."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ from ejmp.data.generate.__main__ import generate
 NAMES = DEMO_MIX + DEMO_DOWNSTREAM
 MOLECULES = ("ani1x", "transition1x", "rmd17", "qm9", "spice", "md22")
 ONE_MOLECULE = {"rmd17": (9, 8, 0, 4), "md22": (12, 22, 4, 4)}
-"""Atoms of C, H, N and O."""
+"""Number of atoms of C, H, N and O in the molecule of each dynamics."""
 METHOD = {"oc20": "EMT", "oc22": "GFN1-xTB", "qmof": "GFN1-xTB"}
 
 
@@ -186,7 +186,7 @@ def test_metal_labels_are_those_of_emt():
 
 @pytest.mark.parametrize("name", ["oc20", "ani1x", "transition1x", "rmd17", "md22"])
 def test_energy_differences_follow_the_forces(name):
-    """Between neighbours in time, temperature or along a path: dE = -mean force . dr, exact where E is quadratic."""
+    """dE = -mean force . dr between neighbours in time, temperature or on a path; it is exact if E is quadratic."""
     groups = defaultdict(list)
     for item in everything(name):
         groups[item.id.split("/")[0] if "/" in item.id else "run"].append(item)
@@ -206,7 +206,7 @@ def test_energy_differences_follow_the_forces(name):
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"oc20", "qm9"}))
 def test_forces_are_gradients_of_the_energy(name):
-    """Central differences through the calculator that labelled, and its energy itself."""
+    """The labels agree with the calculator that made them: its energy, and central differences of it."""
     pytest.importorskip("tblite")
     rng = np.random.default_rng(0)
     items = sorted(demo(name), key=lambda item: len(item.numbers))[: 300 if name != "qmof" else 100]
@@ -277,9 +277,6 @@ def test_what_is_read_cannot_be_changed_for_others():
         demo("oc20")[0].forces[0] = 0
 
 
-# The generator
-
-
 def test_built_molecules_are_the_ones_named():
     aspirin, peptide = molecules.aspirin(), molecules.peptide()
     for atoms, counts, rings in ((aspirin, {6: 9, 1: 8, 8: 4}, 1), (peptide, {6: 12, 1: 22, 7: 4, 8: 4}, 0)):
@@ -344,7 +341,7 @@ def test_periodic_builders_repeat_themselves(make):
 
 
 def test_frameworks_close_across_the_cell():
-    """Silicon and carbon have four neighbours in the diamond net, rings six, and nothing ends loose."""
+    """Silicon and carbon have four neighbours in the diamond net, rings are complete, and no bond is left open."""
     rng = np.random.default_rng(0)
     solid = frameworks.framework(frameworks.DIAMOND, ["Si", "C"], [frameworks.linker("C2")] * 4, rng)
     assert molecules.bonds(solid).sum(axis=1).tolist() == [4, 4] + [2] * 8
@@ -369,7 +366,7 @@ def test_splits_keep_elements_in_train_and_take_their_share():
 
 
 def test_a_set_is_made_again_from_its_seed(tmp_path):
-    """A small run of the generator begins with the shipped structures, to rounding."""
+    """A small run of the generator begins with the shipped structures, up to rounding."""
     line = generate(tmp_path, "oc20", scale=0.01, seed=0)
     assert line.startswith("oc20: train ")
     with np.load(tmp_path / "oc20.npz", allow_pickle=False) as file:

@@ -1,5 +1,6 @@
-"""Fetching, from a server on this machine."""
+"""Downloads from a server on this machine: broken, repeated, damaged and refused ones."""
 
+import dataclasses
 import hashlib
 import http.server
 import re
@@ -8,15 +9,16 @@ import threading
 import pytest
 
 from ejmp import cli
-from ejmp.data import fetch as module
-from ejmp.data.fetch import SOURCES, Remote, Source, fetch
+from ejmp.data import cli as commands
+from ejmp.data.catalog import CATALOG, Download, RemoteFile
+from ejmp.data.fetch import fetch
 
 DATA = bytes(range(256)) * 20_000
 HASH = "sha256:" + hashlib.sha256(DATA).hexdigest()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves DATA, with Range; `/cut` breaks off, `/whole` ignores Range, `/challenge` answers 202."""
+    """A server of DATA that supports Range; `/cut` breaks off, `/whole` ignores Range, `/challenge` answers 202."""
 
     requests: list = []  # noqa: RUF012, one list for all
 
@@ -54,7 +56,7 @@ def server():
 
 
 def test_a_file_is_fetched_once(server, tmp_path):
-    remote, seen = Remote(url=f"{server}/file", name="file.bin", hash=HASH), []
+    remote, seen = RemoteFile(url=f"{server}/file", name="file.bin", hash=HASH), []
     path = fetch(remote, tmp_path / "new" / "folder", lambda *progress: seen.append(progress))
     assert path.read_bytes() == DATA
     assert seen[-1] == (len(DATA), len(DATA))
@@ -64,7 +66,7 @@ def test_a_file_is_fetched_once(server, tmp_path):
 
 
 def test_a_broken_download_goes_on(server, tmp_path):
-    remote = Remote(url=f"{server}/cut", name="file.bin", hash=HASH)
+    remote = RemoteFile(url=f"{server}/cut", name="file.bin", hash=HASH)
     for done in (1_500_000, 3_000_000, 4_500_000):
         with pytest.raises(OSError, match=f"broke after {done} of {len(DATA)} bytes; run it again to go on"):
             fetch(remote, tmp_path)
@@ -76,40 +78,40 @@ def test_a_broken_download_goes_on(server, tmp_path):
 
 def test_a_server_without_ranges_sends_all_again(server, tmp_path):
     (tmp_path / "file.bin.part").write_bytes(b"x" * 1000)
-    assert fetch(Remote(url=f"{server}/whole", name="file.bin", hash=HASH), tmp_path).read_bytes() == DATA
+    assert fetch(RemoteFile(url=f"{server}/whole", name="file.bin", hash=HASH), tmp_path).read_bytes() == DATA
 
 
 def test_a_part_that_is_all_there_is_taken(server, tmp_path):
     (tmp_path / "file.bin.part").write_bytes(DATA)
-    assert fetch(Remote(url=f"{server}/file", name="file.bin", hash=HASH), tmp_path).read_bytes() == DATA
+    assert fetch(RemoteFile(url=f"{server}/file", name="file.bin", hash=HASH), tmp_path).read_bytes() == DATA
 
 
 def test_a_wrong_hash_is_refused(server, tmp_path):
     (tmp_path / "file.bin.part").write_bytes(b"x" * 1000)  # of another file
     with pytest.raises(ValueError, match="hash"):
-        fetch(Remote(url=f"{server}/file", name="file.bin", hash=HASH), tmp_path)
+        fetch(RemoteFile(url=f"{server}/file", name="file.bin", hash=HASH), tmp_path)
     assert not list(tmp_path.iterdir())
-    assert fetch(Remote(url=f"{server}/file", name="file.bin", hash=HASH), tmp_path).read_bytes() == DATA
+    assert fetch(RemoteFile(url=f"{server}/file", name="file.bin", hash=HASH), tmp_path).read_bytes() == DATA
 
 
 @pytest.mark.parametrize(("path", "reason"), [("missing", "Not Found"), ("challenge", "status 202")])
 def test_other_answers_are_errors(server, tmp_path, path, reason):
     with pytest.raises(OSError, match=f"{reason}; run it again to go on, or fetch {server}/{path} by hand"):
-        fetch(Remote(url=f"{server}/{path}", name="file.bin"), tmp_path)
+        fetch(RemoteFile(url=f"{server}/{path}", name="file.bin"), tmp_path)
 
 
 def test_offline_names_the_url_and_where_to_put_it(tmp_path):
     url = "http://127.0.0.1:9/file"
     with pytest.raises(OSError, match=re.escape(f"by hand and put it at {tmp_path / 'file.bin'}")) as error:
-        fetch(Remote(url=url, name="file.bin"), tmp_path)
+        fetch(RemoteFile(url=url, name="file.bin"), tmp_path)
     assert f"fetch {url} by hand" in str(error.value)
 
 
 def test_the_licence_comes_first(server, tmp_path, capsys, monkeypatch):
-    remote = Remote(url=f"{server}/file", name="file.bin", size="5 MB", hash=HASH)
-    source = Source(format="ani1x", licence="CC0", page="http://page", files=(remote,))
-    monkeypatch.setattr(module, "SOURCES", {"set": source})
-    monkeypatch.setattr("ejmp.data.cli.SOURCES", {"set": source})
+    remote = RemoteFile(url=f"{server}/file", name="file.bin", size="5 MB", hash=HASH)
+    entry = dataclasses.replace(CATALOG["ani1x"], licence="CC0", page="http://page")
+    download = Download(name="set", format="ani1x", files=(remote,))
+    monkeypatch.setattr(commands, "DOWNLOADS", {"set": (entry, download)})
     assert cli.main(["data", "fetch", "set", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
@@ -118,13 +120,3 @@ def test_the_licence_comes_first(server, tmp_path, capsys, monkeypatch):
     assert lines[2] == str(tmp_path / "file.bin")
     assert "--format ani1x" in lines[3]
     assert f"file.bin: {len(DATA)} of {len(DATA)} bytes" in err
-
-
-def test_the_table_is_well_formed():
-    for name, source in SOURCES.items():
-        assert name == name.lower()
-        assert source.licence
-        for remote in source.files:
-            assert re.fullmatch(r"https?://\S+", remote.url)
-            assert remote.hash is None or re.fullmatch(r"md5:[0-9a-f]{32}", remote.hash)
-            assert "/" not in remote.name

@@ -1,4 +1,4 @@
-"""A short slice of `make fuzz`."""
+"""Damaged sources for every reader: a short run of `make fuzz`."""
 
 import pytest
 from support.fuzz_readers import WRITERS, fuzz, fuzz_unpickle

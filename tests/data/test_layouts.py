@@ -11,9 +11,9 @@ from support import data_sources as made
 from support.data_sources import FRAMES, METHANE, NUMBERS, N, everything, oc_record, truth
 
 from ejmp.data import FORMATS, read
+from ejmp.data.readers.format import SLICE
 from ejmp.data.readers.hdf5 import ANI1X_LAYOUT, SPICE_LAYOUT, TRANSITION1X_LAYOUT
 from ejmp.data.readers.md import MD22_LAYOUT, RMD17_LAYOUT
-from ejmp.data.readers.source import SLICE
 
 HARTREE, KCAL, BOHR = 27.211386245988, 0.0433641042418, 0.529177210544
 POSITIONS, ENERGY, FORCES = truth()
@@ -61,7 +61,7 @@ def test_oc_lmdb_in_slices_and_at_once(tmp_path):
     assert [(part.name, part.count) for part in parts] == [("data.lmdb:0-1000", 1000), ("data.lmdb:1000-1001", 1)]
     both = zip(*(FORMATS["oc20"].read(path, part) for part in (parts[0], parts[0])), strict=True)
     assert next(both)[1].energy == ENERGY[0]
-    # Without "length", as many as there are entries.
+    # Without "length", there are as many structures as entries.
     import lmdb
 
     with lmdb.open(str(path), subdir=False, lock=False, map_size=1 << 26) as file, file.begin(write=True) as change:

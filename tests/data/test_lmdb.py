@@ -1,4 +1,4 @@
-"""Our reader of LMDB files against the lmdb package, and on damaged files, where that would end the process."""
+"""The reader of LMDB files agrees with the lmdb package, and refuses damaged files on which that ends the process."""
 
 import random
 
@@ -10,7 +10,7 @@ from ejmp.data.readers.lmdb_pages import LmdbFile
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A file with three levels, values on pages of their own, deleted keys and many commits."""
+    """Write a file with three levels, values on pages of their own, deleted keys and many commits."""
     path = tmp_path_factory.mktemp("lmdb") / "data.lmdb"
     rng = random.Random(0)
     values = {}

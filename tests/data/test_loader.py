@@ -1,4 +1,4 @@
-"""Batches: what they hold, that they travel between processes, and what happens when a worker fails."""
+"""Batches and the loader: contents, transport between processes, and failing workers."""
 
 import dataclasses
 import multiprocessing
@@ -36,7 +36,7 @@ def full(seed, **options):
 
 
 class Listed:
-    """A dataset in memory; module level, so that spawned workers can have it."""
+    """A dataset in memory, defined at module level so that spawned workers can unpickle it."""
 
     def __init__(self, name, structures):
         self.info = DatasetInfo(name=name, format="", split="train", count=len(structures), source="", licence="")
@@ -84,7 +84,7 @@ class Counting(Listed):
 
 
 class Threads(Listed):
-    """Tells how many threads the process that reads it uses."""
+    """A dataset whose energies are the number of threads of the process that reads it."""
 
     def __getitem__(self, index):
         return dataclasses.replace(super().__getitem__(index), energy=float(torch.get_num_threads()))
@@ -115,7 +115,7 @@ def in_order(datasets, batch_size=4, **options):
 
 
 def leaves(value):
-    """Everything in a batch, tensors as dtype, shape and bytes (NaN equals NaN)."""
+    """Return everything in a batch, tensors as dtype, shape and bytes, so that NaN equals NaN."""
     if isinstance(value, torch.Tensor):
         yield value.dtype, value.shape, value.numpy().tobytes()
     elif dataclasses.is_dataclass(value):
@@ -171,7 +171,7 @@ def test_labels_of_the_wrong_shape_are_refused():
 
 
 def test_packing_keeps_everything():
-    """A lone atom has no edges: empty tensors are packed as well."""
+    """A lone atom has no edges, so empty tensors are packed here."""
     atom = Structure(numbers=[1], positions=np.zeros((1, 3)))
     for structures in ([full(0), full(1, periodic=True)], [atom]):
         batch = make_batch(structures, [0] * len(structures))
@@ -185,7 +185,7 @@ def test_packing_keeps_everything():
 
 
 def test_a_label_may_change_between_forward_and_backward():
-    """Normalising in place must not invalidate what autograd saved of another tensor in the same buffer."""
+    """Changing one tensor in place does not invalidate what autograd saved of another in the same buffer."""
     batch = pack(make_batch([full(0)], [0])).unpack()
     weight = torch.ones(1, requires_grad=True)
     loss = (weight * batch.graph.main.distance).sum()
@@ -279,7 +279,7 @@ def test_workers_wait_for_the_consumer():
 
 
 def test_workers_compute_on_one_thread_after_the_parent_used_many():
-    """With two threads in the workers this hangs: GNU's OpenMP waits for threads that fork did not copy."""
+    """Workers use one thread: two would hang, because GNU's OpenMP waits for threads that fork did not copy."""
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:

@@ -1,4 +1,4 @@
-"""What an epoch holds, how it is shared among ranks, and that any number of them can go on with it."""
+"""Samplers: the contents of an epoch, its division among ranks, and going on with another number of ranks."""
 
 import dataclasses
 import itertools
@@ -16,7 +16,7 @@ from ejmp.data.sampling.balance import assign_ranks
 from ejmp.data.sampling.mix import InOrder, MixSampler, sample_counts
 
 SIZES = (57_455, 4_600, 1_150, 5_745)
-"""A mix in JMP's proportions with about 100,000 samples per epoch."""
+"""Sizes of a mix in JMP's proportions with about 100,000 samples per epoch."""
 
 
 def make(sizes=SIZES, **options):
@@ -29,12 +29,12 @@ def costs_of(sizes):
 
 
 def counted(pairs, sizes):
-    """How often each structure of each dataset comes."""
+    """Count how often each structure of each dataset comes."""
     return [np.bincount(pairs[pairs[:, 0] == d, 1], minlength=size) for d, size in enumerate(sizes)]
 
 
 def run_steps(sampler, position, steps):
-    """What all ranks together see in some steps, and where they are then."""
+    """Return the samples of all ranks in some steps, and the position after them."""
     seen = []
     for _ in range(steps):
         for rank in range(sampler.world_size):
@@ -103,7 +103,7 @@ def test_any_stretch_can_be_asked_for():
 @pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("worlds", [(1, 2, 1), (8, 3), (3, 8, 5), (16, 1)])
 def test_nothing_is_lost_or_repeated_when_ranks_change(worlds, balanced):
-    """A whole epoch of 100,000 and a little more, in as many parts as there are numbers of ranks."""
+    """An epoch of 100,000 samples and some more, run in parts on different numbers of ranks, has every sample once."""
     costs = costs_of(SIZES) if balanced else None
     sampler = make(costs=costs)
     position, seen = 0, []
@@ -121,8 +121,8 @@ def test_nothing_is_lost_or_repeated_when_ranks_change(worlds, balanced):
         assert times.max() <= -(-count // size)
 
 
-def test_a_slice_of_the_whole_mix(mix_sizes):
-    """120 million structures; benchmarks/bench_data.py counts a whole epoch of them."""
+def test_a_slice_of_the_whole_mix():
+    """A slice of an epoch of 120 million structures; benchmarks/bench_data.py counts a whole one."""
     sampler = make(mix_sizes.SIZES)
     assert sampler.epoch_size == 174_049_185
     pairs = sampler.samples(sampler.epoch_size - 400_000, sampler.epoch_size)
@@ -186,7 +186,7 @@ def test_a_damaged_checkpoint_is_refused():
 
 
 def test_the_order_never_changes():
-    """A checkpoint goes on in the order it began in, whatever the version: change these numbers and it does not."""
+    """These numbers must never change, or an old checkpoint would go on in another order than it began in."""
     assert make().samples(0, 6).tolist() == [[0, 54456], [0, 49515], [0, 32379], [0, 25236], [0, 14420], [0, 45460]]
     assert make().samples(10**9, 10**9 + 2).tolist() == [[0, 39793], [0, 26316]]
 
@@ -208,7 +208,7 @@ def test_in_order_everything_comes_once(world_size):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 100), min_size=6, max_size=6), st.sampled_from([1, 2, 3, 6]))
 def test_balance_is_near_the_best_there_is(costs, world_size):
-    """Against all assignments with as many structures per rank; 4/3 is Graham's bound for the rule without room."""
+    """The largest load is at most 4/3 of that of the best assignment, Graham's bound for the rule without room."""
     ranks = assign_ranks(np.array(costs), world_size)
     room = [6 // world_size] * world_size
     assert np.bincount(ranks).tolist() == room
@@ -227,8 +227,8 @@ def test_balance_refuses_what_it_cannot_balance():
 
 
 @pytest.mark.parametrize(("world_size", "steps"), [(8, 200), (64, 50), (512, 10)])
-def test_ranks_take_equally_long(world_size, steps, mix_sizes):
-    """Eight structures per rank of JMP's mix: the slowest rank of any step takes at most 1.10 of the mean."""
+def test_ranks_take_equally_long(world_size, steps):
+    """With eight structures of JMP's mix per rank, the slowest rank of any step takes at most 1.10 of the mean."""
     rng = np.random.default_rng(0)
     edges = [mix_sizes.draw_edges(d, size, rng) for d, size in enumerate(SIZES)]
     sampler = make(world_size=world_size, costs=edges)
@@ -255,7 +255,7 @@ def test_costs_are_read_from_files(tmp_path):
 
 
 def test_costs_changed_in_memory_are_kept(tmp_path):
-    """Copy-on-write maps hold changes that letting go of pages would lose."""
+    """Pages of copy-on-write maps are kept, because letting them go would lose changes."""
     np.save(tmp_path / "edges.npy", np.ones(100_000, np.int64))
     costs = np.load(tmp_path / "edges.npy", mmap_mode="c")
     costs[:] = 7

@@ -1,4 +1,4 @@
-"""The computed permutation: a bijection of every length, random access, and the statistics of a random order."""
+"""The computed permutation is a bijection of every length with random access and the statistics of a random order."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ from ejmp.data.sampling.permutation import permute
 
 
 def standard_deviations(counts, expected):
-    """How far chi squared is above what uniform counts give."""
+    """Return how many standard deviations chi squared is above its mean for uniform counts."""
     degrees = counts.size - 1
     return (((counts - expected) ** 2 / expected).sum() - degrees) / math.sqrt(2 * degrees)
 
@@ -48,7 +48,7 @@ def test_any_place_can_be_asked_for():
 
 
 def test_the_order_never_changes():
-    """A checkpoint goes on in the order it began in, whatever the version: change these numbers and it does not."""
+    """These numbers must never change, or an old checkpoint would go on in another order than it began in."""
     assert permute(np.arange(6), 1000, 0).tolist() == [131, 93, 114, 32, 672, 429]
     assert permute(np.arange(3), 120_000_000, 42, 1, 2).tolist() == [113619763, 49232964, 73370191]
 
@@ -82,7 +82,7 @@ def test_neighbours_and_streams_are_uncorrelated():
 
 
 def test_fixed_points_are_as_many_as_they_should_be():
-    """A random permutation has one on average, with variance one."""
+    """The number of fixed points of random permutations has mean one and variance one."""
     n, trials = 1000, 1000
     fixed = sum(int((permute(np.arange(n), n, seed) == np.arange(n)).sum()) for seed in range(trials))
     assert abs(fixed - trials) < 4 * math.sqrt(trials)

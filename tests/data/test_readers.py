@@ -1,4 +1,4 @@
-"""The readers: real files against their own numbers in eV and A, and every layout in small."""
+"""The readers on real files, whose values are compared with other sources of the same numbers in eV and A."""
 
 import csv
 import json
@@ -25,9 +25,6 @@ def test_units_are_those_of_ase():
     np.testing.assert_allclose(units.BOHR, codata["Bohr"], rtol=1e-11)
     np.testing.assert_allclose(units.KCAL_PER_MOL, codata["kcal"] / codata["mol"], rtol=1e-12)
     assert (units.HARTREE, units.BOHR, units.KCAL_PER_MOL) == (HARTREE, BOHR, KCAL)
-
-
-# ---- real files ----
 
 
 def test_ani1x_file(shared):
@@ -61,7 +58,7 @@ def test_spice_file(shared):
             np.testing.assert_allclose(s.forces, -group["dft_total_gradient"][k] * HARTREE / BOHR, rtol=1e-6)
             assert s.energy == pytest.approx(group["dft_total_energy"][k] * HARTREE, rel=1e-12)
             assert s.targets == {"formation_energy": pytest.approx(group["formation_energy"][k] * HARTREE)}
-    # The two closest conformations: the forces, along the way, say what the energy does.
+    # Between the two closest conformations, the forces predict the change of the energy.
     assert_forces_explain([found["C#C.[Na+]:0"], found["C#C.[Na+]:1"], found["C#C.[Na+]:2"]], pairs=1, slope=0.2)
 
 
@@ -106,13 +103,13 @@ def test_qm9_raw_files(shared):
     found = {s.id: s for s in everything(folder, "qm9")}
     assert list(found) == [f"gdb_{k}" for k in range(1, 8)]
     methane = found["gdb_1"]
-    # What PyG's own processed data have for this molecule, to the digits it prints.
+    # PyG's own processed data have these values for this molecule, to the digits it prints.
     pyg = [0.0, 13.21, -10.5499, 3.1865, 13.7363, 35.3641, 1.2177, -1101.4878, -1101.4098, -1101.3840, -1102.0229]
     pyg += [6.469, -17.1722, -17.2868, -17.3897, -16.1519, 157.7118, 157.70997, 157.70699]
     np.testing.assert_allclose(list(methane.targets.values()), pyg, atol=6e-5)
     assert methane.energy == pytest.approx(-40.47893 * HARTREE, rel=1e-12)
     np.testing.assert_array_equal(methane.positions[0], [-0.0126981359, 1.0858041578, 0.0080009958])
-    # The same molecules in SchNetPack's database, which has them in eV by other constants.
+    # SchNetPack's database has the same molecules in eV, converted with other constants.
     rows = {s.id.rpartition(":")[2]: s for s in everything(folder / "schnetpack_test_qm9_15props.db", "ase")}
     names = {"energy_U0": "U0", "homo": "homo", "zpve": "zpve", "free_energy": "G", "heat_capacity": "Cv"}
     for k in range(7):
@@ -187,7 +184,7 @@ def test_oc20_trajectories_and_text(shared):
 
 
 def test_oc20_text_of_the_published_form(shared, tmp_path):
-    """The derived extxyz with a txt as published, of made-up references."""
+    """A derived extxyz file is read with a txt file like the published ones, whose references are made up."""
     folder = shared("data/oc20/s2ef_extxyz_derived")
     rows = (folder / "0.index.csv").read_text().split()[1:]
     shutil.copy(folder / "0.extxyz.xz", tmp_path)
@@ -231,7 +228,7 @@ def test_other_ase_files(shared, tmp_path):
 
 
 def assert_forces_explain(structures, pairs, slope):
-    """For the closest pairs of frames of one system, dE is -F.dx of the mean force to within `slope`."""
+    """Check that dE = -F.dx of the mean force, to within `slope`, for the closest pairs of frames of one system."""
     systems = {}
     for s in structures:
         systems.setdefault(s.id.rpartition(":")[0], []).append(s)

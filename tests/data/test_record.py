@@ -1,4 +1,4 @@
-"""Records: what goes in comes out, and nothing else is accepted."""
+"""Records: every structure comes back as it was encoded, and other bytes are refused."""
 
 import dataclasses
 import struct
@@ -74,7 +74,7 @@ def test_any_structure_round_trips(structure, number):
 
 
 def test_layout_is_as_documented():
-    """Read a record with struct alone."""
+    """A record can be read with struct alone, as its documentation says."""
     data = encode(FULL, 7)
     magic, version, _, n, targets, text, number = struct.unpack_from("<4sHHIHHQ", data)
     assert (magic, version, n, targets, number) == (b"EJMR", 1, 3, 2, 7)

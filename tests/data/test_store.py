@@ -1,4 +1,4 @@
-"""The store: what was written is read, from any process, and no damage goes unnoticed or kills the reader."""
+"""The store reads what was written, from any process, and no damage goes unnoticed or kills the reader."""
 
 import json
 import multiprocessing
@@ -72,7 +72,7 @@ def frames(path, step=1):
 @pytest.mark.parametrize(
     ("name", "step", "low", "high"),
     [
-        ("data/qm9/qm9_rows001_400_U0_eV.extxyz", 20, 1.0, 1.0),  # all within reach: exact
+        ("data/qm9/qm9_rows001_400_U0_eV.extxyz", 20, 1.0, 1.0),  # exact: all neighbours are within reach
         ("data/md22/md22_Ac-Ala3-NHMe_5frames.xyz", 2, 0.99, 1.01),
         ("data/oc20/raw_traj", 6, 0.88, 1.02),
         ("data/oxides_bo2/bo2_pbe_eos.extxyz", 20, 0.91, 1.0),
@@ -88,7 +88,7 @@ def test_estimated_edges_are_near_those_of_the_graph(shared, name, step, low, hi
 
 
 def test_shards_are_ordinary_lmdbs(made):
-    """Another reader, which knows nothing of the index, finds the same."""
+    """The lmdb package, which knows nothing of the index, reads the same records."""
     import lmdb
 
     found = {}
@@ -108,13 +108,13 @@ def test_lmdb_is_not_needed_to_read(made, monkeypatch):
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_other_processes_read(made, method):
     store = open_store(made)
-    expected = [structure.id for structure in store]  # all shards are open when the children begin
+    expected = [structure.id for structure in store]  # opens all shards before the children begin
     with multiprocessing.get_context(method).Pool(2) as pool:
         assert [s.id for s in pool.map(store.__getitem__, range(160))] == expected
 
 
 def test_threads_share_a_store(made, monkeypatch):
-    monkeypatch.setattr("ejmp.data.store.OPEN_SHARDS", 1)
+    monkeypatch.setattr("ejmp.data.store.dataset.OPEN_SHARDS", 1)
     store = open_store(made)
     order = np.random.default_rng(0).permutation(160).tolist() * 5
     with ThreadPoolExecutor(8) as threads:
@@ -124,7 +124,7 @@ def test_threads_share_a_store(made, monkeypatch):
 
 
 def test_few_files_are_kept_open(made, monkeypatch):
-    monkeypatch.setattr("ejmp.data.store.OPEN_SHARDS", 2)
+    monkeypatch.setattr("ejmp.data.store.dataset.OPEN_SHARDS", 2)
     descriptors = Path("/proc/self/fd")
     store = open_store(made)
     before = len(list(descriptors.iterdir()))
@@ -163,7 +163,7 @@ def test_lack_of_descriptors_is_not_damage(made, monkeypatch):
 
 
 def test_a_swapped_shard_is_noticed(copied):
-    """Same sizes, sound records, but not these: the number in the record tells."""
+    """Sound records of the same sizes in the wrong place are refused, because their numbers differ."""
     table = json.loads((copied / "dataset.json").read_text())["shards"]
     write_shard(copied / "shard-00000.lmdb", [make_structure(n) for n in numbers_of("train")[:50]], first=1)
     assert (copied / "shard-00000.lmdb").stat().st_size == table[0]["bytes"]
@@ -181,7 +181,7 @@ def test_a_changed_length_is_noticed_before_reading(copied, change):
 
 
 def in_child(check, *arguments):
-    """Run a check in a forked process, so that a crash is seen as one; return what it found."""
+    """Run a check in a forked process, so that a crash is noticed; return its result."""
     with multiprocessing.get_context("fork").Pool(1) as pool:
         return pool.apply_async(check, arguments).get(timeout=600)
 
@@ -195,7 +195,7 @@ def flip(path, bit):
 
 
 def check_flips(path, how_many, seed):
-    """Flip bits of a shard one at a time; return how many were seen by reading, and how many only by `verify`."""
+    """Flip bits of a shard one at a time; return how many were noticed by reading, and how many only by `verify`."""
     shard = path / "shard-00000.lmdb"
     expected = [make_structure(number) for number in numbers_of("train")[:50]]
     seen = unused = 0
@@ -263,7 +263,7 @@ def test_every_flipped_bit_of_dataset_json(copied):
             store = open_store(copied)
         except ValueError as error:
             assert "dataset.json" in str(error)  # noqa: PT017
-        else:  # in the layout of the JSON: it says the same
+        else:  # only the layout of the JSON has changed, not its meaning
             assert store.info == open_store(copied).info
             assert json.loads(path.read_bytes()) == json.loads(data)
         path.write_bytes(data)
@@ -272,7 +272,7 @@ def test_every_flipped_bit_of_dataset_json(copied):
 @pytest.mark.filterwarnings("ignore:Data type alias")
 @pytest.mark.parametrize("name", ["num_atoms", "num_edges", "places"])
 def test_every_flipped_bit_of_the_index(copied, name):
-    """It is refused, or it is harmless to what is read; `verify` finds each."""
+    """Damage in the index is refused or harmless to what is read, and `verify` finds all of it."""
     path = copied / f"{name}.npy"
     data = path.read_bytes()
     expected = [make_structure(number) for number in numbers_of("train")]

@@ -1,4 +1,4 @@
-"""Pickles of PyG data: what they hold comes out, and nothing that they ask for runs."""
+"""Pickles of PyG data are read, and nothing that a pickle asks for runs."""
 
 import io
 import pickle
@@ -97,7 +97,7 @@ def test_numpy_before_and_after_2():
 
 
 def asks(function, *args):
-    """A pickle that calls a function when it is loaded."""
+    """Return a pickle that calls a function when it is loaded."""
 
     class Asks:
         def __reduce__(self):
@@ -111,7 +111,7 @@ def named(module, name, args=b")", call=b"R"):
 
 
 def hostile(marker):
-    """Pickles by what their refusal must say. Those that run something would make the marker file."""
+    """Return pickles by what their refusal must say; those that run something would make the marker file."""
     code = f"open({marker!r}, 'w')"
     nested = io.BytesIO()
     torch.save(_Opens(marker), nested, _use_new_zipfile_serialization=False)
@@ -166,7 +166,7 @@ class _Opens:
 
 
 def test_the_marker_is_made_by_a_plain_unpickle(tmp_path):
-    """What the next test says is only worth something if the pickles work."""
+    """Python's own unpickler runs these pickles; otherwise the next test would show nothing."""
     marker = tmp_path / "ran"
     for name in ("builtins.eval", "os.system", "builtins.exec", "_pickle.loads", "posix.system"):
         pickle.loads(hostile(str(marker))[name])  # noqa: S301
@@ -272,7 +272,7 @@ def test_depth_and_size_are_harmless():
     deep = b"]" * 200_000 + b"a" * 199_999 + b"."
     assert type(loads(deep)) is list
     assert type(loads(b"N" + b"\x85" * 200_000 + b".")) is tuple
-    assert loads(b"Nr\xff\xff\xff\xff.") is None  # the C unpickler fills 64 GB for this
+    assert loads(b"Nr\xff\xff\xff\xff.") is None  # the C unpickler allocates 64 GB for this
     with pytest.raises(UnsafePickleError, match="refused: a dict key"):
         loads(b"}N" + b"\x85" * 200_000 + b"Ns.")
     words = text("a" * 1_000_000) + b"q\x00" + text("latin1") + b"q\x01"

@@ -1,4 +1,4 @@
-"""The graph against ASE's neighbour list, the golden edges and a brute-force search; its invariants and its errors."""
+"""The graph agrees with ASE's neighbour list, the golden edges and a brute-force search, and keeps its invariants."""
 
 import dataclasses
 import io
@@ -23,7 +23,10 @@ UNCUT = 100_000
 
 
 def random_atoms(seed, num_atoms=None, pbc=None):
-    """Triclinic, periodic in a random set of directions, atoms up to four cells outside, no two closer than 0.5 A."""
+    """Return a random triclinic structure, periodic in some directions, with atoms up to four cells outside.
+
+    No two atoms are closer than 0.5 A.
+    """
     rng = np.random.default_rng(seed)
     n = num_atoms or rng.integers(4, 9)
     cell = np.diag(rng.uniform(3, 7, 3)) + rng.uniform(-1, 1, (3, 3))
@@ -140,7 +143,7 @@ def test_native_is_the_reference_on_mofs(shared):
 
 
 def brute_force(atoms, cutoff):
-    """All edges as (target, rank, source, *offset), per target, in the order of the rule."""
+    """Return all edges as (target, rank, source, *offset) in the order the graph documents."""
     reach = int(cutoff * np.linalg.norm(atoms.cell.reciprocal(), axis=1).max()) + 1
     cells = [np.array(o) for o in itertools.product(range(-reach, reach + 1), repeat=3)]
     found = [[] for _ in atoms]

@@ -1,4 +1,4 @@
-"""Bad input to the graph: each is a ValueError that names the structure and the field."""
+"""Bad input to the graph raises a ValueError that names the structure and the field."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Padded graphs: of the wanted shape, consistent, and without any effect on what is real."""
+"""Padded graphs have the wanted shape, are consistent, and leave the results of real rows unchanged."""
 
 import dataclasses
 
@@ -45,7 +45,7 @@ def graph(request):
 
 
 def shapes(graph):
-    """The least that holds the graph, one with much more of everything, and one with several structures to add."""
+    """Return the least shape that holds a graph, one with more of everything, and one with several more structures."""
     own = GraphShape.of(graph)
     most = {name: size + 3 if "degree" in name else 2 * size + 6 for name, size in dataclasses.asdict(own).items()}
     return {
@@ -106,7 +106,7 @@ def model(request, tiny_config, tiny_weights):
 
 
 def results(model, graph, real):
-    """Outputs, gradient forces and the gradient of a loss on them, of the real part."""
+    """Return outputs and gradient forces of the real rows, and the gradient of a loss on them."""
     out = model(graph)
     forces = ejmp.gradient_forces(model, graph, create_graph=True)
     weights = (model.backbone.bases.mlp_sbf_qint.weight, model.backbone.int_blocks[0].dense_ca.linear.weight)
@@ -129,7 +129,7 @@ def test_padding_changes_nothing(model, name):
 
 
 def test_padding_changes_nothing_in_triton(tiny_config):
-    """Against the reference backend without padding; in the interpreter every edge costs."""
+    """The padded graph agrees with the reference backend without padding; it is small, as the interpreter is slow."""
     require_triton()
     config = dataclasses.replace(tiny_config, blocks=1, num_tasks=1)
     model, plain = (ejmp.JMP(config, backend=backend).double() for backend in ("triton", "reference"))
@@ -149,7 +149,7 @@ def test_padding_changes_nothing_in_triton(tiny_config):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_nothing_of_the_padding_reaches_real_atoms(model, dtype):
-    """With NaN as the embedding of hydrogen, which padding is made of."""
+    """Real rows do not depend on padding: NaN as the embedding of hydrogen, its only element, does not reach them."""
     atoms = bulk("NaCl", "rocksalt", a=5.6).repeat((2, 1, 1))
     atoms.rattle(0.1, seed=0)
     graph = ejmp.build_graph(atoms, 6.0, dtype=dtype)
@@ -187,7 +187,7 @@ def test_images_are_many_and_in_pairs():
 
 
 def test_shapes_hold_whatever_is_smaller():
-    """A shape for the largest takes every graph that is nowhere larger, however few edges it has."""
+    """A shape for the largest graph holds every graph with no larger size, however few edges it has."""
     largest = ejmp.build_graph([molecule("C6H6"), molecule("CH3CH2OH")], 8.0)
     shape = GraphShape.holding(GraphShape.of(largest))
     smaller = [

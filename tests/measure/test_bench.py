@@ -13,7 +13,7 @@ from ase.neighborlist import neighbor_list
 
 import ejmp
 from ejmp import cli
-from ejmp.measure import bench, instruments, report, workloads
+from ejmp.measure import bench, memory, report, workloads
 from ejmp_kernels import availability
 
 
@@ -97,13 +97,13 @@ def test_the_gate_stops_wrong_blocks(tiny_config):
 
 def test_storage_peak_counts_bytes():
     kept = torch.zeros(1000)
-    with instruments.StoragePeak([kept]) as memory:
+    with memory.StoragePeak([kept]) as meter:
         doubled = kept.view(10, 100) * 2
         (doubled + 1).sum()
         del doubled
         kept.clone()
-    assert memory.held == 0
-    assert memory.peak == 2 * 4000 + 4
+    assert meter.held == 0
+    assert meter.peak == 2 * 4000 + 4
 
 
 def test_comparison_with_the_reference(tmp_path, capsys, monkeypatch):

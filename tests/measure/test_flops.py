@@ -11,18 +11,7 @@ import ejmp
 from ejmp.measure import workloads
 from ejmp.measure.bench import workload_graph
 from ejmp.measure.flops import count_macs, graph_sizes
-
-
-class ByNumbers(torch.nn.Module):
-    """A model as a function of one tensor, which is what fvcore traces."""
-
-    def __init__(self, model, graph):
-        super().__init__()
-        self.model, self.graph = model, graph
-
-    def forward(self, atomic_numbers):
-        out = self.model(dataclasses.replace(self.graph, atomic_numbers=atomic_numbers))
-        return out.energy if out.forces is None else (out.energy, out.forces)
+from ejmp.measure.profile import ByNumbers
 
 
 @pytest.mark.parametrize("workload", [workloads.slab, workloads.molecules])

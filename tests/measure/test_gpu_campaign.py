@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 import gpu_campaign
-import gpu_common
 import gpu_models
 import gpu_ops
 import gpu_report
+import gpu_setting
+import gpu_step
 import pytest
 import torch
 from support.inputs import require_native
@@ -70,6 +71,7 @@ def test_nothing_fails_and_what_is_left_out_has_its_reason(dry):
             if "skipped" in row:
                 assert len(row["skipped"]) > 10
                 reasons.setdefault(step, set()).add(row["skipped"])
+    assert rows(dry, "test")[0]["passed"] > 0
     assert reasons["build"] == {"a dry run leaves the tree as it is; nvcc was not called"}
     assert "there is no GPU to watch" in reasons["sanitize"]
     assert "CUDA graphs need a GPU" in reasons["compare"]
@@ -122,11 +124,11 @@ def test_counts_of_the_dry_run_are_the_models(dry):
 
 @pytest.fixture
 def setting(tmp_path):
-    return gpu_common.Setting(device=torch.device("cpu"), dry=True, out=tmp_path, seconds=60)
+    return gpu_setting.Setting(device=torch.device("cpu"), dry=True, out=tmp_path, seconds=60)
 
 
 def test_a_row_that_fails_says_why_and_the_next_one_runs(setting):
-    step = gpu_common.Step("trial", setting)
+    step = gpu_step.Step("trial", setting)
     with step.row(way="a"):
         raise torch.OutOfMemoryError
     with step.row(way="b"):
@@ -141,15 +143,15 @@ def test_a_row_that_fails_says_why_and_the_next_one_runs(setting):
     with step.row(way="d"):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
     with step.row(way="e"):
-        step.check()
+        step.require_time()
     assert "broke the CUDA context" in rows(setting.out, "trial")[-1]["skipped"]
 
 
 def test_a_step_ends_with_its_time(tmp_path):
-    setting = gpu_common.Setting(device=torch.device("cpu"), dry=True, out=tmp_path, seconds=-1)
-    step = gpu_common.Step("trial", setting)
+    setting = gpu_setting.Setting(device=torch.device("cpu"), dry=True, out=tmp_path, seconds=-1)
+    step = gpu_step.Step("trial", setting)
     with step.row(way="a"):
-        step.check()
+        step.require_time()
     assert "were used up" in rows(tmp_path, "trial")[0]["skipped"]
 
 
@@ -169,7 +171,7 @@ def test_wrong_models_are_not_timed(setting, monkeypatch):
 
 
 def test_errors_of_energies_are_seen(setting):
-    model = gpu_common.make_model(setting, 1)
+    model = gpu_setting.make_model(setting, 1)
     exact = gpu_models.Exact(setting, model)
     graph = setting.graph(2)
     with torch.no_grad():
@@ -179,24 +181,46 @@ def test_errors_of_energies_are_seen(setting):
 
 
 def test_sizes_of_batches_are_multiples(setting):
-    big = gpu_common.Setting(device=torch.device("cpu"), dry=False, out=setting.out, seconds=1)
+    big = gpu_setting.Setting(device=torch.device("cpu"), dry=False, out=setting.out, seconds=1)
     assert ejmp.measure.flops.graph_sizes(big.graph(8)) == big.sizes(8)
     assert len({id(s) for s in big.workload(8).structures}) == 4
 
 
 def test_tests_that_lack_a_package_are_named(tmp_path):
-    (tmp_path / "test_a.py").write_text("import os, nosuchpackage.part\nfrom test_b import x\nfrom . import y\n")
-    (tmp_path / "test_b.py").write_text("def f():\n    import nosuchpackage\n")
-    assert gpu_campaign.lacking(tmp_path / "test_a.py") == ["nosuchpackage"]
-    assert gpu_campaign.lacking(tmp_path / "test_b.py") == []
+    """What a test imports at its top, and what the modules of `support` import there that it or another imports."""
+    (tmp_path / "support").mkdir()
+    (tmp_path / "support" / "__init__.py").write_text("")
+    (tmp_path / "support" / "one.py").write_text("from support import two\nimport json\n")
+    (tmp_path / "support" / "two.py").write_text("import nosuchhelper\nfrom support.one import x\n")
+    (tmp_path / "model").mkdir()
+    texts = {
+        "test_a": "import os, nosuchpackage.part\nfrom support.free import x\n",
+        "test_b": "def f():\n    import nosuchpackage\n",
+        "test_c": "from support.one import x\n",
+        "test_d": "from support import one\n",
+    }
+    found = {}
+    for name, text in texts.items():
+        path = tmp_path / "model" / f"{name}.py"
+        path.write_text(text)
+        found[name] = gpu_campaign.lacking(path, tmp_path)
+    helper = ["nosuchhelper"]
+    assert found == {"test_a": ["nosuchpackage"], "test_b": [], "test_c": helper, "test_d": helper}
+
+
+def test_every_pattern_of_tests_names_a_file():
+    for pattern in (*gpu_campaign.TESTS, gpu_campaign.DRY_TESTS[0]):
+        files = list((ROOT / "tests").glob(pattern))
+        assert files, pattern
+        assert all(gpu_campaign.lacking(file) == [] for file in files)
 
 
 def test_results_of_tests_are_counted_by_file(tmp_path):
     report = tmp_path / "r.xml"
     report.write_text(
-        '<testsuites><testsuite><testcase classname="tests.test_a" name="x" time="0.5"/>'
-        '<testcase classname="tests.test_a" name="y"><failure/></testcase>'
-        '<testcase classname="tests.test_b" name="z"><skipped message="needs a GPU"/></testcase>'
+        '<testsuites><testsuite><testcase classname="tests.model.test_a" name="x" time="0.5"/>'
+        '<testcase classname="tests.model.test_a" name="y"><failure/></testcase>'
+        '<testcase classname="tests.graph.test_b" name="z"><skipped message="needs a GPU"/></testcase>'
         "</testsuite></testsuites>"
     )
     found = gpu_campaign.count_tests(report)
@@ -208,8 +232,8 @@ def test_results_of_tests_are_counted_by_file(tmp_path):
 
 
 def test_results_of_tests_that_did_not_end_are_counted():
-    log = "tests/test_a.py::test_x[1-a] PASSED [ 1%]\ntests/test_a.py::test_y FAILED [ 2%]\n"
-    log += "tests/test_b.py::test_z SKIPPED (no GPU) [ 3%]\ntests/test_b.py::test_w "
+    log = "tests/model/test_a.py::test_x[1-a] PASSED [ 1%]\ntests/model/test_a.py::test_y FAILED [ 2%]\n"
+    log += "tests/graph/test_b.py::test_z SKIPPED (no GPU) [ 3%]\ntests/graph/test_b.py::test_w "
     found = gpu_campaign.count_lines(log)
     assert found["test_a"] == {"passed": 1, "failures": ["test_y"], "left_out": {}, "failed": "1 tests failed"}
     assert found["test_b"] == {"passed": 0, "failures": [], "left_out": {"?": 1}}
@@ -258,7 +282,7 @@ def test_make_has_a_target_per_step():
 def test_the_script_under_the_sanitizer_uses_every_op():
     require_native()
     command = [sys.executable, ROOT / "benchmarks/gpu_native.py", "--device", "cpu", "--tiny"]
-    paths = [ROOT, ROOT / "kernels", ROOT / "benchmarks"]
+    paths = [ROOT, ROOT / "kernels", ROOT / "tests", ROOT / "benchmarks"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert "largest error" in done.stdout

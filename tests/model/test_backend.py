@@ -70,10 +70,8 @@ def test_low_precision_is_as_good(pair_of_models):
     graph, expected = golden.graph(torch.float32), golden.values["energy"]
     errors = []
     for model in pair_of_models:
-        model.precision = "bf16"
         with torch.no_grad():
-            errors.append(relative_error(model(graph).energy, expected))
-        model.precision = "fp32"
+            errors.append(relative_error(model.on(precision="bf16")(graph).energy, expected))
     assert errors[1] <= errors[0]
 
 
@@ -82,15 +80,13 @@ def test_bf16_trains(pair_of_models):
     reference, native = pair_of_models
     graph = load_golden("ethanol").graph(torch.float32)
 
-    def gradients(model, precision):
-        model.precision = precision
+    def gradients(model):
         loss = (ejmp.gradient_forces(model, graph, create_graph=True) ** 2).sum()
         found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-        model.precision = "fp32"
         return torch.cat([g.flatten() for g in found if g is not None])
 
-    exact = gradients(reference, "fp32")
-    low = gradients(native, "bf16")
+    exact = gradients(reference)
+    low = gradients(native.on(precision="bf16"))
     assert low.dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(low, exact, dim=0) > 0.99
 

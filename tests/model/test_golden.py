@@ -61,8 +61,7 @@ def test_counts(golden):
 @pytest.fixture
 def tiny(tiny, backend):
     """The golden model in float64 on every backend."""
-    tiny = copy.deepcopy(tiny)
-    tiny.requested_backend = backend
+    tiny = copy.deepcopy(tiny).on(backend=backend)
     assert tiny.backend == backend
     return tiny
 

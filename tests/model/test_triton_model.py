@@ -55,8 +55,7 @@ def test_precisions(models, precision):
         pytest.skip("the interpreter has no bfloat16 products")
     graph = ejmp.build_graph(HYDROGEN_PEROXIDE, 8.0, device=DEVICE)
     with torch.no_grad():
-        models[1].precision = precision
-        energy = models[1](graph).energy
+        energy = models[1].on(precision=precision)(graph).energy
         expected = models[0].double()(graph.to(dtype=torch.float64)).energy
     assert energy.dtype == torch.float32
     assert relative_error(energy, expected) <= tolerance("Triton's model", precision)

@@ -21,14 +21,14 @@ COLUMNS = "species:S:1:pos:R:3:forces:R:3"
 
 
 def truth(seed=0, frames=FRAMES, n=N):
-    """Positions [frames, n, 3], energies [frames] and forces [frames, n, 3] without units."""
+    """Return positions [frames, n, 3], energies [frames] and forces [frames, n, 3] without units."""
     rng = np.random.default_rng(seed)
     return rng.normal(size=(frames, n, 3)) * 2, rng.normal(size=frames) - 40, rng.normal(size=(frames, n, 3))
 
 
 @contextlib.contextmanager
 def pyg_modules(layout):
-    """Put modules in place whose classes pickle under PyG's names, with the state that version of PyG has."""
+    """Install modules whose classes pickle under PyG's names, with the state that a version of PyG has."""
 
     class Storage:
         def __getstate__(self):
@@ -69,7 +69,7 @@ def pyg_modules(layout):
 
 
 def oc_record(k=0, layout="2.x", protocol=-1, **changes):
-    """One record of an OC20 LMDB file; what is changed to `...` is left out."""
+    """Return one record of an OC20 LMDB file; fields that are changed to `...` are left out."""
     positions, energy, forces = truth()
     values = {
         "pos": torch.tensor(positions[k], dtype=torch.float32),
@@ -127,7 +127,7 @@ def write_oc20_text(path, *, packed=True):
 
 
 def write_hdf5(path, layout, groups, **changes):
-    """An HDF5 file with the same frames in each group; what is changed to `...` is left out."""
+    """Write an HDF5 file with the same frames in each group; arrays that are changed to `...` are left out."""
     import h5py
 
     positions, energy, forces = truth()
@@ -186,7 +186,7 @@ def write_qm9_tar(path, folder, mode="w:bz2"):
 
 
 def write_qm9_pt(path, layout="2.x", form="list"):
-    """PyG's file of three molecules: a list of Data, of dicts, or Data joined end to end."""
+    """Write PyG's file of three molecules: a list of Data, of dicts, or Data joined end to end."""
     positions, _, _ = truth()
     y = torch.arange(3 * 19, dtype=torch.float32).reshape(3, 19) / 8
     z, pos = torch.tensor(NUMBERS), torch.tensor(positions, dtype=torch.float32)
@@ -233,7 +233,7 @@ def ase_frames():
 
 
 def everything(path, name):
-    """All structures of a source, once what holds for every source was checked."""
+    """Return all structures of a source, after checking what holds for every source."""
     chosen = FORMATS[name]
     parts = chosen.parts(Path(path))
     assert parts == chosen.parts(Path(path))

@@ -1,4 +1,4 @@
-"""A small dataset with a format of its own, for the tests of the store and of conversion."""
+"""A small dataset in a format of its own, for the tests of the store and of conversion."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ PER_PART = 40
 
 
 def make_structure(number):
-    """A random structure of 1 to 150 atoms: records inside LMDB's pages and on pages of their own."""
+    """Return a random structure of 1 to 150 atoms: some records fit in LMDB's pages, some need pages of their own."""
     random = np.random.default_rng(number)
     n = int(random.integers(1, 150 if number % 5 == 0 else 25))
     wide = number % 2 == 0
@@ -28,7 +28,7 @@ def make_structure(number):
 
 
 def make_format(num_parts=6, seconds=0.0):
-    """Parts in turn for training, training, validation; `seconds` of waiting per structure."""
+    """Return a format whose parts are for training, training, validation in turn; each structure takes `seconds`."""
 
     def parts(_):
         return [
@@ -48,13 +48,13 @@ def make_format(num_parts=6, seconds=0.0):
 
 
 def numbers_of(split, num_parts=6):
-    """What the structures of a split are numbered in the source."""
+    """Return the numbers in the source of the structures of a split."""
     wanted = [k for k in range(num_parts) if (k % 3 == 2) == (split == "val")]
     return [PER_PART * k + i for k in wanted for i in range(PER_PART)]
 
 
 def same(one, other):
-    """Equal in every bit, and in type where the store keeps it."""
+    """Return whether two structures are equal in every bit, and in every type that the store keeps."""
     for field in dataclasses.fields(Structure):
         a, b = getattr(one, field.name), getattr(other, field.name)
         if a is None or b is None:

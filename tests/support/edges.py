@@ -1,4 +1,4 @@
-"""Graphs compared edge by edge."""
+"""Comparison of graphs edge by edge."""
 
 import dataclasses
 
@@ -18,12 +18,12 @@ def edges_of(graph):
 
 
 def keys(graph):
-    """Each set's edges as (source, target, *offset), in the graph's order."""
+    """Return the edges of each set as (source, target, *offset), in the graph's order."""
     return {name: rows(*edges) for name, edges in edges_of(graph).items()}
 
 
 def differences(a, b):
-    """Names of the fields that are not equal bit for bit."""
+    """Return the names of the fields that are not equal bit for bit."""
     names = []
     for field in dataclasses.fields(a):
         x, y = getattr(a, field.name), getattr(b, field.name)

@@ -1,4 +1,4 @@
-"""Feed every reader damaged sources: `python tests/fuzz_readers.py EXAMPLES [FORMAT ...]`, or `make fuzz`.
+"""Feed damaged sources to every reader: `PYTHONPATH=tests python -m support.fuzz_readers EXAMPLES`, or `make fuzz`.
 
 Small valid sources are cut, overwritten, and added to. A reader may yield structures, or raise ValueError or OSError;
 anything else is a failure, and so is an input that takes SECONDS or MEMORY. A failure is printed with its input by
@@ -27,7 +27,7 @@ from support import data_sources as made
 
 SECONDS = 20
 MEMORY = 1 << 20
-"""KiB more than before the first input."""
+"""Most memory that an input may add to that before the first one, KiB."""
 TOKENS = (
     b"", b"\n", b" ", b",", b"\0", b"\xff" * 8, b"\x7f" + b"\xff" * 7, b"\0" * 16, b"-1", b"0", b"99999999999999999999",
     b"1e999", b"nan", b"NaN", b"inf", b"null", b"[]", b"{}", b"X", b"H", b"*^", b"_JSON {", b"\xe2\x82\xac", b"c", b"R",
@@ -99,7 +99,7 @@ ONE_FILE = (".h5", ".tar", ".pt")
 
 
 def damage(content, changes):
-    """Return a source with changes at bytes that are not zero, of which some formats have long runs."""
+    """Return a source with changes at bytes that are not zero, because some formats have long runs of zeros."""
     content = bytearray(content)
     for kind, at, data, size in changes:
         full = [k for k, value in enumerate(content) if value] if len(content) < 1 << 15 else range(len(content))
@@ -120,7 +120,7 @@ def damage(content, changes):
 
 
 def fuzz(name, examples, folder):
-    """Read damaged sources of one format; return how many were read whole, and how many refused."""
+    """Read damaged sources of one format; return how many were read completely, and how many refused."""
     sources = []
     for k, write in enumerate(WRITERS[name]):
         place = folder / f"{name}-{k}"
@@ -158,7 +158,7 @@ def fuzz(name, examples, folder):
 
 
 def fuzz_unpickle(examples):
-    """Read damaged records of both layouts of PyG, without a file around them."""
+    """Read damaged records of both layouts of PyG, as pickles without a file around them."""
     records = [made.oc_record(0, layout, protocol) for layout in ("1.x", "2.x") for protocol in (2, 4, 5)]
     counts = {"read": 0, "refused": 0}
 

@@ -33,7 +33,7 @@ def objective_of(model, kind):
 
 
 def batch_of(step, rank):
-    """Two structures of the rank's own dataset."""
+    """Return two structures of the rank's dataset."""
     data = demo(SETS[rank])
     structures = [data[2 * step + i] for i in range(2)]
     return make_batch(structures, [rank, rank], cutoff=4.0, max_neighbors=6)

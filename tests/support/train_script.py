@@ -1,4 +1,4 @@
-"""What the tests of training run in several processes: `python train_script.py SCENARIO [ARGUMENTS]`.
+"""Scenarios that the tests of training run in several processes: `python train_script.py SCENARIO [ARGUMENTS]`.
 
 Each rank writes what it saw to OUT/rank<r>.json.
 """
@@ -28,11 +28,12 @@ from ejmp.train.distributed import Preemption, host, sum_over_ranks
 from ejmp.train.engine import Engine
 from ejmp.train.faults import session
 from ejmp.train.moments import optimizer_state
+from ejmp.train.objective import Objective
 from ejmp.train.randomness import seed_all
 
 
 class Toy(nn.Module):
-    """A body and two heads, of which a sample trains one; one parameter is empty, one is frozen."""
+    """A body and three heads, of which a sample trains one; one parameter is empty, one is frozen."""
 
     def __init__(self):
         super().__init__()
@@ -45,10 +46,12 @@ class Toy(nn.Module):
         return self.heads[head](torch.tanh(self.body(x)) * self.frozen)
 
 
-class Objective(nn.Module):
+class ToyObjective(Objective):
+    """Fits the toy model to a batch, whose `poison` makes loss or gradient not finite."""
+
     def __init__(self, model, half=False):
-        super().__init__()
-        self.model, self.half = model, half
+        super().__init__(model)
+        self.half = half
 
     def forward(self, batch):
         if self.half:  # gradients pass through float16, as in a model that computes in it
@@ -64,7 +67,7 @@ class Objective(nn.Module):
 
 
 def _bad_gradient(parameter):
-    """0, with an infinite gradient."""
+    """Return 0, with an infinite gradient."""
     zero = (parameter - parameter.detach()).sum()
     return torch.where(zero == 0, zero * torch.tensor(float("inf")), zero).nan_to_num(0.0)
 
@@ -81,7 +84,7 @@ def groups(model):
 
 
 def batches(step, world_size, poison=None):
-    """One batch per rank of the step's eight samples: the first half trains head 0, the second head 1."""
+    """Return a batch per rank of the step's eight samples: the first half trains head 0, the second head 1."""
     generator = torch.Generator().manual_seed(100 + step)
     x, y = torch.randn(8, 5, generator=generator), torch.randn(8, 1, generator=generator)
     halves = [
@@ -93,10 +96,6 @@ def batches(step, world_size, poison=None):
     if poison:
         halves[1].poison = poison
     return halves if world_size == 2 else [types.SimpleNamespace(halves=halves)]
-
-
-def settings(stage, **changes):
-    return TrainConfig(zero_stage=stage, **changes)
 
 
 def digest(tensors):
@@ -117,11 +116,11 @@ def as_lists(tensors):
 
 def build(ranks, config, half=False):
     model = toy()
-    return Engine(Objective(model, half=half), groups(model), config, ranks)
+    return Engine(ToyObjective(model, half=half), groups(model), config, ranks)
 
 
 def one(ranks, step, poison=None):
-    """This rank's batch; a run of one process takes both halves as one, when they are alike."""
+    """Return this rank's batch; a run of one process takes the first half."""
     if ranks.world_size == 2:
         return batches(step, 2, poison)[ranks.rank]
     batch = copy.copy(batches(step, 2, poison)[0])
@@ -133,7 +132,7 @@ def engine_scenarios(ranks):
     seen = {}
     for stage in (0, 1, 2):
         for kind, clip in (("norm", 0.5), ("value", 0.05)):
-            engine = build(ranks, settings(stage, clip_kind=kind, clip=clip))
+            engine = build(ranks, TrainConfig(zero_stage=stage, clip_kind=kind, clip=clip))
             results = []
             for step in range(5):
                 engine.set_lr(1.0 - 0.1 * step)
@@ -147,30 +146,30 @@ def engine_scenarios(ranks):
             }
         runs = []
         for poisons in ({}, {2: "gradient", 3: "loss"}):
-            engine = build(ranks, settings(stage))
+            engine = build(ranks, TrainConfig(zero_stage=stage))
             steps = (0, 1, 2, 3, 4) if poisons else (0, 1, 4)
             taken = [engine.step(one(ranks, step, poisons.get(step))) for step in steps]
             state = trained(engine) | optimizer_state(engine)
             runs.append((digest(state), [r.skipped for r in taken], [r.suspects for r in taken], engine.state_dict()))
         seen[f"poison{stage}"] = runs
-        engine = build(ranks, settings(stage))
+        engine = build(ranks, TrainConfig(zero_stage=stage))
         try:
             for step in range(30):
                 engine.step(one(ranks, step, "gradient"))
         except RuntimeError as error:
             seen[f"gave_up{stage}"] = (step, str(error))
-        engine = build(ranks, settings(stage, precision="fp16", clip=1e9), half=True)
+        engine = build(ranks, TrainConfig(zero_stage=stage, precision="fp16", clip=1e9), half=True)
         taken = [engine.step(one(ranks, 0)) for _ in range(12)]
         seen[f"half{stage}"] = ([r.skipped for r in taken], [r.grad_norm for r in taken], engine.state_dict())
     return seen
 
 
-class Quadratic(nn.Module):
+class Quadratic(Objective):
     """Pulls the weights of a JMP towards a sample's number, with noise from three generators."""
 
     def __init__(self, model, noise):
-        super().__init__()
-        self.model, self.noise = model, noise
+        super().__init__(model)
+        self.noise = noise
 
     def forward(self, numbers):
         noise = 0.0
@@ -191,12 +190,12 @@ def quadratic(ranks, stage, *, noise, keep=2):
     model = small_jmp()
     chosen = [{"params": list(model.parameters()), "lr": 1e-3}]
     seed_all(0, ranks.rank)
-    config = settings(stage, keep_checkpoints=keep, precision="fp16" if noise else "fp32")
+    config = TrainConfig(zero_stage=stage, keep_checkpoints=keep, precision="fp16" if noise else "fp32")
     return Engine(Quadratic(model, noise), chosen, config, ranks)
 
 
 def advance(engine, start, stop):
-    """Steps over four samples each, dealt out to the ranks; returns the losses."""
+    """Take steps over four samples each, dealt out to the ranks, and return the losses."""
     ranks, losses = engine.ranks, []
     for step in range(start, stop):
         numbers = range(4 * step, 4 * step + 4)[ranks.rank :: ranks.world_size]
@@ -206,13 +205,13 @@ def advance(engine, start, stop):
 
 
 def bits(engine):
-    """A hash of this rank's weights, the moments (on rank 0), what the generators give next; scale and counts."""
+    """Return hashes of this rank's weights, moments (on rank 0) and next random numbers; loss scale and counts."""
     draws = {"draws": torch.tensor([random.random(), np.random.random(), torch.rand(()).item()])}
     return [digest(trained(engine)), digest(optimizer_state(engine)), digest(draws), engine.state_dict()]
 
 
 def checkpoint_saves(ranks):
-    """Train without a break; save half-way."""
+    """Train without a break and save half-way."""
     seen, runs = {}, Path(sys.argv[3])
     for stage in (0, 1, 2):
         for noise in (False, True):
@@ -235,7 +234,7 @@ def checkpoint_saves(ranks):
 
 
 def checkpoint_resumes(ranks):
-    """Go on with as many ranks, at the same stage."""
+    """Go on from the checkpoints with as many ranks, at the same stage."""
     seen, runs = {}, Path(sys.argv[3])
     for stage in (0, 1, 2):
         for noise in (False, True):
@@ -260,12 +259,8 @@ def checkpoint_changes(ranks):
     return seen
 
 
-class Regression(nn.Module):
+class Regression(Objective):
     """Fits numbers to the features of samples; a batch is a list of samples."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
 
     def forward(self, samples):
         parts = [batches(n, 2)[0] for n in samples]
@@ -274,22 +269,22 @@ class Regression(nn.Module):
 
 
 def curve(ranks):
-    """The losses of 20 steps over two samples each, and where this rank was."""
+    """Return the losses of 20 steps over two samples each, and where this rank is."""
     model = toy()
-    engine = Engine(Regression(model), groups(model), settings(1), ranks)
+    engine = Engine(Regression(model), groups(model), TrainConfig(zero_stage=1), ranks)
     share = slice(ranks.rank, None, ranks.world_size)
     losses = [engine.step(list(range(2 * step, 2 * step + 2))[share]).loss for step in range(20)]
     return {"losses": losses, "place": [ranks.rank, ranks.local_rank, ranks.world_size], "host": host()}
 
 
 def hello(ranks):
-    """Where this rank is, and what all say together."""
+    """Return where this rank is, and a sum over all ranks."""
     total = sum_over_ranks(torch.tensor([1 + ranks.rank])).item()
     return {"place": [ranks.rank, ranks.local_rank, ranks.world_size], "sum": total}
 
 
 def fault(ranks):
-    """One rank (or both) fails in some way while the other waits for it in a collective."""
+    """Let one rank (or both) fail in some way while the other waits for it in a collective."""
     kind, who = sys.argv[3], int(sys.argv[4])
     sum_over_ranks(torch.zeros(1))
     if ranks.rank == who or kind == "both":
@@ -303,7 +298,7 @@ def fault(ranks):
 
 
 def preempted(ranks):
-    """Steps until somebody is told to stop."""
+    """Take steps until some rank is told to stop, and return how many."""
     preemption, steps = Preemption(), 0
     (Path(sys.argv[2]) / f"pid{ranks.rank}").write_text(str(os.getpid()))
     while not preemption.requested():
@@ -313,7 +308,7 @@ def preempted(ranks):
 
 
 def kills():
-    """Kill a run that saves after every step, at random moments; see what each start resumes and announces."""
+    """Kill a run that saves after every step, at random moments; return what each start resumed and announced."""
     run, count, chance, seen = Path(sys.argv[3]), int(sys.argv[4]), random.Random(int(sys.argv[5])), []
     import deepspeed  # noqa: F401 - once, and not in every process
 

@@ -1,4 +1,4 @@
-"""Checkpoints: resumed bit by bit, whole or refused, whatever the number of processes and whenever they are killed."""
+"""Checkpoints: a resumed run ends with the same bits, a damaged checkpoint is refused, any number of ranks goes on."""
 
 import dataclasses
 import json
@@ -21,10 +21,9 @@ NAMES = [f"{stage}{noise}" for stage in (0, 1, 2) for noise in (False, True)]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Runs of 1 and 2 processes, and these again from their checkpoints; then 2 and again 1 go on from those of 1."""
+    """Run 1 and 2 processes, resume both, then go on from the checkpoints of 1 process with 2 and with 1."""
     folder, seen = tmp_path_factory.mktemp("runs"), {}
-    plan = [("saves", 1), ("saves", 2), ("resumes", 1), ("resumes", 2)]
-    for what, world_size in plan:
+    for what, world_size in [("saves", 1), ("saves", 2), ("resumes", 1), ("resumes", 2)]:
         out = tmp_path_factory.mktemp("out")
         seen[what, world_size] = results(launch(world_size, f"checkpoint_{what}", out, folder), out, world_size)
     shutil.copytree(folder, folder.with_name("before"))
@@ -56,7 +55,7 @@ def test_the_newest_and_the_best_are_kept(runs):
         assert checkpoint.latest(run).name == "step-00000005"
         assert json.loads((run / "step-00000004" / "state.json").read_text())["state"] == {"again": "yes"}
         for path in checkpoint.steps(run):
-            checkpoint.check(path)
+            checkpoint.check_checkpoint(path)
     assert checkpoint.best(runs["folder"]) is None
 
 
@@ -77,7 +76,7 @@ def test_ema_and_state_come_back(runs):
 
 
 def test_other_numbers_of_ranks_and_stages_go_on(runs):
-    """1 process, then 2, then 1 again, at three stages, beside 1 process throughout."""
+    """Going on with 2 processes and then with 1, at another stage, gives the losses of 1 process throughout."""
     for stage in (0, 1, 2):
         (whole,) = runs["saves", 1]
         _, losses, weights = whole[f"{stage}False"]

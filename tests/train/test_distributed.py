@@ -1,4 +1,4 @@
-"""Processes: started by every launcher, ended together by every fault, on one node and on two."""
+"""The processes of a run: every launcher starts them, every fault ends all of them, on one node and on two."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def free_port():
 
 
 def start_pair(*arguments):
-    """Two ranks that no launcher looks after, as on two nodes."""
+    """Start two ranks without a launcher, so that nothing but ejmp ends them, as on two nodes."""
     port = str(free_port())
     more = [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"} for r in (0, 1)]
     return [
@@ -151,7 +151,7 @@ def namespaces_allowed():
 
 
 def test_two_nodes_train_as_one_process_does(tmp_path, one_process):
-    """Two network namespaces joined by a cable; where they are not allowed, two nodes that share the loopback."""
+    """Two nodes are two network namespaces joined by a cable or, where these are not allowed, share the loopback."""
     hosts, port = tmp_path / "hosts", str(free_port())
     apart = namespaces_allowed()
     addresses = ["10.77.0.1", "10.77.0.2"] if apart else ["127.0.0.1", "localhost"]

@@ -36,7 +36,7 @@ def test_without_dropout_nothing_changes(case, dtype):
 
 @pytest.mark.parametrize("case", ["batch", "slab"])
 def test_sets_are_chosen_from_the_pairs_left(case):
-    """Every set follows from the pairs that are left by the rules of build_graph, in loops over atoms."""
+    """Every edge set is what the rules of build_graph, as loops over atoms, choose from the pairs that are left."""
     golden = load_golden(case)
     graph, most = golden.graph(), golden.values["max_neighbors"].tolist()
     left = drop_edges(graph, 0.3, max_neighbors=most, generator=torch.Generator().manual_seed(0))
@@ -63,18 +63,17 @@ def test_sets_are_chosen_from_the_pairs_left(case):
 
 def test_the_model_takes_it(tiny, backend):
     golden = load_golden("batch")
-    tiny.requested_backend, before = backend, tiny.requested_backend
+    model = tiny.on(backend=backend)
     generator = torch.Generator().manual_seed(1)
     graph = drop_edges(golden.graph(), 0.5, max_neighbors=golden.values["max_neighbors"].tolist(), generator=generator)
-    with scaled_outputs(tiny, 0.5):
-        out = tiny(graph)
+    with scaled_outputs(model, 0.5):
+        out = model(graph)
     (out.energy.sum() + out.forces.sum()).backward()
     edges = {name: (torch.stack([e.source, e.target]), e.offset) for name in EDGE_SETS if (e := getattr(graph, name))}
     given = ejmp.graph_from_edges(golden.structures, edges, dtype=torch.float64)
-    assert_close(tiny(given).energy.detach(), tiny(graph).energy.detach())
+    assert_close(model(given).energy.detach(), model(graph).energy.detach())
     assert out.energy.isfinite().all()
     tiny.zero_grad()
-    tiny.requested_backend = before
 
 
 def test_output_sums_are_scaled(tiny):
@@ -84,18 +83,17 @@ def test_output_sums_are_scaled(tiny):
         block.layers.register_forward_pre_hook(lambda _m, args: sums.append(args[0].detach()))
         for block in tiny.backbone.out_blocks
     ]
-    tiny.requested_backend, before = "reference", tiny.requested_backend
-    plain = tiny(graph)
-    with scaled_outputs(tiny, 0.2):
-        tiny(graph)
-    with pytest.raises(KeyError), scaled_outputs(tiny, 0.2):
+    model = tiny.on(backend="reference")
+    unscaled = model(graph)
+    with scaled_outputs(model, 0.2):
+        model(graph)
+    with pytest.raises(KeyError), scaled_outputs(model, 0.2):
         raise KeyError
     half = len(sums) // 2
     assert half == 4
     for one, other in zip(sums[:half], sums[half:], strict=True):
         assert_close(other, one / 0.8)
-    assert torch.equal(tiny(graph).energy, plain.energy)
-    tiny.requested_backend = before
+    assert torch.equal(model(graph).energy, unscaled.energy)
     for hook in hooks:
         hook.remove()
 

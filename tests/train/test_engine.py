@@ -1,4 +1,4 @@
-"""The DeepSpeed engine against plain torch, at stages 0, 1 and 2, with 1 and 2 processes (tests/train_script.py)."""
+"""The DeepSpeed engine against plain torch, at stages 0, 1 and 2, with 1 and 2 processes (support/train_script.py)."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def seen(request, tmp_path_factory):
 
 
 def plain_torch(world_size, kind, clip):
-    """The same training on one process without DeepSpeed, in float64."""
+    """Train as `train_script` does, on one process without DeepSpeed and in float64."""
     model = train_script.toy().double()
     config = TrainConfig()
     optimizer = torch.optim.AdamW(train_script.groups(model), betas=config.betas)
@@ -113,7 +113,7 @@ def test_fp16_finds_a_scale_that_does_not_overflow(seen):
 
 
 def of_one_process(kind):
-    """Losses and gradient norms of `train_model_script` without DeepSpeed: both ranks' batches one after the other."""
+    """Return losses and gradient norms of `train_model_script` without DeepSpeed, both ranks' batches in turn."""
     model = train_model_script.model_of(kind)
     scale_shared_gradients(model)
     objective = train_model_script.objective_of(model, kind)
@@ -132,7 +132,7 @@ def of_one_process(kind):
 
 
 def test_ranks_may_train_different_heads_of_a_model(tmp_path):
-    """JMP with direct and gradient forces; each rank's head, and with gradients its force branch, is its own."""
+    """JMP with direct and with gradient forces: each rank's batches train another head than the other's."""
     script = SCRIPT.with_name("train_model_script.py")
     seen = results(launch(2, "real", tmp_path, script=script), tmp_path, 2)
     for kind in ("direct", "gradient"):
@@ -162,7 +162,7 @@ def test_json_is_what_deepspeed_takes():
 def test_what_cannot_be_trained_is_refused(monkeypatch):
     ranks = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
     model = train_script.toy()
-    objective, groups = train_script.Objective(model), train_script.groups(model)
+    objective, groups = train_script.ToyObjective(model), train_script.groups(model)
 
     def engine(chosen, groups=groups):
         return Engine(chosen, groups, TrainConfig(), ranks)
@@ -173,13 +173,13 @@ def test_what_cannot_be_trained_is_refused(monkeypatch):
         engine(objective, groups[:1])
     with pytest.raises(ValueError, match="groups: expected each"):
         engine(objective, [*groups, groups[0]])
-    outside = train_script.Objective(model)
+    outside = train_script.ToyObjective(model)
     outside.extra = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"inside objective\.model, got extra\.weight, extra\.bias"):
         engine(outside, [*groups, {"params": list(outside.extra.parameters()), "lr": 1.0}])
     double = train_script.toy().double()
     with pytest.raises(ValueError, match=r"float32 parameters, got \['torch.float64'\]"):
-        engine(train_script.Objective(double), train_script.groups(double))
+        engine(train_script.ToyObjective(double), train_script.groups(double))
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install ejmp\[train\]"):
         engine(SimpleNamespace())

@@ -64,18 +64,17 @@ def losses(model, graph):
 
 @pytest.mark.parametrize("blocks", [3, 2])
 def test_shared_gradients(tiny, blocks, backend):
-    """First order and through gradient forces: the projections of bases, divided by how many blocks use them."""
+    """Gradients of the basis projections are divided by the number of blocks, also through gradient forces."""
     graph = load_golden("ethanol").graph()
-    plain = ejmp.prune(tiny, blocks=blocks)
-    plain.requested_backend = backend
-    divided = copy.deepcopy(plain)
+    undivided = ejmp.prune(tiny, blocks=blocks).on(backend=backend)
+    divided = copy.deepcopy(undivided)
     handles = scale_shared_gradients(divided)
     seen = set()
-    for ours, theirs in zip(losses(divided, graph), losses(plain, graph), strict=True):
-        for model, loss in ((divided, ours), (plain, theirs)):
+    for one, other in zip(losses(divided, graph), losses(undivided, graph), strict=True):
+        for model, loss in ((divided, one), (undivided, other)):
             model.zero_grad()
             loss.backward()
-        for (name, p), q in zip(divided.named_parameters(), plain.parameters(), strict=True):
+        for (name, p), q in zip(divided.named_parameters(), undivided.parameters(), strict=True):
             users = 1
             if SHARED.match(name):
                 users = blocks + 1 if "mlp_rbf_out" in name else blocks
@@ -88,8 +87,8 @@ def test_shared_gradients(tiny, blocks, backend):
         handle.remove()
     divided.zero_grad()
     next(losses(divided, graph)).backward()
-    plain.zero_grad()
-    next(losses(plain, graph)).backward()
+    undivided.zero_grad()
+    next(losses(undivided, graph)).backward()
     assert torch.equal(
-        divided.backbone.bases.mlp_rbf_h.linear.weight.grad, plain.backbone.bases.mlp_rbf_h.linear.weight.grad
+        divided.backbone.bases.mlp_rbf_h.linear.weight.grad, undivided.backbone.bases.mlp_rbf_h.linear.weight.grad
     )

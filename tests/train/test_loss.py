@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import ejmp
-from ejmp.compress.distill import DistillConfig, combine, distill_loss
+from ejmp.compress.config import DistillConfig
+from ejmp.compress.distill import combine, distill_loss
 from ejmp.data import DEMO_MIX, DatasetInfo, Statistics, demo
 from ejmp.data.sampling.batch import make_batch
 from ejmp.train.loss import multitask_loss
@@ -24,8 +25,8 @@ def molecules(counts, **labels):
     for b, n in enumerate(counts):
         positions = np.zeros((n, 3))
         positions[:, 0] = np.arange(n)
-        own = {name: values[b] for name, values in labels.items()}
-        structures.append(ejmp.Structure(numbers=np.ones(n, int), positions=positions, **own))
+        labelled = {name: values[b] for name, values in labels.items()}
+        structures.append(ejmp.Structure(numbers=np.ones(n, int), positions=positions, **labelled))
     return structures
 
 
@@ -67,7 +68,7 @@ def test_public_loss(shared):
 
 
 def loss_by_hand(batch, tasks, energy, forces):
-    """The same in a loop over structures, in numpy."""
+    """Return energy and force loss, computed in a loop over structures in numpy."""
     energies, norms = [], []
     for b, d in enumerate(batch.dataset.tolist()):
         task, atoms = tasks[d], slice(batch.graph.ptr[b], batch.graph.ptr[b + 1])
@@ -236,7 +237,7 @@ def test_element_outside_the_reference_counts_as_missing():
 
 
 def mixed_batches():
-    """Batches as different as ranks may get them: other tasks, no forces, no labels, no quadruplets, no edges."""
+    """Yield batches as different as ranks may get them: other tasks, no forces, no labels, no quadruplets, no edges."""
     slab, molecule, reaction = (demo(name)[0] for name in ("oc20", "ani1x", "transition1x"))
     pair = ejmp.Structure(numbers=[6, 1], positions=[[0.0, 0, 0], [0, 0, 1]])
     atom = ejmp.Structure(numbers=[6], positions=[[0.0, 0, 0]])
@@ -255,9 +256,8 @@ def mixed_batches():
 
 @pytest.mark.parametrize("kind", ["direct", "gradient", "distilled"])
 def test_gradients_come_in_one_order(tiny, backend, kind):
-    """The same parameters in the same order for every batch: ZeRO adds up gradients of ranks by their order."""
-    model = copy.deepcopy(tiny)
-    model.requested_backend = backend
+    """Gradients arrive for the same parameters in the same order, whatever the batch: ZeRO adds up ranks' by order."""
+    model = copy.deepcopy(tiny).on(backend=backend)
     tasks = Tasks([Task.from_info(demo(name).info, head=head) for head, name in enumerate(DEMO_MIX)])
     arrived, orders = [], []
     for name, p in model.named_parameters():
@@ -290,7 +290,7 @@ def test_gradients_come_in_one_order(tiny, backend, kind):
 
 
 def test_only_the_own_head_learns(tiny):
-    """Heads of other tasks get zeros; without labels all do."""
+    """Gradients of other tasks' heads are zero; without labels those of all heads are."""
     data = demo("ani1x")
     tasks = Tasks([Task.from_info(data.info, head=1)])
     for structure in (data[0], dataclasses.replace(data[0], energy=None, forces=None)):

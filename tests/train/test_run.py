@@ -13,22 +13,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.launching import environment
 
 import ejmp
-from ejmp.compress.distill import DistillConfig
+from ejmp.compress.config import DistillConfig
 from ejmp.data import InOrder, Loader, make_batch
 from ejmp.model.checkpoint import load, save
 from ejmp.train import faults
 from ejmp.train import main as launch
-from ejmp.train.adapt import for_finetuning
 from ejmp.train.commands import fastest_precision
 from ejmp.train.config import TrainConfig
-from ejmp.train.demo import check, checksum, demo_config, new_model
+from ejmp.train.demo import check_teacher, checksum, demo_config
 from ejmp.train.evaluate import evaluate, score, table
 from ejmp.train.faults import session
 from ejmp.train.loop import FINAL, Run, train
 from ejmp.train.objective import Distillation, Supervised, freeze_blocks, predict
 from ejmp.train.sources import TASKS_FILE, demo_downstream, demo_mix, load_tasks, tasks_of, tasks_text, with_tasks_of
+from ejmp.train.start import for_finetuning, new_model
 
 pytest.importorskip("deepspeed")
 ROOT = Path(__file__).parents[2]
@@ -38,13 +39,13 @@ SMALL = dataclasses.replace(
     emb_size_quad_out=4, emb_size_pair_in=4, emb_size_pair_out=4, emb_size_rbf=4, emb_size_cbf=4, emb_size_sbf=4,
     num_radial=16,
 )  # fmt: skip
-SETTINGS = TrainConfig(
+CONFIG = TrainConfig(
     steps=6, batch_size=4, lr=3e-3, warmup_steps=2, validate_every=3, checkpoint_every=2, log_every=1, zero_stage=0
 )
 
 
 class Few:
-    """The first structures of a dataset."""
+    """Takes the first structures of a dataset."""
 
     def __init__(self, dataset, count):
         self.dataset, self.info = dataset, dataset.info
@@ -84,10 +85,10 @@ def teacher(sources):
 
 
 def run_of(folder, ranks, sources, model, **changes):
-    settings = dataclasses.replace(SETTINGS, **changes)
+    config = dataclasses.replace(CONFIG, **changes)
     folder.mkdir(exist_ok=True)
     objective = Supervised(model, tasks_of(sources))
-    return Run(objective=objective, sources=sources, config=settings, directory=folder, ranks=ranks)
+    return Run(objective=objective, sources=sources, config=config, directory=folder, ranks=ranks)
 
 
 def lines(folder, event):
@@ -155,7 +156,7 @@ def test_early_stop(tmp_path, ranks, sources, teacher):
 
 
 def test_evaluation_by_hand(ranks, sources, teacher):
-    """Energies and forces of single structures, in eV and eV/A, free atoms only."""
+    """Errors are those of predictions for one structure at a time, in eV and eV/A, of free atoms only."""
     slabs = sources[0]
     errors = evaluate(teacher, [slabs], ranks, batch_size=3)["oc20"]
     energy, forces = [], []
@@ -200,8 +201,8 @@ def test_distillation_learns_from_the_teacher_alone(tmp_path, ranks, sources, te
     student = ejmp.prune(teacher, blocks=2)
     frozen = {name: value.clone() for name, value in teacher.state_dict().items()}
     objective = Distillation(student, teacher, tasks_of(sources), DistillConfig())
-    settings = dataclasses.replace(SETTINGS, steps=30, lr=3e-3, validate_every=30, checkpoint_every=30)
-    train(Run(objective=objective, sources=sources, config=settings, directory=tmp_path, ranks=ranks))
+    config = dataclasses.replace(CONFIG, steps=30, lr=3e-3, validate_every=30, checkpoint_every=30)
+    train(Run(objective=objective, sources=sources, config=config, directory=tmp_path, ranks=ranks))
     losses = [line["loss"] for line in lines(tmp_path, "train")]
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
     assert {"kd_forces", "kd_node", "kd_edge"} <= set(lines(tmp_path, "train")[0])
@@ -228,8 +229,8 @@ def test_frozen_blocks_are_run_once(tmp_path, ranks, sources, teacher):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert torch.allclose(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
     objective = Distillation(student, teacher, tasks, DistillConfig())
-    settings = dataclasses.replace(SETTINGS, steps=3)
-    train(Run(objective=objective, sources=sources, config=settings, directory=tmp_path, ranks=ranks))
+    config = dataclasses.replace(CONFIG, steps=3)
+    train(Run(objective=objective, sources=sources, config=config, directory=tmp_path, ranks=ranks))
     changed = {n for n, value in student.state_dict().items() if not torch.equal(value, teacher.state_dict()[n])}
     assert {name.split(".")[0 if name.startswith("output") else 1] for name in changed} == {
         "output", "out_mlp_E", "out_mlp_F",
@@ -274,14 +275,14 @@ def test_tasks_of_a_saved_model(tmp_path, sources, teacher):
 def test_damaged_teacher(tmp_path, teacher):
     save(teacher, tmp_path / "teacher")
     with pytest.raises(ValueError, match="is not whole"):
-        check(tmp_path / "teacher")
+        check_teacher(tmp_path / "teacher")
     (tmp_path / "teacher" / "checksum").write_text(checksum(tmp_path / "teacher"))
-    check(tmp_path / "teacher")
+    check_teacher(tmp_path / "teacher")
     with (tmp_path / "teacher" / "model.safetensors").open("r+b") as file:
         file.seek(-3, os.SEEK_END)
         file.write(b"x")
     with pytest.raises(ValueError, match="is damaged"):
-        check(tmp_path / "teacher")
+        check_teacher(tmp_path / "teacher")
 
 
 @pytest.mark.parametrize("command", ["pretrain", "distill", "finetune", "evaluate"])
@@ -289,11 +290,13 @@ def test_help_is_quick(command):
     seconds = []
     for _ in range(2):
         start = time.perf_counter()
-        script = [sys.executable, ROOT / f"launch/{command}.py", "--help"]
-        text = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+        script = [sys.executable, "-X", "importtime", ROOT / f"launch/{command}.py", "--help"]
+        done = subprocess.run(script, capture_output=True, text=True, check=True, env=environment())
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 2
-    assert command in text
+    assert command in done.stdout
+    assert "ejmp.train.flags" in done.stderr
+    assert "torch" not in done.stderr
 
 
 def test_precision_of_the_teacher(monkeypatch):
@@ -316,7 +319,7 @@ def test_bad_flags(capsys, tmp_path, ranks, monkeypatch):
 
 
 def test_deepspeed_launcher_on_two_ranks(tmp_path, sources, teacher):
-    """The promised command: deepspeed launch/distill.py --blocks 4, here with 2 of 3 blocks and few steps."""
+    """README's deepspeed launch/distill.py --blocks 4, here with 2 of 3 blocks and few steps."""
     save(teacher, tmp_path / "teacher", more={TASKS_FILE: tasks_text(sources)})
     command = [
         Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", "29611",

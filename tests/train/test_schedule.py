@@ -88,9 +88,9 @@ def test_plateau_counts_after_the_cosine_only():
     resumed = Schedule(config)
     resumed.load_state_dict(json.loads(json.dumps(schedule.state_dict())))
     assert resumed.factor(13) == schedule.factor(13)
-    plain = Schedule(TrainConfig())
-    assert plain.state_dict() == {}
-    plain.load_state_dict(schedule.state_dict())
+    without = Schedule(TrainConfig())
+    assert without.state_dict() == {}
+    without.load_state_dict(schedule.state_dict())
 
 
 def test_ema(tiny):

@@ -1,9 +1,10 @@
 """How the demo mix is made: `python -m ejmp.data.generate OUT [NAME ...]`, with `pip install ejmp[demo]`.
 
-Four sets to pre-train on and five to fine-tune on, in the image of the real ones, small enough to train on in minutes.
-Labels are real physics, not those of the real sets: GFN-xTB (tblite) and effective medium theory (ASE's EMT). Energies
-are total energies in eV, forces their negative gradients in eV/A, of exactly the positions that are stored (rounded to
-float32 first). Where self-consistency fails or a force is beyond 50 eV/A the structure is dropped and counted.
+There are four sets to pre-train on and five to fine-tune on, like the real ones but small enough to train on in
+minutes. Labels are real physics, not those of the real sets: GFN-xTB (tblite) and effective medium theory (ASE's EMT).
+Energies are total energies in eV, forces their negative gradients in eV/A, of exactly the positions that are stored
+(rounded to float32 first). Where self-consistency fails or a force is beyond 50 eV/A the structure is dropped and
+counted.
 
 | set | like | what | labels |
 | --- | --- | --- | --- |
@@ -21,15 +22,16 @@ bonds pulled apart by up to 1.8 A, groups turned by up to 180 degrees | GFN2-xTB
 | qmof | QMOF | frameworks of ideal nets (diamond, cubic, honeycomb, Hofmann clathrates) after at most 8 steps of \
 relaxation, and with heat and strain; target "gap", forces too | GFN1-xTB |
 
-Heat is the classical normal modes of a model of pair springs (`thermal`), except in the dynamics. Periodic GFN1-xTB is
-at the Gamma point of small cells: a smooth potential energy surface with true gradients, not a converged one. EMT's
-parameters for H, C, N and O are crude. Forces of fixed atoms (tag 0) are stored as they are; `fixed` says where.
+Heat is simulated by the classical normal modes of a model of pair springs (`thermal`), except in the dynamics. Periodic
+GFN1-xTB is at the Gamma point of small cells: a smooth potential energy surface with true gradients, not a converged
+one. EMT's parameters for H, C, N and O are crude. Forces on fixed atoms (tag 0) are stored as they are; `fixed` marks
+the atoms.
 
-Splits: by formula, no formula in two of them, and every element of val and test is in train (as ANI-1x's rule, each
-takes shuffled formulas until it has its tenth); the two dynamics are shuffled by frame with RandomState(42) as rMD17
-and MD22 are, 70/10/20. The linear reference is least squares of minimum norm on the training split; "forces" in the
-statistics is the root mean square of the free atoms' components.
+The sets are split by formula: no formula is in two splits, and every element of val and test is in train. As in
+ANI-1x's rule, val and test take shuffled formulas until each has its tenth. The frames of the two dynamics are shuffled
+with RandomState(42) as those of rMD17 and MD22 are, 70/10/20. The linear reference is least squares of minimum norm on
+the training split; "forces" in the statistics is the root mean square of the free atoms' components.
 
-Everything is seeded. ASE's part repeats to rounding; what goes through tblite repeats on the same machine, and
-dynamics drift apart elsewhere. All nine take some 20 minutes of one core.
+Everything is seeded. What ASE computes repeats to rounding. What tblite computes repeats on the same machine; on others
+the dynamics drift apart. All nine sets take some 20 minutes of one core.
 """

@@ -15,12 +15,13 @@ from ejmp.data.generate.write import split_by_formula, split_frames, write
 from ejmp.data.info import DatasetInfo
 
 NAMES = DEMO_MIX + DEMO_DOWNSTREAM
+"""All demo datasets. A dataset's place here is part of its seed."""
 METHODS = {"oc20": "EMT of ASE", "oc22": "GFN1-xTB, Gamma point", "qmof": "GFN1-xTB, Gamma point"}
 ONE_MOLECULE = ("rmd17", "md22")
 
 
 def generate(folder: Path, name: str, scale: float, seed: int) -> str:
-    """Make one dataset and return what came of it in a line."""
+    """Make one dataset and return a line that says what was made."""
     recipe, count, shares = RECIPES[name]
     start = time.perf_counter()
     dropped.clear()
@@ -39,7 +40,7 @@ def generate(folder: Path, name: str, scale: float, seed: int) -> str:
 
 
 def main() -> None:
-    """Read the command line and make what it asks for."""
+    """Make the datasets that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m ejmp.data.generate", description="Make the demo mix.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}; default: all")

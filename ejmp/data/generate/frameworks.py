@@ -19,14 +19,14 @@ ON_RING = ("", "F", "Cl", "OH", "NH2", "CH3", "CN")
 
 @dataclass(frozen=True, kw_only=True)
 class Net:
-    """Nodes and edges of a periodic net in a cell of unit edge length; every edge has the same length."""
+    """A periodic net whose edges all have the same length."""
 
     cell: np.ndarray[Any, Any]
-    """[3, 3] in units of the distance between joined nodes; a row of norm 0 is the stacking direction of layers."""
+    """Lattice vectors, [3, 3], in units of the length of an edge; a row of zeros stands for the stacking of layers."""
     nodes: np.ndarray[Any, Any]
-    """[n, 3], fractional."""
+    """Fractional coordinates of the nodes, [n, 3]."""
     edges: Sequence[tuple[int, int, tuple[int, int, int]]]
-    """First node, second node, and the cell the second one is in."""
+    """For each edge its first node, its second node, and the cell that the second one is in."""
 
 
 DIAMOND = Net(
@@ -47,7 +47,7 @@ def linker(kind: str, group: str = "") -> Any:
 
     Args:
         kind: "C2", "C4" (alkynes), "CN" (cyanide), "benzene" or "pyrazine" (joined at opposite atoms).
-        group: what replaces one hydrogen of a ring: "", "F", "Cl", "OH", "NH2", "CH3" or "CN".
+        group: the group that replaces one hydrogen of a ring: "", "F", "Cl", "OH", "NH2", "CH3" or "CN".
     """
     from ase import Atoms  # noqa: PLC0415
     from ase.build import molecule  # noqa: PLC0415
@@ -80,7 +80,7 @@ def linker(kind: str, group: str = "") -> Any:
 
 
 def _substitute(ring: Any, h: int, group: str) -> Any:
-    """Replace a hydrogen of a ring, which stays in its place in the order when the new piece is one atom."""
+    """Replace a hydrogen of a ring by a group; a group of one atom takes the hydrogen's place in the order."""
     from ase.build import molecule  # noqa: PLC0415
 
     if group in {"F", "Cl"}:
@@ -96,10 +96,10 @@ def framework(net: Net, nodes: Sequence[str], linkers: Sequence[Any], rng: np.ra
     """Return a framework: an atom on every node, a linker on every edge, turned about itself at random.
 
     Args:
-        net: what is joined to what.
-        nodes: [n] symbols.
-        linkers: one for every edge, all of the same length.
-        rng: for the turns of the linkers and the distance of layers.
+        net: the nodes and edges.
+        nodes: element of each node, [n] symbols.
+        linkers: a linker for every edge, all of the same length.
+        rng: random numbers for the turns of the linkers and the distance of layers.
     """
     from ase import Atoms  # noqa: PLC0415
     from ase.data import covalent_radii  # noqa: PLC0415

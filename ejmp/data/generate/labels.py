@@ -10,19 +10,19 @@ from ejmp.graph.structure import Structure
 
 Method = Literal["EMT", "GFN1-xTB", "GFN2-xTB"]
 MAX_FORCE = 50.0
-"""eV/A; a structure with a larger component is dropped."""
+"""Largest component of a force, eV/A; structures with a larger one are dropped."""
 HYDROGEN_MASS = 3.0
-"""u; dynamics with heavy hydrogen samples the same distribution of positions with longer steps."""
+"""Mass of hydrogen, u. Heavy hydrogen allows longer steps, and positions are distributed as with light hydrogen."""
 dropped: Counter[str] = Counter()
-"""How many structures got no label, by reason."""
+"""Number of structures that got no label, by reason."""
 
 
 def label(atoms: Any, method: Method, name: str, *, forces: bool = True, gap: bool = False) -> Structure | None:
-    """Return the labelled structure, its positions rounded to float32 first, or None if there is no sane label.
+    """Round positions to float32 and label a structure; return None if the labels are not sane.
 
     Args:
-        atoms: ase.Atoms; arrays "tags" and "fixed" are kept.
-        method: what labels.
+        atoms: an ase.Atoms; its arrays "tags" and "fixed" are kept.
+        method: the method that labels.
         name: the structure's id.
         forces: whether forces are kept.
         gap: whether the HOMO-LUMO gap, eV, becomes the target "gap" (xTB only).
@@ -52,7 +52,7 @@ def label(atoms: Any, method: Method, name: str, *, forces: bool = True, gap: bo
 
 
 def emt(atoms: Any) -> tuple[float, np.ndarray[Any, Any], float]:
-    """Return energy (eV), forces (eV/A) and no gap of ASE's effective medium theory."""
+    """Return energy (eV) and forces (eV/A) of ASE's effective medium theory, and NaN for the gap it does not have."""
     from ase.calculators.emt import EMT  # noqa: PLC0415
 
     atoms.calc = EMT()
@@ -60,9 +60,12 @@ def emt(atoms: Any) -> tuple[float, np.ndarray[Any, Any], float]:
 
 
 def xtb(atoms: Any, method: str) -> tuple[float, np.ndarray[Any, Any], float] | None:
-    """Return energy (eV), forces (eV/A) and HOMO-LUMO gap (eV) of GFN-xTB (periodic: at Gamma), or None."""
+    """Return energy (eV), forces (eV/A) and HOMO-LUMO gap (eV) of GFN-xTB; None without self-consistency.
+
+    Periodic structures are computed at the Gamma point.
+    """
     from ase.units import Bohr, Hartree  # noqa: PLC0415
-    from tblite.interface import Calculator  # noqa: PLC0415
+    from tblite.interface import Calculator  # noqa: PLC0415 # pyright: ignore[reportMissingImports] - an extra
 
     lattice = {"lattice": np.array(atoms.cell) / Bohr, "periodic": np.array(atoms.pbc)} if atoms.pbc.any() else {}
     calculator = Calculator(method, atoms.numbers, atoms.positions / Bohr, **lattice)
@@ -79,14 +82,14 @@ def xtb(atoms: Any, method: str) -> tuple[float, np.ndarray[Any, Any], float] | 
 
 
 def attach(atoms: Any, method: Method) -> None:
-    """Attach an ASE calculator, and hold the atoms marked in the array "fixed"."""
+    """Attach an ASE calculator to atoms, and hold those marked in the array "fixed"."""
     from ase.calculators.emt import EMT  # noqa: PLC0415
     from ase.constraints import FixAtoms  # noqa: PLC0415
 
     if method == "EMT":
         atoms.calc = EMT()
     else:
-        from tblite.ase import TBLite  # noqa: PLC0415
+        from tblite.ase import TBLite  # noqa: PLC0415 # pyright: ignore[reportMissingImports] - an extra
 
         atoms.calc = TBLite(method=method, verbosity=0)
     if "fixed" in atoms.arrays:
@@ -97,10 +100,10 @@ def relax(atoms: Any, method: Method, steps: int, fmax: float = 0.05) -> list[An
     """Return copies of every step of a relaxation (BFGS), as far as it got; the last one is the best.
 
     Args:
-        atoms: where to start, left as it is.
-        method: what gives the forces.
-        steps: at most.
-        fmax: eV/A, where it ends.
+        atoms: where to start; they are not changed.
+        method: the method that gives the forces.
+        steps: most steps.
+        fmax: largest force at which the relaxation ends, eV/A.
     """
     from ase.calculators.calculator import CalculatorError  # noqa: PLC0415
     from ase.optimize import BFGS  # noqa: PLC0415
@@ -120,11 +123,11 @@ def dynamics(atoms: Any, method: Method, temperature: float, stride: int, rng: n
     """Yield frames of Langevin dynamics after an equilibration of 200 steps, without end.
 
     Args:
-        atoms: where to start.
-        method: what gives the forces.
-        temperature: K.
+        atoms: where to start; they are not changed.
+        method: the method that gives the forces.
+        temperature: temperature, K.
         stride: steps of 2 fs between frames.
-        rng: of the first velocities and the thermostat.
+        rng: random numbers for the first velocities and the thermostat.
     """
     from ase import units  # noqa: PLC0415
     from ase.md.langevin import Langevin  # noqa: PLC0415

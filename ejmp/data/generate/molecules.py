@@ -11,11 +11,12 @@ CORES = (
     "bicyclobutane", "methylenecyclopropane", "C5H8", "butadiene", "isobutene", "2-butyne", "trans-butane",
     "isobutane", "H2CCHCN", "C4H4NH", "C4H4O", "C5H5N", "C6H6", "C2H6NH", "C3H9N", "C2H6CHOH",
 )  # fmt: skip
-"""Names in ASE's g2 collection."""
+"""Molecules to start from, by their names in ASE's g2 collection."""
 GROUPS = (
     "CH4", "CH4", "NH3", "H2O", "H2O", "HCN", "C2H2", "C2H4", "H2CO", "HCOOH", "CH3OH", "H3CNH2", "CH3OCH3", "C2H6",
     "CH3CONH2", "CH2OCH2", "CH2NHCH2", "CH3NO2",
 )  # fmt: skip
+"""Molecules that become groups by losing a hydrogen; those that are here twice are twice as frequent."""
 
 
 def bonds(atoms: Any) -> np.ndarray[Any, Any]:
@@ -29,7 +30,7 @@ def bonds(atoms: Any) -> np.ndarray[Any, Any]:
 
 
 def side(near: np.ndarray[Any, Any], a: int, b: int) -> list[int] | None:
-    """Return the atoms on b's side of the bond a-b, or None if the bond is part of a ring."""
+    """Return the atoms on b's side of the bond between a and b, or None if the bond is part of a ring."""
     found, todo = {b}, [b]
     while todo:
         atom = todo.pop()
@@ -45,7 +46,7 @@ def side(near: np.ndarray[Any, Any], a: int, b: int) -> list[int] | None:
 
 
 def rotation(axis: np.ndarray[Any, Any], angle: float) -> np.ndarray[Any, Any]:
-    """Return the matrix of a rotation by an angle in radians (Rodrigues); a row vector is turned by @ its transpose."""
+    """Return the matrix of a rotation by an angle in radians (Rodrigues); multiply row vectors by its transpose."""
     x, y, z = axis / np.linalg.norm(axis)
     cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
     return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
@@ -61,9 +62,9 @@ def turn(start: np.ndarray[Any, Any], end: np.ndarray[Any, Any]) -> np.ndarray[A
 
 
 def join(core: Any, h: int, group: Any, g: int) -> Any:
-    """Return two molecules joined by a bond where each had a hydrogen, turned to where they are farthest apart.
+    """Join two molecules by a bond where each had a hydrogen, turned so that they are as far apart as possible.
 
-    The core keeps its order without atom h; the group's atoms without g follow.
+    The atoms of the core, without hydrogen h, keep their order; those of the group, without hydrogen g, follow.
     """
     from ase.data import covalent_radii  # noqa: PLC0415
 
@@ -88,14 +89,14 @@ def join(core: Any, h: int, group: Any, g: int) -> Any:
 
 
 def hydrogens(atoms: Any, on: int) -> list[int]:
-    """Return the hydrogens bonded to an atom of a given element, or to one atom if `on` is negative (-1 - index)."""
+    """Return the hydrogens bonded to any atom of element `on`, or to the atom -1 - `on` if it is negative."""
     near = bonds(atoms)
     held = near[:, atoms.numbers == on].any(axis=1) if on > 0 else near[:, -1 - on]
     return np.flatnonzero((atoms.numbers == 1) & held).tolist()
 
 
 def random_molecule(rng: np.random.Generator, max_heavy: int = 8) -> Any:
-    """Return a random molecule: a core with up to four groups, unrelaxed."""
+    """Return a random unrelaxed molecule: a core with up to four groups, at most max_heavy atoms but hydrogen."""
     from ase.build import molecule  # noqa: PLC0415
 
     atoms = molecule(rng.choice(CORES))
@@ -115,7 +116,7 @@ def random_molecule(rng: np.random.Generator, max_heavy: int = 8) -> Any:
 
 
 def fingerprint(atoms: Any) -> bytes:
-    """Return what two molecules with the same bonds between the same elements have in common, and hardly two others."""
+    """Return bytes that are equal for molecules with the same bonds between elements, and hardly for any others."""
     roots = np.sqrt(atoms.numbers)
     graph = bonds(atoms) * np.outer(roots, roots) + np.diag(atoms.numbers)
     return (np.linalg.eigvalsh(graph).round(4) + 0.0).tobytes()
@@ -167,7 +168,7 @@ def _trans_hydrogen(chain: Any) -> int:
 
 
 def _left_hydrogen(chain: Any) -> int:
-    """Return the hydrogen to replace on the newest alpha carbon: of CH3 its first, of CH2 the left one."""
+    """Return the hydrogen to replace on the newest alpha carbon: the first of a CH3, the left one of a CH2."""
     near = bonds(chain)
     carbons = [c for c in np.flatnonzero(chain.numbers == 6).tolist() if (chain.numbers[near[c]] == 7).any()]
     alpha = max(c for c in carbons if len(hydrogens(chain, -1 - c)) > 1)

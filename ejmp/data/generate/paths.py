@@ -9,14 +9,15 @@ from ejmp.data.generate.labels import attach, relax
 from ejmp.data.generate.molecules import bonds, rotation, side
 
 IMAGES = 7
-"""Between the two ends of a band."""
+"""Number of images between the two ends of a band."""
 BAND_STEPS = 10
+"""Steps for which a band is optimised."""
 MAX_STRETCH = 1.8
-"""A; how far a broken bond is pulled."""
+"""Distance by which a bond is pulled apart, A."""
 
 
 def hydrogen_shift(atoms: Any, rng: np.random.Generator) -> list[Any]:
-    """Return bands from a relaxed molecule to an isomer with one hydrogen elsewhere, or nothing if there is none.
+    """Return images between a relaxed molecule and an isomer with one hydrogen elsewhere; none if no isomer is found.
 
     The images are those of a nudged elastic band (GFN2-xTB) at its start (image-dependent pair potential) and after
     10 steps.

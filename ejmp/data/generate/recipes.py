@@ -1,4 +1,4 @@
-"""The nine datasets: what is labelled, by what, and how many."""
+"""The recipes of the nine datasets: which structures there are, how many, and by which method they are labelled."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,16 +14,17 @@ from ejmp.data.generate.thermal import strained, thermal
 from ejmp.graph.structure import Structure
 
 Recipe = Callable[[np.random.Generator], Iterator[Structure | None]]
-"""Yields structures without end; None where one got no label."""
+"""Function that yields structures without end; None for a structure that got no label."""
 METAL_STIFFNESS, OXIDE_STIFFNESS = 3.0, 12.0
-"""eV/A^2."""
+"""Stiffness of bonds in metals and oxides, eV/A^2."""
 MAX_STRAIN = 0.03
+"""Largest component of a random strain."""
 FRAME_STEPS = 10
-"""Of dynamics, 2 fs each."""
+"""Steps of 2 fs between the frames of dynamics."""
 
 
 def oc20(rng: np.random.Generator) -> Iterator[Structure | None]:
-    """Metal slabs with an adsorbate: three steps of a relaxation, and two frames with heat and strain (EMT)."""
+    """Yield metal slabs with an adsorbate: three steps of a relaxation, and two frames with heat and strain (EMT)."""
     for number in _count():
         slab = metal_slab(rng)
         path = relax(slab, "EMT", 30)
@@ -35,7 +36,7 @@ def oc20(rng: np.random.Generator) -> Iterator[Structure | None]:
 
 
 def oc22(rng: np.random.Generator) -> Iterator[Structure | None]:
-    """Oxide slabs: two steps of a short relaxation, and three frames with heat and strain (GFN1-xTB, periodic)."""
+    """Yield oxide slabs: two steps of a short relaxation, three frames with heat and strain (GFN1-xTB, periodic)."""
     for number in _count():
         path = relax(oxide_slab(rng), "GFN1-xTB", 8)
         for step in sorted({len(path) // 2, len(path) - 1}):
@@ -46,14 +47,14 @@ def oc22(rng: np.random.Generator) -> Iterator[Structure | None]:
 
 
 def ani1x(rng: np.random.Generator) -> Iterator[Structure | None]:
-    """Random molecules, each in eight frames from 50 to 2000 K (GFN2-xTB)."""
+    """Yield random molecules, each in eight frames from 50 to 2000 K (GFN2-xTB)."""
     for number, molecule in enumerate(_relaxed_molecules(rng)):
         for temperature in np.geomspace(50, 2000, 8).round():
             yield label(thermal(molecule, temperature, rng), "GFN2-xTB", f"{number}/{temperature:.0f}K")
 
 
 def transition1x(rng: np.random.Generator) -> Iterator[Structure | None]:
-    """Random molecules on the way to isomers, pulled apart at a bond, turned about a bond (GFN2-xTB)."""
+    """Yield random molecules on the way to isomers, pulled apart at a bond, turned about a bond (GFN2-xTB)."""
     for number, molecule in enumerate(_relaxed_molecules(rng)):
         images = hydrogen_shift(molecule, rng)
         for place, image in enumerate(images):
@@ -63,13 +64,13 @@ def transition1x(rng: np.random.Generator) -> Iterator[Structure | None]:
 
 
 def qm9(rng: np.random.Generator) -> Iterator[Structure | None]:
-    """Random molecules at their minimum: total energy and HOMO-LUMO gap (GFN2-xTB)."""
+    """Yield random molecules at their minimum, with total energy and HOMO-LUMO gap (GFN2-xTB)."""
     for number, molecule in enumerate(_relaxed_molecules(rng, max_heavy=9, steps=120)):
         yield label(molecule, "GFN2-xTB", f"{number}", forces=False, gap=True)
 
 
 def spice(rng: np.random.Generator) -> Iterator[Structure | None]:
-    """Random molecules with 2 to 5 waters, each in four frames from 200 to 800 K (GFN2-xTB)."""
+    """Yield random molecules with 2 to 5 waters, each in four frames from 200 to 800 K (GFN2-xTB)."""
     for number, molecule in enumerate(_relaxed_molecules(rng, max_heavy=6)):
         solvated = relax(_with_waters(molecule, int(rng.integers(2, 6)), rng), "GFN2-xTB", 25)[-1]
         for temperature in np.geomspace(200, 800, 4).round():
@@ -77,17 +78,17 @@ def spice(rng: np.random.Generator) -> Iterator[Structure | None]:
 
 
 def rmd17(rng: np.random.Generator) -> Iterator[Structure | None]:
-    """Frames 20 fs apart of aspirin's dynamics at 500 K (GFN2-xTB)."""
+    """Yield frames 20 fs apart of aspirin's dynamics at 500 K (GFN2-xTB)."""
     return _trajectory(aspirin(), rng)
 
 
 def md22(rng: np.random.Generator) -> Iterator[Structure | None]:
-    """Frames 20 fs apart of the dynamics of Ac-Ala3-NHMe at 500 K (GFN2-xTB)."""
+    """Yield frames 20 fs apart of the dynamics of Ac-Ala3-NHMe at 500 K (GFN2-xTB)."""
     return _trajectory(peptide(), rng)
 
 
 def qmof(rng: np.random.Generator) -> Iterator[Structure | None]:
-    """Porous frameworks after a short relaxation, and one frame of each with heat and strain (GFN1-xTB, periodic)."""
+    """Yield porous frameworks: one frame after a short relaxation, one with heat and strain (GFN1-xTB, periodic)."""
     for number in _count():
         solid = random_framework(rng)
         if len(solid) > 60 or clashes(solid):
@@ -109,7 +110,7 @@ RECIPES: dict[str, tuple[Recipe, int, dict[str, float]]] = {
     "md22": (md22, 600, {"val": 0.1, "test": 0.2}),
     "qmof": (qmof, 400, {"val": 0.1, "test": 0.1}),
 }
-"""By name: what makes the structures, how many of them, and the shares of the splits other than train."""
+"""For each dataset its recipe, the number of structures, and the shares of the splits other than train."""
 
 
 def _count() -> Iterator[int]:
@@ -126,7 +127,7 @@ def _trajectory(molecule: Any, rng: np.random.Generator) -> Iterator[Structure |
 
 
 def _relaxed_molecules(rng: np.random.Generator, max_heavy: int = 8, steps: int = 60) -> Iterator[Any]:
-    """Yield relaxed random molecules of at least four atoms, no bond graph twice, without end."""
+    """Yield relaxed random molecules of at least four atoms without end; no two have the same bonds."""
     seen: set[bytes] = set()
     while True:
         molecule = random_molecule(rng, max_heavy)
@@ -137,7 +138,7 @@ def _relaxed_molecules(rng: np.random.Generator, max_heavy: int = 8, steps: int 
 
 
 def _with_waters(molecule: Any, waters: int, rng: np.random.Generator) -> Any:
-    """Return a molecule with waters placed at random, as near as leaves 1.8 A between all atoms."""
+    """Return a molecule with waters in random directions, as near as possible with 1.8 A between all atoms."""
     from ase.build import molecule as named  # noqa: PLC0415
 
     solvated = molecule.copy()

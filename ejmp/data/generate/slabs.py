@@ -17,11 +17,11 @@ WURTZITE = {"ZnO": (3.25, 5.21), "BeO": (2.70, 4.38)}
 SWAPS = {"Mg": "Ca", "Ca": "Cd", "Ti": "Zr", "Sn": "Ti", "Ge": "Sn", "Zr": "Hf", "Hf": "Ti",
          "Zn": "Mg", "Be": "Zn", "Cd": "Zn", "Ru": "Ti", "V": "Ti", "Ce": "Zr", "Ni": "Mg"}  # fmt: skip
 VACUUM = 7.0
-"""A, on either side."""
+"""Vacuum on either side of a slab, A."""
 RATTLE = 0.02
-"""A; moves oxide atoms off places as near to one image as to another, where periodic xTB energies are not smooth."""
+"""Random displacement of oxide atoms, A. Periodic xTB energies are not smooth where two images are equally near."""
 SURFACE_DEPTH = 1.3
-"""A; atoms this near to the uppermost one are the surface of an oxide."""
+"""Depth of an oxide's surface, measured from its uppermost atom, A."""
 
 
 def metal_slab(rng: np.random.Generator) -> Any:
@@ -59,7 +59,7 @@ def oxide_slab(rng: np.random.Generator) -> Any:
 
 
 def _oxide(rng: np.random.Generator) -> tuple[Any, Sequence[int], int, Sequence[int]]:
-    """Return bulk, Miller indices, layers and lateral repeats of a random oxide."""
+    """Return bulk, Miller indices, number of layers and lateral repeats of a random oxide."""
     from ase.build import bulk  # noqa: PLC0415
     from ase.spacegroup import crystal  # noqa: PLC0415
 
@@ -81,7 +81,7 @@ def _oxide(rng: np.random.Generator) -> tuple[Any, Sequence[int], int, Sequence[
 
 
 def _finish(slab: Any, adsorbate: str, rng: np.random.Generator) -> Any:
-    """Put an adsorbate at a random place 1.4 to 2.4 A above the slab, mark what is fixed, repeat it in all axes."""
+    """Put an adsorbate at a random place 1.4 to 2.4 A above a slab, mark fixed atoms, make all axes periodic."""
     from ase import Atoms  # noqa: PLC0415
     from ase.build import molecule  # noqa: PLC0415
 

@@ -1,14 +1,15 @@
-"""Random displacements as heat would cause them, without a calculator: normal modes of pair springs."""
+"""Random displacements like those of heat, without a calculator: normal modes of a model of pair springs."""
 
 from typing import Any
 
 import numpy as np
 
 BOLTZMANN = 8.617333e-5
-"""eV/K."""
+"""Boltzmann constant, eV/K."""
 DECAY = 3.0
+"""Rate at which springs weaken with the relative distance of their atoms."""
 RIGID, SOFTEST = 0.01, 0.4
-"""eV/A^2: modes below the first are translations and rotations; the rest are at least as stiff as the second."""
+"""Stiffness of modes, eV/A^2: softer ones than the first are rigid motions; others are made as stiff as the second."""
 
 
 def thermal(atoms: Any, temperature: float, rng: np.random.Generator, stiffness: float = 35.0) -> Any:
@@ -18,10 +19,10 @@ def thermal(atoms: Any, temperature: float, rng: np.random.Generator, stiffness:
     radii, so that bonds are stiff, angles softer and torsions softest.
 
     Args:
-        atoms: ase.Atoms; an array "fixed" of booleans, where it has one, says which atoms stay.
-        temperature: K.
-        rng: random numbers.
-        stiffness: of a bond, eV/A^2.
+        atoms: an ase.Atoms; if it has an array "fixed" of booleans, these atoms stay where they are.
+        temperature: temperature, K.
+        rng: source of the random numbers.
+        stiffness: stiffness of a bond, eV/A^2.
     """
     from ase.data import covalent_radii  # noqa: PLC0415
 
@@ -47,7 +48,7 @@ def thermal(atoms: Any, temperature: float, rng: np.random.Generator, stiffness:
 
 
 def strained(atoms: Any, most: float, rng: np.random.Generator, axes: int = 3) -> Any:
-    """Return a copy with its cell and atoms strained by symmetric random strains up to `most` in the first axes."""
+    """Return a copy whose cell and atoms are strained by a random symmetric strain, up to `most`, in the first axes."""
     strain = np.zeros((3, 3))
     strain[:axes, :axes] = rng.uniform(-most, most, (axes, axes))
     moved = atoms.copy()

@@ -15,10 +15,11 @@ from ejmp.graph.build import build_graph
 from ejmp.graph.structure import Structure
 
 EDGE_CUTOFF, EDGE_NEIGHBORS = 12.0, 30
+"""Cutoff (A) and neighbours at which edges are counted."""
 
 
 def split_frames(count: int, shares: Mapping[str, float]) -> dict[str, list[int]]:
-    """Return the indices of each split of one molecule's frames, shuffled by RandomState(42), as rMD17 and MD22 are."""
+    """Split the frames of one molecule, shuffled by RandomState(42) as rMD17 and MD22 are; return indices by split."""
     order = np.random.RandomState(42).permutation(count).tolist()
     splits, end = {}, count
     for split, share in shares.items():
@@ -30,7 +31,7 @@ def split_frames(count: int, shares: Mapping[str, float]) -> dict[str, list[int]
 def split_by_formula(
     structures: Sequence[Structure], shares: Mapping[str, float], rng: np.random.Generator
 ) -> dict[str, list[int]]:
-    """Return the indices of each split, no formula in two of them.
+    """Split structures so that no formula is in two splits; return indices by split.
 
     As in ANI-1x, each split but train takes shuffled formulas until it has its share. A formula stays in train where
     one of its elements would be left with fewer than two others there.
@@ -55,14 +56,14 @@ def split_by_formula(
 
 
 def linear_reference(structures: Sequence[Structure]) -> dict[int, float]:
-    """Return eV by atomic number: least squares of the energy on element counts, of minimum norm."""
+    """Return the energy of each element, eV by atomic number: least squares on element counts, of minimum norm."""
     elements = np.unique(np.concatenate([item.numbers for item in structures]))
     fit, *_ = np.linalg.lstsq(_counts(structures, elements), _energies(structures), rcond=None)
     return dict(zip(elements.tolist(), fit.tolist(), strict=True))
 
 
 def statistics(structures: Sequence[Structure], reference: Mapping[int, float]) -> dict[str, Statistics]:
-    """Return mean and deviation of referenced energies and targets, and of the free atoms' force components about 0."""
+    """Return statistics of energies less their reference, of targets, and of free atoms' force components about 0."""
     referenced = _counts(structures, np.array(list(reference))) @ np.array(list(reference.values()))
     energy = _energies(structures) - referenced
     found = {"energy": Statistics(mean=float(energy.mean()), std=float(energy.std()), unit="eV")}
@@ -79,17 +80,17 @@ def statistics(structures: Sequence[Structure], reference: Mapping[int, float]) 
 def write(
     path: Path, structures: Sequence[Structure], splits: Mapping[str, Sequence[int]], info: DatasetInfo
 ) -> dict[str, DatasetInfo]:
-    """Write train, val and test one after the other, and return what is known of each.
+    """Write train, val and test one after the other, and return the information on each.
 
     The file has, of all atoms of all structures, `numbers` (uint8), `positions` and `forces` (float32), `tags`,
     `fixed`; of all structures `ptr` (their first atoms), `energy`, `cell`, `pbc`, `id`, `num_edges` (12 A, 30
     neighbours), `target:NAME`; and `info`, JSON by split.
 
     Args:
-        path: the npz.
-        structures: all of them.
-        splits: their indices by split.
-        info: name, format, source and licence; the rest is found here.
+        path: the npz file.
+        structures: the structures of all splits.
+        splits: the indices of the structures by split.
+        info: name, format, source and licence; the other fields are filled in here.
     """
     train = [structures[i] for i in splits["train"]]
     reference = linear_reference(train)

@@ -1,1 +1,1 @@
-"""Readers of datasets in their original forms."""
+"""Readers of datasets in their original forms, one module for each family of formats."""

@@ -1,14 +1,15 @@
-"""Files that ase.io reads, taken to be in eV and A: a file or a folder of them.
+"""Files that ase.io reads, which are taken to be in eV and A: one file, or a folder of them.
 
-Read are extxyz and xyz, ASE's traj and databases (db, json), CIF and VASP's POSCAR and CONTCAR; text also as .xz and
-.gz. Other formats of ASE are not: some of them are pickles.
+These formats are read: extxyz and xyz, ASE's traj and databases (db, json), CIF, and VASP's POSCAR and CONTCAR; text
+files also compressed as .xz and .gz. Other formats of ASE are refused, because some of them are pickles.
 
-- Energy: the calculator's "energy", else the first of ENERGY_KEYS in `info` (for databases: keys and data of the row).
-  Forces: the calculator's "forces", constraints not applied, else the first of FORCES_KEYS among the arrays.
+- The energy is the calculator's "energy", or else the first of ENERGY_KEYS in `info` (for databases: in the keys and
+  data of the row). The forces are the calculator's "forces", without constraints applied, or else the first of
+  FORCES_KEYS among the arrays.
 - Every other single number in `info` becomes a target of that name, in the unit it has there.
 - FixAtoms becomes `fixed`; other constraints are left out.
-- Tags that are all 0, 1 or 2 are kept. ASE itself gives them no meaning (its slab builders number layers with them), so
-  where one is anything else, all are left out.
+- Tags are kept if all are 0, 1 or 2. ASE itself gives tags no meaning (its slab builders number layers with them), so
+  if one is anything else, all are left out.
 
 Ids are `<file>:<frame>`.
 """
@@ -21,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from ejmp.data.readers.format import Format, Part
-from ejmp.data.readers.source import SourceError, check, file_in, list_files, optional, parse_slice, reading, slices
+from ejmp.data.readers.files import SourceError, file_in, import_optional, list_files, reading
+from ejmp.data.readers.format import Format, Part, parse_slice, slices
+from ejmp.data.readers.validation import validate
 from ejmp.data.readers.xyz import iter_frames, read_frames, split_part, xyz_parts
 from ejmp.graph.structure import TAGS, Structure
 
@@ -39,12 +41,12 @@ PATTERNS = (
 
 
 def from_atoms(atoms: Any, place: str, more: Mapping[str, Any] = {}) -> Structure:
-    """Return ASE atoms, with labels, as a structure.
+    """Return ASE atoms with their labels as a structure.
 
     Args:
-        atoms: ase.Atoms.
+        atoms: an ase.Atoms.
         place: the structure's id.
-        more: labels beside those of the atoms themselves.
+        more: labels in addition to those of the atoms themselves.
     """
     info = {**more, **atoms.info}
     results = atoms.calc.results if atoms.calc is not None else {}
@@ -78,15 +80,15 @@ def _scalars(info: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 def parse_frame(lines: list[str]) -> Any:
     """Return one frame of an extxyz file as ASE atoms."""
     for layout in re.findall(r"""properties\s*=\s*["']?([^\s"']+)""", lines[1], re.IGNORECASE):
-        # ASE would make room for any number of columns.
+        # ASE would allocate memory for any number of columns.
         if sum(map(int, layout.split(":")[2::3])) > len(lines[2].split()):
             raise ValueError(f"more columns in {layout[:100]} than in the line of the first atom")
-    return next(optional("ase.io.extxyz").read_xyz(io.StringIO("".join(lines)), 0))
+    return next(import_optional("ase.io.extxyz").read_xyz(io.StringIO("".join(lines)), 0))
 
 
 def read_text(file: Path) -> list[Any]:
-    """Return what is in a CIF, a POSCAR or a compressed text file as ASE atoms."""
-    with reading(file), optional("ase.io.formats").open_with_compression(str(file), "r") as lines:
+    """Return the structures of a CIF, a POSCAR or a compressed text file as ASE atoms."""
+    with reading(file), import_optional("ase.io.formats").open_with_compression(str(file), "r") as lines:
         inner = Path(file.stem) if file.suffix in (".xz", ".gz") else file
         if inner.suffix in XYZ:
             return [parse_frame(frame) for frame in iter_frames(io.BytesIO(lines.read().encode()), file)]
@@ -97,11 +99,11 @@ def read_text(file: Path) -> list[Any]:
         text = lines.read()
         if kind == "vasp":
             _check_poscar(text.splitlines())
-        return list(optional("ase.io").iread(io.StringIO(text), index=":", format=kind))
+        return list(import_optional("ase.io").iread(io.StringIO(text), index=":", format=kind))
 
 
 def _check_poscar(lines: list[str]) -> None:
-    """Refuse a POSCAR that announces more atoms than it has lines, for which ASE would make room first."""
+    """Raise ValueError if a POSCAR announces more atoms than it has lines: ASE would allocate memory for all."""
     for line in lines[5:7]:  # counts, after the elements or without them
         if sum(int(word) for word in line.split() if word.isdecimal()) > len(lines):
             raise ValueError(f"{line.strip()[:100]!r} atoms in {len(lines)} lines")
@@ -109,9 +111,9 @@ def _check_poscar(lines: list[str]) -> None:
 
 def _trajectory(file: Path) -> Any:
     with file.open("rb") as raw:
-        if raw.read(8) != b"- of Ulm":  # the format before it was a pickle
+        if raw.read(8) != b"- of Ulm":  # the format before this one was a pickle
             raise SourceError(file, "", "not a traj file, or one of before 2016, which ase.io converts")
-    return optional("ase.io.trajectory").TrajectoryReader(file)
+    return import_optional("ase.io.trajectory").TrajectoryReader(file)
 
 
 def _parts(path: Path) -> list[Part]:
@@ -124,7 +126,7 @@ def _parts(path: Path) -> list[Part]:
                 with _trajectory(file) as frames:
                     parts += slices(file.name, len(frames))
             elif file.suffix in DATABASES:
-                parts += slices(file.name, optional("ase.db").connect(file, use_lock_file=False).count())
+                parts += slices(file.name, import_optional("ase.db").connect(file, use_lock_file=False).count())
             else:
                 count = len(read_text(file))
                 parts.append(Part(name=f"{file.name}:0-{count}", count=count))
@@ -148,20 +150,22 @@ def _read(path: Path, part: Part) -> Iterator[Structure]:
             if found is None:
                 break
             structure = from_atoms(found[0], f"{file.name}:{k}", found[1])
-        yield check(structure, file, f"frame {k}")
+        yield validate(structure, file, f"frame {k}")
         k += 1
     if k != stop:
         raise SourceError(file, f"frame {k}", "not there")
 
 
 def _frames(file: Path, start: int, stop: int) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-    """Yield ASE atoms, and the labels that are kept beside them."""
+    """Yield ASE atoms, each with the labels that are stored beside it."""
     if file.suffix == ".traj":
         with _trajectory(file) as frames:
             for k in range(start, stop):
                 yield frames[k], {}
     elif file.suffix in DATABASES:
-        for row in optional("ase.db").connect(file, use_lock_file=False).select(offset=start, limit=stop - start):
+        for row in (
+            import_optional("ase.db").connect(file, use_lock_file=False).select(offset=start, limit=stop - start)
+        ):
             yield row.toatoms(), {**row.data, **row.key_value_pairs}
     else:
         for atoms in read_text(file):

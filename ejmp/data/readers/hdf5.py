@@ -1,12 +1,12 @@
 """ANI-1x, Transition-1x and SPICE: HDF5 files of groups of conformations of one molecule.
 
-- ANI-1x: a group per formula, wB97x/6-31G(d), Hartree. Frames without energy or forces (NaN) are skipped, groups of
-  fewer than MIN_ATOMS atoms are dropped.
-- Transition-1x: split / formula / reaction, wB97x/6-31G(d), eV. The splits are train, val and test; a file with none
-  of them is read from `data`, without splits. Systems of fewer than MIN_ATOMS atoms are kept, and marked by an id that
-  ends in `:small`.
-- SPICE: a group per molecule, bohr, Hartree, and gradients, which are minus the forces. `formation_energy` (eV) is a
-  target.
+- ANI-1x has a group per formula, with wB97x/6-31G(d) labels in hartree. Frames without energy or forces (NaN) are
+  skipped, and groups of fewer than MIN_ATOMS atoms are dropped.
+- Transition-1x has groups split / formula / reaction, with wB97x/6-31G(d) labels in eV. The splits are train, val and
+  test; a file with none of them is read from `data`, without splits. Systems of fewer than MIN_ATOMS atoms are kept,
+  and marked by an id that ends in `:small`.
+- SPICE has a group per molecule, in bohr and hartree, with gradients, which are minus the forces. `formation_energy`
+  (eV) is a target.
 
 Ids are `<group>:<frame>`, the frame's number in its group.
 """
@@ -18,43 +18,36 @@ from typing import Any
 
 import numpy as np
 
-from ejmp.data.readers.format import Format, Part
-from ejmp.data.readers.source import (  # fmt: skip
-    MAX_ATOMS,
-    Layout,
-    SourceError,
-    check,
-    list_files,
-    optional,
-    parse_slice,
-    reading,
-    slices,
-)
+from ejmp.data.readers.files import SourceError, import_optional, list_files, reading
+from ejmp.data.readers.format import Format, Part, parse_slice, slices
+from ejmp.data.readers.layout import Layout
 from ejmp.data.readers.units import BOHR, HARTREE
+from ejmp.data.readers.validation import MAX_ATOMS, validate
 from ejmp.graph.structure import Structure
 
 MIN_ATOMS = 4
+"""Fewest atoms of a system that JMP is trained on."""
 MAX_FRAMES = 10_000_000
-"""Most conformations of one molecule; HDF5 files can claim any number that is not stored."""
+"""Most conformations of one molecule; a damaged HDF5 file can claim any number without storing them."""
 SLICE_ATOMS = 1_000_000
 """Most atoms of all structures in one part."""
 SPLITS = ("train", "val", "test")
 
 ANI1X_LAYOUT = Layout(
     numbers="atomic_numbers", positions="coordinates", energy="wb97x_dz.energy", forces="wb97x_dz.forces",
-    per_energy=HARTREE, per_force=HARTREE,
+    energy_unit=HARTREE, force_unit=HARTREE,
 )  # fmt: skip
 TRANSITION1X_LAYOUT = Layout(
     numbers="atomic_numbers", positions="positions", energy="wB97x_6-31G(d).energy", forces="wB97x_6-31G(d).forces",
 )  # fmt: skip
 SPICE_LAYOUT = Layout(
     numbers="atomic_numbers", positions="conformations", energy="dft_total_energy", forces="dft_total_gradient",
-    length=BOHR, per_energy=HARTREE, per_force=-HARTREE / BOHR, targets={"formation_energy": HARTREE},
+    length_unit=BOHR, energy_unit=HARTREE, force_unit=-HARTREE / BOHR, targets={"formation_energy": HARTREE},
 )  # fmt: skip
 
 
 def _all_groups(file: Any) -> list[tuple[str, str | None]]:
-    """Return every group with atoms, at any depth: a "/" in the SMILES of SPICE makes one more level."""
+    """Return every group with atoms, at any depth, without a split: a "/" in a SMILES of SPICE adds a level."""
     found: list[tuple[str, str | None]] = []
 
     def visit(name: str, item: Any) -> None:
@@ -66,6 +59,7 @@ def _all_groups(file: Any) -> list[tuple[str, str | None]]:
 
 
 def _reactions(file: Any) -> list[tuple[str, str | None]]:
+    """Return every reaction of Transition-1x, with its split."""
     splits: Sequence[str] = [name for name in SPLITS if name in file] or ["data"]
     return [
         (f"{split}/{formula}/{reaction}", None if split == "data" else split)
@@ -76,7 +70,7 @@ def _reactions(file: Any) -> list[tuple[str, str | None]]:
 
 
 def _array(group: Any, name: str, shape: tuple[int | None, ...]) -> Any:
-    """Return an array of a group by name, unread, if it is one of numbers with that shape."""
+    """Return an array of a group without reading it, after checking that it holds numbers and has the given shape."""
     if name not in group:
         raise ValueError(f"no {name}; it has {', '.join(sorted(group))[:200]}")
     array = group[name]
@@ -93,7 +87,7 @@ def _array(group: Any, name: str, shape: tuple[int | None, ...]) -> Any:
 
 
 def _arrays(group: Any, layout: Layout) -> dict[str, Any]:
-    """Return the arrays of a group, unread but for the atomic numbers, once their shapes agree."""
+    """Return the arrays of a group after checking that their shapes agree; only the atomic numbers are read."""
     count = _array(group, layout.numbers, (None,))
     if not 1 <= len(count) <= MAX_ATOMS:
         raise ValueError(f"{layout.numbers}: expected 1 to {MAX_ATOMS} atoms, got {len(count)}")
@@ -106,13 +100,13 @@ def _arrays(group: Any, layout: Layout) -> dict[str, Any]:
 
 
 def _labelled(arrays: dict[str, Any], layout: Layout, start: int, stop: int) -> np.ndarray:
-    """Return which frames of a slice have an energy and all forces."""
+    """Return which frames of a slice have an energy and all forces, [stop - start] bool."""
     energy, forces = (arrays[name][start:stop] for name in (layout.energy, layout.forces))
     return np.isfinite(energy) & np.isfinite(forces).all((1, 2))
 
 
 def _parts(path: Path, layout: Layout, groups: Callable[[Any], list[tuple[str, str | None]]]) -> list[Part]:
-    h5py = optional("h5py")
+    h5py = import_optional("h5py")
     (source,) = list_files(path, ())
     parts = []
     with reading(source), h5py.File(source, "r") as file:
@@ -133,7 +127,7 @@ def _parts(path: Path, layout: Layout, groups: Callable[[Any], list[tuple[str, s
 
 
 def _read(path: Path, part: Part, layout: Layout) -> Iterator[Structure]:
-    h5py = optional("h5py")
+    h5py = import_optional("h5py")
     name, start, stop = parse_slice(part)
     with reading(path, name):
         with h5py.File(path, "r") as file:
@@ -147,13 +141,13 @@ def _read(path: Path, part: Part, layout: Layout) -> Iterator[Structure]:
     for k in keep.nonzero()[0].tolist():
         structure = Structure(
             numbers=numbers,
-            positions=values[layout.positions][k].astype(np.float64) * layout.length,
-            energy=float(values[layout.energy][k]) * layout.per_energy,
-            forces=values[layout.forces][k] * layout.per_force,
+            positions=values[layout.positions][k].astype(np.float64) * layout.length_unit,
+            energy=float(values[layout.energy][k]) * layout.energy_unit,
+            forces=values[layout.forces][k] * layout.force_unit,
             targets={key: float(values[key][k]) * unit for key, unit in layout.targets.items()},
             id=f"{name}:{start + k}{small}",
         )
-        yield check(structure, path, f"{name}, frame {start + k}")
+        yield validate(structure, path, f"{name}, frame {start + k}")
 
 
 def _format(layout: Layout, groups: Callable[[Any], list[tuple[str, str | None]]]) -> Format:

@@ -1,8 +1,8 @@
-"""LMDB files, read page by page from an ordinary file.
+"""LMDB files, read page by page as ordinary files.
 
-The lmdb package maps a file into memory: a truncated or damaged one ends the process (SIGBUS, SIGSEGV), and one opened
-twice is an error. Here a damaged file is a ValueError, and files need no lock and no package. Layout: lmdb's mdb.c,
-little-endian 64-bit, format version 1, files without sub-directory and without duplicate keys.
+The lmdb package maps a file into memory: a truncated or damaged one ends the process (SIGBUS, SIGSEGV), and opening a
+file twice is an error. Here a damaged file is a ValueError, and reading needs no lock and no package. The layout is
+that of lmdb's mdb.c (little-endian, 64-bit, format version 1), for files without sub-directory and duplicate keys.
 """
 
 import os
@@ -25,7 +25,7 @@ MAX_DEPTH = 32
 
 
 class LmdbFile:
-    """A read-only LMDB file as of its last commit; a context manager."""
+    """The last commit of an LMDB file, read-only; a context manager."""
 
     def __init__(self, path: Path) -> None:
         """Open a file.
@@ -50,7 +50,7 @@ class LmdbFile:
         os.close(self._fd)
 
     def get(self, key: bytes) -> bytes | None:
-        """Return the value of a key, or None.
+        """Return the value of a key, or None if there is no such key.
 
         Raises:
             ValueError: if a page on the way is damaged.
@@ -97,7 +97,7 @@ class LmdbFile:
         return body if right else None
 
     def _page(self, number: int, count: int = 1) -> bytes:
-        """Read pages by number.
+        """Read pages that follow one another, from a page's number on.
 
         Raises:
             ValueError: if they are beyond the end of the file.
@@ -110,7 +110,7 @@ class LmdbFile:
         return raw
 
     def _shape(self, page: bytes, number: int) -> tuple[int, int]:
-        """Return a page's flags and number of nodes."""
+        """Return flags and number of nodes of a page of keys."""
         _, _, flags, lower, _ = HEADER.unpack_from(page)
         count = (lower - HEADER.size) // 2
         if flags & (BRANCH | LEAF) not in (BRANCH, LEAF) or count < 1 or lower > self._page_size:
@@ -136,7 +136,7 @@ class LmdbFile:
 
 
 def _node(page: bytes, at: int) -> int:
-    """Return where a node of a page starts."""
+    """Return the byte at which a node of a page starts."""
     start = struct.unpack_from("<H", page, HEADER.size + 2 * at)[0]
     if start + NODE.size > len(page):
         raise ValueError("damaged LMDB file: a node beyond its page")
@@ -144,6 +144,8 @@ def _node(page: bytes, at: int) -> int:
 
 
 def _key_of(page: bytes) -> Callable[[int], bytes]:
+    """Return a function from the number of a node on a page to the node's key."""
+
     def key(at: int) -> bytes:
         start = _node(page, at)
         return _piece(page, start + NODE.size, NODE.unpack_from(page, start)[3])

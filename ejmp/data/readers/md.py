@@ -1,7 +1,8 @@
 """rMD17 and MD22: trajectories of one molecule per file, in kcal/mol and A.
 
-A source is a file, or a folder of them: `rmd17_<molecule>.npz`; `md22_<molecule>.npz`, or the xyz files of sGDML, whose
-comment is the energy, alone or as `Energy=`, and whose atoms are followed by their forces. Ids are `<file>:<frame>`.
+A source is one file or a folder of them. The files are `rmd17_<molecule>.npz`, `md22_<molecule>.npz`, or the xyz files
+of sGDML: their comment line is the energy, alone or as `Energy=`, and each atom's line ends with its force. Ids are
+`<file>:<frame>`.
 """
 
 import re
@@ -11,20 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ejmp.data.readers.format import Format, Part
-from ejmp.data.readers.source import (  # fmt: skip
-    Layout,
-    SourceError,
-    check,
-    file_in,
-    list_files,
-    once,
-    optional,
-    parse_slice,
-    reading,
-    slices,
-)
+from ejmp.data.readers.files import SourceError, cached_by_file, file_in, import_optional, list_files, reading
+from ejmp.data.readers.format import Format, Part, parse_slice, slices
+from ejmp.data.readers.layout import Layout
 from ejmp.data.readers.units import KCAL_PER_MOL
+from ejmp.data.readers.validation import validate
 from ejmp.data.readers.xyz import read_frames, split_part, xyz_parts
 from ejmp.graph.structure import Structure
 
@@ -32,14 +24,14 @@ RMD17_LAYOUT = Layout(numbers="nuclear_charges", positions="coords", energy="ene
 MD22_LAYOUT = Layout(numbers="z", positions="R", energy="E", forces="F")
 
 
-@once
+@cached_by_file
 def _arrays(file: Path) -> dict[str, np.ndarray]:
     with reading(file), np.load(file, allow_pickle=False) as arrays:
         return dict(arrays)
 
 
 def _layout_arrays(file: Path, layout: Layout) -> list[np.ndarray]:
-    """Return numbers [n], positions [f, n, 3], energies [f] and forces [f, n, 3] once their shapes agree."""
+    """Return numbers [n], positions [f, n, 3], energies [f] and forces [f, n, 3] if their shapes agree."""
     arrays = _arrays(file)
     names = (layout.numbers, layout.positions, layout.energy, layout.forces)
     missing = [name for name in names if name not in arrays]
@@ -76,7 +68,7 @@ def _read_npz(path: Path, part: Part, layout: Layout) -> Iterator[Structure]:
             forces=forces[k] * KCAL_PER_MOL,
             id=f"{file.stem}:{k}",
         )
-        yield check(structure, file, f"frame {k}")
+        yield validate(structure, file, f"frame {k}")
 
 
 def _md22_parts(path: Path) -> list[Part]:
@@ -94,11 +86,12 @@ def _read_md22(path: Path, part: Part) -> Iterator[Structure]:
     for k, lines in read_frames(file, part):
         with reading(file, f"frame {k}"):
             structure = _sgdml(lines, f"{file.stem}:{k}")
-        yield check(structure, file, f"frame {k}")
+        yield validate(structure, file, f"frame {k}")
 
 
 def _sgdml(lines: list[str], place: str) -> Structure:
-    symbols = optional("ase.data").atomic_numbers
+    """Return one frame of an xyz file of sGDML as a structure."""
+    symbols = import_optional("ase.data").atomic_numbers
     comment = lines[1].strip()
     layout = re.search(r"Properties=(\S+)", comment)
     if layout and layout[1] != "species:S:1:pos:R:3:forces:R:3":

@@ -1,8 +1,8 @@
-"""OC20 and OC22 as upstream's LMDB files of pickled PyG data: one file, or a folder of `data.NNNN.lmdb`.
+"""OC20 and OC22 as fairchem's LMDB files of pickled PyG data: one file, or a folder of `data.NNNN.lmdb`.
 
-Energies are eV and forces eV/A there already. OC20's `y` has the slab and gas references subtracted; OC22's is the
-total energy, which some files call `y_relaxed`. Structures without either have no energy, as in the test splits. Ids
-are `<file>/<key>`, followed by `/<sid>` and `/<fid>` where the record has them.
+Energies are in eV and forces in eV/A already. The energy `y` of OC20 has slab and gas references subtracted; that of
+OC22 is the total energy, which some files call `y_relaxed`. Structures that have neither, as in the test splits, have
+no energy. Ids are `<file>/<key>`, followed by `/<sid>` and `/<fid>` if the record has them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from ejmp.data.readers.format import Format, Part
+from ejmp.data.readers.files import SourceError, file_in, list_files, reading
+from ejmp.data.readers.format import Format, Part, parse_slice, slices
 from ejmp.data.readers.lmdb_pages import LmdbFile
-from ejmp.data.readers.source import SourceError, check, file_in, list_files, parse_slice, reading, slices
 from ejmp.data.readers.unpickle import fields, loads
+from ejmp.data.readers.validation import validate
 from ejmp.graph.structure import Structure
 
 FIELDS = ("pos", "atomic_numbers", "cell", "natoms", "tags", "fixed", "y", "y_relaxed", "force", "sid", "fid")
@@ -43,7 +44,7 @@ def _read(path: Path, part: Part, energies: tuple[str, ...]) -> Iterator[Structu
                 if raw is None:
                     raise SourceError(file, f"record {key}", "not there")
                 structure = _structure(_flat(fields(loads(raw))), f"{file.name}/{key}", energies)
-            yield check(structure, file, f"record {key}")
+            yield validate(structure, file, f"record {key}")
 
 
 def _structure(values: Mapping[str, Any], place: str, energies: tuple[str, ...]) -> Structure:
@@ -68,7 +69,7 @@ def _structure(values: Mapping[str, Any], place: str, energies: tuple[str, ...])
 
 
 def _flat(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what is read here, once it is flat: a few bytes of nested lists can stand for any number of values."""
+    """Return the fields that are read if none is nested: a few bytes of nested lists can stand for many values."""
     kept = {name: values[name] for name in FIELDS if values.get(name) is not None}
     wrong = [name for name, value in kept.items() if not isinstance(value, np.ndarray | np.generic | float | int | str)]
     if wrong:

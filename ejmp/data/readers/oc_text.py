@@ -1,8 +1,8 @@
-"""OC20 as published text: `N.extxyz` with total energies, `N.txt` with a line for each frame; both may be .xz.
+"""OC20 as published text: `N.extxyz` with total energies, and `N.txt` with a line for each frame; both may be .xz.
 
-A line of the txt is "system,frame,reference energy". The energy that is yielded is the total less the reference, which
-is what upstream's LMDB files hold; where a line has no reference, it is the total. Forces are eV/A; atoms that
-`move_mask` holds are `fixed`. Ids are `<file>/<frame of the file>/<system>/<frame>`.
+A line of the txt file is "system,frame,reference energy". The energy of a structure is the total energy less this
+reference, as in fairchem's LMDB files; if the line has no reference, it is the total energy. Forces are in eV/A; atoms
+that `move_mask` holds in place are `fixed`. Ids are `<file>/<frame of the file>/<system>/<frame>`.
 """
 
 import lzma
@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ejmp.data.readers.ase_files import from_atoms, parse_frame
+from ejmp.data.readers.files import SourceError, file_in, list_files, reading
 from ejmp.data.readers.format import Format, Part
-from ejmp.data.readers.source import SourceError, check, file_in, list_files, reading
+from ejmp.data.readers.validation import validate
 from ejmp.data.readers.xyz import iter_frames
 from ejmp.graph.structure import Structure
 
@@ -52,7 +53,7 @@ def _read(path: Path, part: Part) -> Iterator[Structure]:
                 structure = from_atoms(parse_frame(lines), f"{file.name}/{k}/{system}/{frame}")
                 if reference and structure.energy is not None:
                     structure = replace(structure, energy=structure.energy - float(reference[0]))
-            yield check(replace(structure, targets={}), file, f"frame {k}")
+            yield validate(replace(structure, targets={}), file, f"frame {k}")
         if next(frames, None) is not None:
             raise SourceError(file, "", f"it has more frames than the {len(labels)} lines of the txt file")
 

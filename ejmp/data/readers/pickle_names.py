@@ -1,4 +1,4 @@
-"""The names a pickle of PyG data may ask for, and what stands for each: functions that check what they are given."""
+"""The names that a pickle of PyG data may ask for, and a function for each that checks what it is given."""
 
 import io
 import math
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 MAX_AXES = 8
+"""Most axes of an array."""
 DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
     torch.bool,
@@ -19,11 +20,11 @@ DTYPES = (
 
 
 class UnsafePickleError(ValueError):
-    """A pickle asks for something that is not on the list; the message says for what."""
+    """Raised for a pickle that asks for something that is not on the list; the message says for what."""
 
 
 class PyGObject:
-    """Stands in for any of PyG's classes: keeps the state it was pickled with, and does nothing."""
+    """A stand-in for any of PyG's classes, which keeps the state it was pickled with and does nothing."""
 
     def __init__(self) -> None:
         self.state: dict[str, Any] = {}
@@ -44,19 +45,22 @@ PYG_CLASSES = (
 
 @dataclass(frozen=True, kw_only=True)
 class PickleName:
-    """A name on the list, and what stands for it: what it makes of arguments, whether it can be instantiated."""
+    """A name on the list, and what a pickle may do with it."""
 
     name: str
+    """Full name, for messages."""
     make: Callable[..., Any] | None = None
+    """Function that is called in its place; None if it cannot be called."""
     instantiable: bool = False
+    """Whether it can be instantiated, as a `PyGObject`."""
 
 
 class Dtype:
-    """A numpy dtype of plain numbers whose byte order may still come."""
+    """A numpy dtype of numbers or booleans, whose byte order comes with its state."""
 
     def __init__(self, *args: Any) -> None:
         if not args or type(args[0]) is not str or not re.fullmatch("[biuf][1248]", args[0]):
-            raise UnsafePickleError(f"refused: numpy dtype {brief(args[:1])}, which is not one of plain numbers")
+            raise UnsafePickleError(f"refused: numpy dtype {brief(args[:1])}, which is not one of numbers")
         self.dtype = np.dtype(args[0])
 
     def __setstate__(self, state: Any) -> None:
@@ -98,7 +102,7 @@ def weights_only(file: Any) -> Any:
 
 
 def _storage(raw: Any) -> np.ndarray:
-    """Read the nested file that a pickled tensor keeps its numbers in, as a flat array."""
+    """Return the numbers of a pickled tensor as a flat array, from the nested file that holds them."""
     if type(raw) is not bytes:
         raise UnsafePickleError(f"refused: tensor contents of type {type(raw).__name__}")
     storage = weights_only(io.BytesIO(raw))
@@ -139,7 +143,7 @@ def _scalar(dtype: Any, raw: Any) -> Any:
 
 
 def _no_bytes(*args: Any) -> bytes:
-    """Return the empty bytes, which protocol 2 spells as a call."""
+    """Return empty bytes, which protocol 2 spells as a call."""
     if args:
         raise UnsafePickleError("refused: bytes of something")
     return b""
@@ -152,7 +156,7 @@ def _ordered_dict(*args: Any) -> dict[Any, Any]:
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
-    """Return bytes as protocol 2 spells them."""
+    """Return the bytes that protocol 2 spells as text in latin1."""
     if type(text) is not str or encoding != "latin1":
         raise UnsafePickleError("refused: _codecs.encode of anything but bytes")
     return text.encode("latin1")
@@ -163,7 +167,7 @@ def _is_shape(value: Any) -> bool:
 
 
 def brief(value: Any) -> str:
-    """Describe a value that may be of any size and depth."""
+    """Describe a value of any size and depth in a few words."""
     if type(value) is tuple:
         return f"({', '.join(str(v)[:20] if type(v) in (int, str) else type(v).__name__ for v in value[:8])})"
     return type(value).__name__

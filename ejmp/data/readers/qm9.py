@@ -1,11 +1,11 @@
 """QM9: the raw files (a folder of `dsgdb9nsd_*.xyz`, or a tar of them), or a file of PyG's processed list.
 
-The energy is U0 in eV, total; there are no forces. Targets have the names and units of PyG's 19: mu (D), alpha (a0^3),
-homo, lumo, gap (eV), r2 (a0^2), zpve, U0, U, H, G (eV), Cv (cal/mol/K), U0_atom, U_atom, H_atom, G_atom (eV, less the
-free atoms), A, B, C (GHz). PyG's file has them so; the raw files' are made so here.
+The energy is the total energy U0 in eV; there are no forces. The targets have the names and units of PyG's 19: mu (D),
+alpha (a0^3), homo, lumo, gap (eV), r2 (a0^2), zpve, U0, U, H, G (eV), Cv (cal/mol/K), U0_atom, U_atom, H_atom, G_atom
+(eV, less the energies of the free atoms), A, B, C (GHz). The values of the raw files are converted to these.
 
 The molecules listed in `uncharacterized.txt`, if that is beside the source or in it, are left out (3,054 of 133,885).
-Ids are `gdb_<number>`, or `<place in the file>` where PyG's file has no names.
+Ids are `gdb_<number>`, or `<place in the file>` if PyG's file has no names.
 """
 
 import re
@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ejmp.data.readers.format import Format, Part
-from ejmp.data.readers.source import SourceError, check, list_files, once, optional, parse_slice, reading, slices
+from ejmp.data.readers.files import SourceError, cached_by_file, import_optional, list_files, reading
+from ejmp.data.readers.format import Format, Part, parse_slice, slices
 from ejmp.data.readers.units import HARTREE
 from ejmp.data.readers.unpickle import fields, load_pt
+from ejmp.data.readers.validation import validate
 from ejmp.graph.structure import Structure
 
 TARGETS: tuple[str, ...] = (
@@ -36,15 +37,15 @@ FREE_ATOMS = {
     "O": {"U0": -75.064579, "U": -75.063163, "H": -75.062219, "G": -75.079532},
     "F": {"U0": -99.718730, "U": -99.717314, "H": -99.716370, "G": -99.733544},
 }
-"""Hartree; the atomref.txt published with QM9."""
+"""Energies of the free atoms by element, hartree, from the atomref.txt published with QM9."""
 MAX_MOLECULES = 1_000_000
 RAW_NAME = re.compile(r"dsgdb9nsd_(\d+)\.xyz$")
 MAX_RAW = 1 << 20
-"""bytes; the raw file of one molecule has about one thousandth of it."""
+"""Most bytes read of a molecule's raw file, which has about a thousandth of it."""
 
 
 def _uncharacterized(path: Path) -> set[int]:
-    """Return the numbers of the molecules to leave out: the lines that start with one."""
+    """Return the numbers of the molecules to leave out, from the lines that start with a number."""
     folder = path if path.is_dir() else path.parent
     file = folder / "uncharacterized.txt"
     if not file.exists():
@@ -93,29 +94,29 @@ def _read(path: Path, part: Part) -> Iterator[Structure]:
         for k, values in _molecules(path)[start:stop]:
             with reading(path, f"molecule {k}"):
                 structure = _from_pyg(values, k)
-            yield check(structure, path, f"molecule {k}")
+            yield validate(structure, path, f"molecule {k}")
     elif path.is_file() and path.suffix != ".xyz":
         with reading(path):
             for archive, member in _tar_members(path):
                 with reading(path, member.name):
                     contents = archive.extractfile(member)
                     structure = _from_raw(contents.read(MAX_RAW) if contents else b"", member.name)
-                yield check(structure, path, member.name)
+                yield validate(structure, path, member.name)
     else:
         _, start, stop = parse_slice(part)
         for file in _raw_files(path)[start:stop]:
             with reading(file), file.open("rb") as contents:
                 structure = _from_raw(contents.read(MAX_RAW), file.name)
-            yield check(structure, file, "")
+            yield validate(structure, file, "")
 
 
 def _float(text: str) -> float:
-    """Return a number as QM9 spells it: 1.5*^-6 is 1.5e-6."""
+    """Parse a number as QM9 spells it: 1.5*^-6 is 1.5e-6."""
     return float(text.replace("*^", "e"))
 
 
 def _from_raw(contents: bytes, name: str) -> Structure:
-    symbols = optional("ase.data").atomic_numbers
+    symbols = import_optional("ase.data").atomic_numbers
     lines = contents.decode().splitlines()
     n = int(lines[0])
     values = lines[1].split()
@@ -141,9 +142,9 @@ def _from_raw(contents: bytes, name: str) -> Structure:
     )
 
 
-@once
+@cached_by_file
 def _molecules(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
-    """Return PyG's molecules by place: from a list of Data or dicts, or from Data joined end to end, with slices."""
+    """Return PyG's molecules with their places: from a list of Data or dicts, or from Data joined end to end."""
     with reading(path):
         loaded = load_pt(path)
         joined = isinstance(loaded, tuple) and len(loaded) in (2, 3) and isinstance(loaded[1], dict)
@@ -156,7 +157,7 @@ def _molecules(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
 
 
 def _split(whole: Mapping[str, Any], bounds: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the molecules of PyG's joined form: `bounds[name]` says where each one's rows of `whole[name]` start."""
+    """Return the molecules of PyG's joined form: `bounds[name]` says where the rows of each in `whole[name]` start."""
     rows = {name: bounds[name] for name in ("z", "pos", "y", "name", "idx") if name in bounds}
     counts = {len(bound) for bound in rows.values()}
     if not {"z", "pos", "y"} <= rows.keys() or len(counts) != 1 or max(counts) > MAX_MOLECULES:

@@ -1,11 +1,11 @@
-"""QMOF: metal-organic frameworks with PBE band gaps, as the database's pair of JSON files, or as CIF files and a CSV.
+"""QMOF: metal-organic frameworks with PBE band gaps, as the two JSON files of the database, or as CIF files and a CSV.
 
-- JSON: a folder with `qmof.json` (labels) and `qmof_structure_data.json` (structures as pymatgen writes them). Those
-  without a gap are left out. Ids are QMOF's.
-- CIF: a folder with one CSV file, that has a column of FILE_COLUMNS, the file's name with or without its ending, and
-  columns of GAP_COLUMNS. Rows whose file is not in the folder are left out. Ids are the files' names.
+- JSON: a folder with `qmof.json` (labels) and `qmof_structure_data.json` (structures as pymatgen writes them).
+  Structures without a gap are left out. Ids are QMOF's.
+- CIF: a folder with CIF files and one CSV file, which has one of FILE_COLUMNS (a file's name with or without ending)
+  and some of GAP_COLUMNS. Rows whose file is not in the folder are left out. Ids are the files' names.
 
-Targets: `bandgap` (PBE, eV) and, where a CSV has it, `bandgap_hse06` (eV). There is no energy.
+The targets are `bandgap` (PBE, eV) and, if a CSV has it, `bandgap_hse06` (eV). There is no energy.
 """
 
 import csv
@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from ejmp.data.readers.ase_files import read_text
-from ejmp.data.readers.format import Format, Part
-from ejmp.data.readers.source import SourceError, check, list_files, once, optional, parse_slice, reading, slices
+from ejmp.data.readers.files import SourceError, cached_by_file, import_optional, list_files, reading
+from ejmp.data.readers.format import Format, Part, parse_slice, slices
+from ejmp.data.readers.validation import validate
 from ejmp.graph.structure import Structure
 
 LABELS, STRUCTURES = "qmof.json", "qmof_structure_data.json"
@@ -31,9 +32,9 @@ GAP_COLUMNS = {
 STRUCTURE_ENDINGS = ("", ".cif", ".CONTCAR")
 
 
-@once
+@cached_by_file
 def _records(file: Path) -> dict[str, Mapping[str, Any]]:
-    """Return the records of one of the JSON files by their id."""
+    """Return the records of one of the JSON files by their ids."""
     with reading(file):
         records = json.loads(file.read_bytes())
         return {str(record["qmof_id"]): record for record in records}
@@ -91,7 +92,7 @@ def _read(path: Path, part: Part) -> Iterator[Structure]:
         for name, record, gap in _pairs(path)[start:stop]:
             with reading(path / STRUCTURES, name):
                 structure = _from_pymatgen(record, name, gap)
-            yield check(structure, path / STRUCTURES, name)
+            yield validate(structure, path / STRUCTURES, name)
         return
     for file, targets in _rows(path)[start:stop]:
         frames = read_text(file)
@@ -106,11 +107,11 @@ def _read(path: Path, part: Part) -> Iterator[Structure]:
             targets=targets,
             id=file.name,
         )
-        yield check(structure, file, "")
+        yield validate(structure, file, "")
 
 
 def _from_pymatgen(record: Mapping[str, Any], name: str, gap: float) -> Structure:
-    symbols = optional("ase.data").atomic_numbers
+    symbols = import_optional("ase.data").atomic_numbers
     structure = record.get("structure", record)
     elements = [re.match("[A-Z][a-z]?", site["label"]) for site in structure["sites"]]
     numbers = [symbols.get(element[0]) if element else None for element in elements]

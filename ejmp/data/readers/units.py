@@ -1,8 +1,8 @@
-"""Units of the datasets in eV and A: CODATA 2022, as `ase.units.create_units("2022")` has them (to 1e-12)."""
+"""The units of the datasets in eV and A, of CODATA 2022: `ase.units.create_units("2022")` agrees to 1e-12."""
 
 HARTREE = 27.211386245988
-"""eV."""
+"""One hartree, eV."""
 BOHR = 0.529177210544
-"""A."""
+"""One bohr, A."""
 KCAL_PER_MOL = 0.0433641042418
-"""eV; 1 cal is 4.184 J."""
+"""One kcal/mol, eV; 1 cal is 4.184 J."""

@@ -1,9 +1,10 @@
 """Pickles of PyG data, read without running anything they contain.
 
-A pickle is a program for a small stack machine. This one knows the operations that pickled PyG data, tensors and
-numpy arrays consist of, and an exact list of names. A name stands for a function of `ejmp.data.readers.pickle_names` that
-checks what it is given and returns plain values: nothing is imported, called or constructed on a pickle's word. Every
-length is compared with the bytes that are there, and what the functions return with MAX_GROWTH.
+A pickle is a program for a small stack machine. The machine here knows the operations that pickled PyG data, tensors
+and numpy arrays consist of, and an exact list of names. A name stands for a function of
+`ejmp.data.readers.pickle_names` that checks what it is given and returns numbers, text and arrays: nothing is imported,
+called or constructed because a pickle asks for it. Every length is compared with the bytes that are there, and the size
+of what the functions return with MAX_GROWTH.
 """
 
 import pickle
@@ -30,13 +31,14 @@ from ejmp.data.readers.pickle_names import (
 MAX_GROWTH = 16
 """Most bytes of arrays for each byte of a pickle; a tensor counts twice, as its storage and as itself."""
 SMALL = 1 << 20
+"""Bytes of arrays that any pickle may make."""
 
 
 def fields(value: Any) -> Mapping[str, Any]:
-    """Return what a PyG `Data` holds by name, from a `Data` of PyG 1.x or 2.x, or a dict of the same.
+    """Return the fields of a PyG `Data` (1.x or 2.x), or of a dict, by name.
 
     Raises:
-        ValueError: if it is none of them.
+        ValueError: if the value is none of these.
     """
     if isinstance(value, PyGObject):
         value = value.state
@@ -49,10 +51,10 @@ def fields(value: Any) -> Mapping[str, Any]:
 
 
 def load_pt(path: Path) -> Any:
-    """Load a file of torch.save that may hold PyG data: tensors are torch's, PyG's classes are `PyGObject`.
+    """Load a file of torch.save that may hold PyG data, with tensors as torch's and PyG's classes as `PyGObject`.
 
     Raises:
-        UnsafePickleError: if it asks for anything else.
+        UnsafePickleError: if the file asks for anything else.
     """
     # torch tells allowed classes from others by type, so each name needs a class of its own.
     stand_ins: list[Any] = [(type(name, (PyGObject,), {}), f"{module}.{name}") for module, name in PYG_CLASSES]
@@ -61,7 +63,7 @@ def load_pt(path: Path) -> Any:
 
 
 def loads(data: bytes) -> Any:
-    """Return what a pickle holds: plain values, numpy arrays for tensors and arrays, `PyGObject` for PyG's classes.
+    """Return the contents of a pickle, with numpy arrays for tensors and arrays, and `PyGObject` for PyG's classes.
 
     Raises:
         UnsafePickleError: if it asks for a name or an operation that is not on the list.
@@ -86,7 +88,7 @@ _GET = {b"h": "<B", b"j": "<I"}
 
 
 class _Machine:
-    """The stack machine: `_STEPS` has one method for each operation."""
+    """The stack machine; `_STEPS` says which method carries out which operation."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -128,7 +130,7 @@ class _Machine:
     def constant(self, code: bytes) -> None:
         self.stack.append(_CONSTANTS[code])
 
-    def plain_number(self, code: bytes) -> None:
+    def push_number(self, code: bytes) -> None:
         self.stack.append(self.number(_NUMBERS[code]))
 
     def long(self, _: bytes) -> None:
@@ -137,7 +139,7 @@ class _Machine:
     def text(self, code: bytes) -> None:
         self.stack.append(self.take(self.number(_TEXT[code])).decode("utf-8", "surrogatepass"))
 
-    def plain_bytes(self, code: bytes) -> None:
+    def push_bytes(self, code: bytes) -> None:
         self.stack.append(self.take(self.number(_BYTES[code])))
 
     def byte_array(self, _: bytes) -> None:
@@ -250,9 +252,9 @@ _STEPS: dict[bytes, Callable[[_Machine, bytes], None]] = {
     pickle.NEWOBJ: _Machine.new_object,
     pickle.BUILD: _Machine.build,
     **dict.fromkeys(_CONSTANTS, _Machine.constant),
-    **dict.fromkeys(_NUMBERS, _Machine.plain_number),
+    **dict.fromkeys(_NUMBERS, _Machine.push_number),
     **dict.fromkeys(_TEXT, _Machine.text),
-    **dict.fromkeys(_BYTES, _Machine.plain_bytes),
+    **dict.fromkeys(_BYTES, _Machine.push_bytes),
     **dict.fromkeys(_TUPLES, _Machine.short_tuple),
     **dict.fromkeys(_PUT, _Machine.put),
     **dict.fromkeys(_GET, _Machine.get),

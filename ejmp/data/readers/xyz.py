@@ -1,18 +1,19 @@
-"""Where the frames of an xyz file are: a count, a comment, a line for each atom, and so on."""
+"""The frames of an xyz file: each is a line with the number of atoms, a comment, and a line for each atom."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from ejmp.data.readers.format import Part
-from ejmp.data.readers.source import MAX_ATOMS, SLICE, SourceError, parse_slice
+from ejmp.data.readers.files import SourceError
+from ejmp.data.readers.format import SLICE, Part, parse_slice
+from ejmp.data.readers.validation import MAX_ATOMS
 
 
 def iter_frames(lines: IO[bytes], file: Path, first: int = 0) -> Iterator[list[str]]:
-    """Yield the lines of each frame, count and comment included.
+    """Yield the lines of each frame, with the number of atoms and the comment.
 
     Raises:
-        SourceError: if a frame has no count, ends early or is no text.
+        SourceError: if a frame has no number of atoms, ends early or is not text.
     """
     k = first
     while (line := lines.readline()).strip():
@@ -32,10 +33,10 @@ def iter_frames(lines: IO[bytes], file: Path, first: int = 0) -> Iterator[list[s
 
 
 def xyz_parts(file: Path) -> list[Part]:
-    """Return slices of an xyz file, `<file>@<byte>:<start>-<stop>`, so that none is searched for.
+    """Divide an xyz file into parts `<file>@<byte>:<start>-<stop>`, whose frames are found without a search.
 
     Raises:
-        SourceError: if a frame has no count, or ends early.
+        SourceError: if a frame has no number of atoms, or ends early.
     """
     offsets, count = [], 0
     with file.open("rb") as lines:
@@ -57,14 +58,14 @@ def xyz_parts(file: Path) -> list[Part]:
 
 
 def split_part(part: Part) -> tuple[str, int, int, int]:
-    """Return what `xyz_parts` made a part's name of: file name, byte, start, stop."""
+    """Return file name, first byte, start and stop of a part that `xyz_parts` made."""
     prefix, start, stop = parse_slice(part)
     name, _, at = prefix.rpartition("@")
     return name, int(at), start, stop
 
 
 def read_frames(file: Path, part: Part) -> Iterator[tuple[int, list[str]]]:
-    """Yield the number and the lines of each frame in a part."""
+    """Yield number and lines of each frame in a part."""
     _, at, start, stop = split_part(part)
     with file.open("rb") as lines:
         lines.seek(at)

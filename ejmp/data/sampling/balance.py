@@ -1,8 +1,8 @@
 """Distribute the structures of one step over ranks so that all take about as long.
 
-JMP's multiply-adds are proportional to main edges to within 2% (`ejmp.measure.flops`, molecules to frameworks), so the edges
-of a structure are its cost. Every rank gets the same number of structures: data-parallel training averages the ranks'
-gradients, and only with equal numbers is that the gradient of the mean over all structures of the step.
+JMP's multiply-adds are proportional to main edges to within 2% (`ejmp.measure.flops`, molecules to frameworks), so
+the edges of a structure are its cost. Every rank gets the same number of structures: data-parallel training averages
+the ranks' gradients, and only with equal numbers is that the gradient of the mean over all structures of the step.
 """
 
 import heapq
@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 
 def assign_ranks(costs: Any, world_size: int) -> NDArray[np.int64]:
-    """Return the rank of each structure: largest first, each to the least loaded rank that has room.
+    """Assign each structure to a rank, [n]: the largest first, each to the least loaded rank that has room.
 
     The rule is Graham's "longest processing time first" (SIAM J. Appl. Math. 17, 1969) with room for
     n / world_size structures on a rank. All sums are exact, so every rank comes to the same result.
 
     Args:
-        costs: [n] integers from 0 on.
+        costs: time that each structure takes, in any unit, [n] integers from 0 on.
         world_size: number of ranks.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A batch: one graph, its labels, and the packing that takes it from one process to another in one piece."""
+"""A batch: one graph with its labels, and the packing that moves it between processes in one piece."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from ejmp.graph.graph import AtomGraph
 from ejmp.graph.structure import Structure
 
 ALIGNMENT = 64
-"""Bytes; every tensor of a packed batch begins at a multiple."""
+"""Every tensor of a packed batch begins at a multiple of this many bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,29 +25,30 @@ class Batch:
     """
 
     graph: AtomGraph
+    """Graph of all structures."""
     energy: Tensor
-    """[B] float64, eV; NaN where missing."""
+    """Total energies, [B] float64, eV; NaN where missing."""
     forces: Tensor
-    """[N, 3] in the graph's dtype, eV/A; NaN where missing."""
+    """Forces, [N, 3] in the graph's dtype, eV/A; NaN where missing."""
     fixed: Tensor
-    """[N] bool: atoms held in place, which metrics leave out (losses do not, as upstream)."""
+    """Which atoms are held in place, [N] bool; metrics leave them out (losses do not, as upstream)."""
     targets: Mapping[str, Tensor]
-    """[B] float64 each, by name; NaN where a structure of the batch lacks it."""
+    """Other labels by name, [B] float64 each; NaN where a structure has no label of that name."""
     dataset: Tensor
-    """[B] int64, the number of the dataset a structure comes from."""
+    """Number of the dataset that each structure comes from, [B] int64."""
     ids: tuple[str, ...]
-    """B ids, unique within a dataset."""
+    """Ids of the B structures, unique within a dataset."""
     position: int
-    """Where the sampler goes on after this batch: what a checkpoint keeps."""
+    """Position at which the sampler goes on after this batch; checkpoints keep it."""
 
     @property
     def has_energy(self) -> Tensor:
-        """[B] bool."""
+        """Which structures have an energy, [B] bool."""
         return ~self.energy.isnan()
 
     @property
     def has_forces(self) -> Tensor:
-        """[N] bool: all three components are known."""
+        """Which atoms have all three components of their force, [N] bool."""
         return ~self.forces.isnan().any(1)
 
     def to(self, device: torch.device | str) -> Self:
@@ -68,14 +69,14 @@ def make_batch(
 
     Args:
         structures: B structures.
-        dataset: [B], the number of each one's dataset.
-        cutoff: A; one value, or one per structure.
-        max_neighbors: one value, or one per structure.
-        dtype: of distances, vectors and forces.
-        position: of the sampler after this batch.
+        dataset: number of each structure's dataset, [B].
+        cutoff: longest edge in A; one value, or one per structure.
+        max_neighbors: most main edges into one atom; one value, or one per structure.
+        dtype: type of distances, vectors and forces.
+        position: position of the sampler after this batch.
 
     Raises:
-        ValueError: as `build_graph`; for labels whose shape does not fit the atoms.
+        ValueError: for what `build_graph` refuses, and for labels whose shape does not fit the atoms.
     """
     graph = build_graph(structures, cutoff, max_neighbors, dtype=dtype)
     names = sorted({name for structure in structures for name in structure.targets})
@@ -113,42 +114,44 @@ class Slot:
     """The place of a tensor in a buffer."""
 
     start: int
-    """Bytes from the buffer's beginning."""
+    """First byte of the tensor in the buffer."""
     dtype: torch.dtype
+    """Type of the tensor."""
     shape: torch.Size
+    """Shape of the tensor."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Packed:
     """A batch whose tensors lie in one buffer: one shared-memory segment, one pinned block, one copy to a device.
 
-    (Its forty tensors on their own would each cost a file descriptor and a message.)
+    Its forty tensors on their own would each cost a file descriptor and a message.
     """
 
     buffer: Tensor
-    """uint8."""
-    layout: Any = field(repr=False)
+    """All tensors one after the other, as bytes (uint8)."""
+    template: Any = field(repr=False)
     """The batch with a `Slot` in place of each tensor."""
 
     def pin_memory(self) -> Self:
-        """Return it in page-locked memory (torch's DataLoader calls this)."""
+        """Return the packed batch in page-locked memory; torch's DataLoader calls this."""
         return dataclasses.replace(self, buffer=self.buffer.pin_memory())
 
     def to(self, device: torch.device | str) -> Self:
-        """Return it on another device; from pinned memory the copy runs in the background."""
+        """Return the packed batch on another device; from pinned memory the copy runs in the background."""
         return dataclasses.replace(self, buffer=self.buffer.to(device, non_blocking=self.buffer.is_pinned()))
 
     def unpack(self) -> Any:
-        """Return the batch; its tensors lie in the buffer.
+        """Return the batch; its tensors share the buffer's memory.
 
-        They are no views for autograd: one may be changed in place while another is saved for a backward pass.
+        For autograd they are not views: one may be changed in place while another is saved for a backward pass.
         """
 
         def view(slot: Slot) -> Tensor:
             stop = slot.start + slot.shape.numel() * slot.dtype.itemsize
             return self.buffer[slot.start : stop].view(slot.dtype).view(slot.shape).data
 
-        return _replace(self.layout, Slot, view)
+        return _replace(self.template, Slot, view)
 
 
 def pack(batch: Batch) -> Packed:
@@ -163,15 +166,15 @@ def pack(batch: Batch) -> Packed:
         end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         return slot
 
-    layout = _replace(batch, Tensor, place)
-    packed = Packed(buffer=torch.empty(end, dtype=torch.uint8, device=batch.energy.device), layout=layout)
+    template = _replace(batch, Tensor, place)
+    packed = Packed(buffer=torch.empty(end, dtype=torch.uint8, device=batch.energy.device), template=template)
     for slot, tensor in tensors:
         packed.buffer[slot.start : slot.start + tensor.nbytes].view(slot.dtype).view(slot.shape).copy_(tensor)
     return packed
 
 
 def _replace(value: Any, kind: type, new: Callable[[Any], Any]) -> Any:
-    """Return the value with everything of a kind in its fields, at any depth, replaced."""
+    """Return a copy of a value in which everything of a kind, in its fields at any depth, is replaced."""
     if isinstance(value, kind):
         return new(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

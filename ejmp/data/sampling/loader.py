@@ -1,4 +1,4 @@
-"""Batches from datasets, made by worker processes: reading, graph building and packing, in the sampler's order."""
+"""The loader: worker processes read structures in a sampler's order, build their graphs and pack them as batches."""
 
 import multiprocessing
 import traceback
@@ -16,12 +16,12 @@ from ejmp.data.sampling.batch import Batch, Packed, make_batch, pack
 from ejmp.data.sampling.mix import Pairs, Sampler
 
 Request = tuple[int, Pairs]
-"""A sampler's position after a batch, and what is in it."""
+"""What a worker is asked for: the sampler's position after the batch, and the samples in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loader:
-    """Make a sampler's batches.
+    """Make the batches of one rank, in the order of a sampler.
 
     With workers, torch's DataLoader runs them: at most `num_workers * prefetch` batches are made ahead, a worker that
     dies is a RuntimeError, an exception in one is raised here with its message, and each computes on one thread. What
@@ -29,19 +29,21 @@ class Loader:
     """
 
     datasets: Sequence[Dataset]
+    """Datasets in the order of their numbers."""
     sampler: Sampler
+    """Which samples this rank takes, and in which order."""
     cutoff: float | Sequence[float] = 12.0
-    """A; one value, or one per dataset."""
+    """Longest edge in A; one value, or one per dataset."""
     max_neighbors: int | Sequence[int] = 30
-    """One value, or one per dataset."""
+    """Most main edges into one atom; one value, or one per dataset."""
     dtype: torch.dtype = torch.float32
-    """Of distances, vectors and forces."""
+    """Type of distances, vectors and forces."""
     device: torch.device | str = "cpu"
-    """Where batches go. For CUDA they pass through pinned memory and are copied in the background."""
+    """Device of the batches. For CUDA they pass through pinned memory and are copied in the background."""
     num_workers: int = 0
-    """0: batches are made in this process, when asked for."""
+    """Number of worker processes; 0: batches are made in this process, when asked for."""
     prefetch: int = 2
-    """Batches each worker makes ahead. They wait in shared memory, some 0.3 MB per 10 atoms of a slab."""
+    """Batches that each worker makes ahead. They wait in shared memory, some 0.3 MB per 10 atoms of a slab."""
     start_method: Literal["fork", "forkserver", "spawn"] = "fork"
     """How workers start. "fork" takes milliseconds. Where this process has used OpenMP (GNU's), a forked one hangs as
     soon as it uses more than one thread: a dataset must not call `torch.set_num_threads`. The others take seconds,
@@ -71,11 +73,11 @@ class Loader:
         """Yield this rank's batches, one per step.
 
         Args:
-            start: position to go on from: 0, or the last batch's `position`.
-            stop: no step begins at or after this position. None: the end of the epoch `start` is in.
+            start: position of the first step: 0, or the `position` of the last batch before.
+            stop: no step begins at or after this position. None: the end of the epoch that `start` is in.
 
         Raises:
-            ValueError: if start is negative; from a dataset or a structure no graph can be built of.
+            ValueError: if start is negative, a dataset is damaged, or no graph can be built of a structure.
             RuntimeError: if a worker dies.
         """
         size, step = self.sampler.epoch_size, self.sampler.step_size
@@ -104,7 +106,7 @@ class Loader:
 
 
 class _Maker(TorchDataset[Packed]):
-    """Makes the batch of a request; lives in the workers."""
+    """Makes the batch of each request, in a worker process."""
 
     def __init__(self, loader: Loader) -> None:
         self.datasets = list(loader.datasets)

@@ -1,9 +1,9 @@
-"""Which structures of which dataset come when: a function of the seed and of how many came before.
+"""The order in which the structures of several datasets are sampled.
 
-The samples of all epochs form one endless line. The batch of a step is the next world_size * batch_size of them, so a
-step is always full, and the last step of an epoch also holds the first samples of the next. What a position of the
-line holds depends on the seed alone. Training can therefore go on from any position with any number of ranks, and
-nothing is lost or comes twice.
+The samples of all epochs form one endless line, and a position in it is the number of samples before it. The batch of a
+step is the next world_size * batch_size of them, so a step is always full, and the last step of an epoch also holds the
+first samples of the next. What a position of the line holds depends on the seed alone. Training can therefore go on
+from any position with any number of ranks, and no sample is lost or comes twice.
 """
 
 import mmap
@@ -19,7 +19,7 @@ from ejmp.data.sampling.balance import assign_ranks
 from ejmp.data.sampling.permutation import permute
 
 Pairs = NDArray[np.int64]
-"""[n, 2]: the number of a dataset, and of a structure in it."""
+"""[n, 2]: for each sample the number of its dataset, and its number in the dataset."""
 
 
 class Sampler(Protocol):
@@ -27,17 +27,17 @@ class Sampler(Protocol):
 
     @property
     def sizes(self) -> Sequence[int]:
-        """Structures in each dataset."""
+        """Number of structures in each dataset."""
         ...
 
     @property
     def step_size(self) -> int:
-        """Samples of all ranks together in one step."""
+        """Number of samples of all ranks together in one step."""
         ...
 
     @property
     def epoch_size(self) -> int:
-        """Samples of all ranks together in one epoch."""
+        """Number of samples of all ranks together in one epoch."""
         ...
 
     def batch(self, position: int) -> Pairs:
@@ -64,22 +64,48 @@ def sample_counts(sizes: Sequence[int], temperature: float = 2.0) -> list[int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixSampler:
+class _RankSampler:
+    """Settings that every sampler has: what there is to sample, and this rank's share of a step."""
+
+    sizes: Sequence[int]
+    """Number of structures in each dataset."""
+    batch_size: int
+    """Structures per rank and step."""
+    world_size: int = 1
+    """Number of ranks."""
+    rank: int = 0
+    """Number of this rank, from 0 on."""
+
+    def __post_init__(self) -> None:
+        """Check the settings.
+
+        Raises:
+            ValueError: naming the setting that is out of range.
+        """
+        for name in ("batch_size", "world_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank: expected 0..{self.world_size - 1}, got {self.rank}")
+
+    @property
+    def step_size(self) -> int:
+        """Number of samples of all ranks together in one step."""
+        return self.world_size * self.batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixSampler(_RankSampler):
     """Temperature sampling over datasets in random order.
 
     In one epoch every structure of a dataset comes floor or ceil of (its samples / its size) times. Which ones come
     once more, and the order, are keyed permutations by seed and epoch: nothing is stored per sample.
     """
 
-    sizes: Sequence[int]
-    """Structures in each dataset."""
     seed: int
-    batch_size: int
-    """Structures per rank and step."""
+    """Seed of the order, from 0 on."""
     temperature: float = 2.0
-    """1: in proportion to the sizes. Infinity: all datasets alike."""
-    world_size: int = 1
-    rank: int = 0
+    """Temperature T of the sampling: 1 samples in proportion to the sizes, infinity all datasets alike."""
     costs: Sequence[NDArray[Any]] | None = field(default=None, repr=False, compare=False)
     """For each dataset [size] integers in proportion to the time a structure takes: `Dataset.num_edges`. Steps are
     balanced over the ranks by them. None: all structures cost the same."""
@@ -91,7 +117,7 @@ class MixSampler:
             ValueError: naming the setting that is out of range, or the dataset whose costs are too few or many.
         """
         sample_counts(self.sizes, self.temperature)
-        _check_ranks(self)
+        super().__post_init__()
         if self.seed < 0:
             raise ValueError(f"seed: expected an integer from 0 on, got {self.seed}")
         if self.costs is not None and [len(costs) for costs in self.costs] != list(self.sizes):
@@ -99,21 +125,16 @@ class MixSampler:
 
     @cached_property
     def counts(self) -> list[int]:
-        """Samples of each dataset in one epoch."""
+        """Number of samples of each dataset in one epoch."""
         return sample_counts(self.sizes, self.temperature)
 
     @property
     def epoch_size(self) -> int:
-        """Samples of all ranks together in one epoch."""
+        """Number of samples of all ranks together in one epoch."""
         return sum(self.counts)
 
-    @property
-    def step_size(self) -> int:
-        """Samples of all ranks together in one step."""
-        return self.world_size * self.batch_size
-
     def samples(self, start: int, stop: int) -> Pairs:
-        """Return the samples at the positions start..stop-1, whatever the number of ranks.
+        """Return the [stop - start, 2] samples at the positions start..stop-1, which do not depend on the ranks.
 
         Raises:
             ValueError: if start is negative or beyond stop.
@@ -134,9 +155,9 @@ class MixSampler:
         pairs = np.empty((len(places), 2), dtype=np.int64)
         pairs[:, 0] = np.searchsorted(ends, mixed, side="right")
         for d, size in enumerate(self.sizes):
-            own = np.flatnonzero(pairs[:, 0] == d)
-            turn = mixed[own] - (ends[d] - self.counts[d])
-            pairs[own, 1] = permute(turn % size, size, self.seed, epoch, 1 + d)
+            rows = np.flatnonzero(pairs[:, 0] == d)
+            turn = mixed[rows] - (ends[d] - self.counts[d])
+            pairs[rows, 1] = permute(turn % size, size, self.seed, epoch, 1 + d)
         return pairs
 
     def batch(self, position: int) -> Pairs:
@@ -155,8 +176,8 @@ class MixSampler:
         """Return the [n] costs of samples; all are 1 if there are no `costs`."""
         found = np.ones(len(pairs), dtype=np.int64)
         for d, costs in enumerate(self.costs or ()):
-            own = pairs[:, 0] == d
-            found[own] = costs[pairs[own, 1]]
+            rows = pairs[:, 0] == d
+            found[rows] = costs[pairs[rows, 1]]
             _release(costs)
         return found
 
@@ -179,43 +200,24 @@ class MixSampler:
         position = state.get("position")
         if not isinstance(position, int) or position < 0:
             raise ValueError(f"state: expected a position from 0 on, got {position!r}")
-        own = self.state(position)
-        wrong = [name for name in own if state.get(name) != own[name]]
+        expected = self.state(position)
+        wrong = [name for name in expected if state.get(name) != expected[name]]
         if wrong:
-            raise ValueError(f"state: expected {wrong[0]} = {own[wrong[0]]}, got {state.get(wrong[0])}")
+            raise ValueError(f"state: expected {wrong[0]} = {expected[wrong[0]]}, got {state.get(wrong[0])}")
         return position
 
 
 @dataclass(frozen=True, kw_only=True)
-class InOrder:
-    """Every structure of every dataset once, in order, for validation: the last step is smaller."""
-
-    sizes: Sequence[int]
-    batch_size: int
-    """Structures per rank and step."""
-    world_size: int = 1
-    rank: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the settings.
-
-        Raises:
-            ValueError: naming the setting that is out of range.
-        """
-        _check_ranks(self)
+class InOrder(_RankSampler):
+    """Every structure of every dataset once, in order, for validation; the last step may be smaller."""
 
     @property
     def epoch_size(self) -> int:
-        """Structures of all datasets."""
+        """Number of structures in all datasets."""
         return sum(self.sizes)
 
-    @property
-    def step_size(self) -> int:
-        """Samples of all ranks together in one step."""
-        return self.world_size * self.batch_size
-
     def batch(self, position: int) -> Pairs:
-        """Return this rank's samples of the step that begins at a position, possibly none in the last."""
+        """Return this rank's [n, 2] samples of the step that begins at a position; in the last one n may be 0."""
         places = np.arange(position + self.rank, min(position + self.step_size, self.epoch_size), self.world_size)
         sizes = np.asarray(self.sizes)
         ends = np.cumsum(sizes)
@@ -223,16 +225,8 @@ class InOrder:
         return np.stack([dataset, places - (ends - sizes)[dataset]], axis=1)
 
 
-def _check_ranks(sampler: MixSampler | InOrder) -> None:
-    for name in ("batch_size", "world_size"):
-        if getattr(sampler, name) < 1:
-            raise ValueError(f"{name}: expected at least 1, got {getattr(sampler, name)}")
-    if not 0 <= sampler.rank < sampler.world_size:
-        raise ValueError(f"rank: expected 0..{sampler.world_size - 1}, got {sampler.rank}")
-
-
 def _release(array: NDArray[Any]) -> None:
-    """Let go of the pages of a memory-mapped file, which stay in the system's cache, shared by all ranks.
+    """Let go of the pages of a memory-mapped array; they stay in the system's cache, which all ranks share.
 
     Samples are spread over the whole file: without this, all of it would soon count as memory of each rank.
     """

@@ -1,14 +1,14 @@
-"""A random permutation of 0..n-1 that is computed, not stored: any place of it, for any n, from a key.
+"""A random permutation of 0..n-1 that is computed from a key, for any n, and never stored.
 
-An unbalanced Feistel network on pairs (left, right) of Z_a x Z_b with a * b just above n, after Black and Rogaway,
-"Ciphers with arbitrary finite domains" (CT-RSA 2002), methods "generalised Feistel" and "cycle walking": a round adds
-a keyed hash of one half to the other, so it can be undone whatever the hash, and what lands at n or beyond is sent
-through again until it is below n. With a = ceil(sqrt(n)) fewer than one place in sqrt(n) needs a second pass.
+It is an unbalanced Feistel network on pairs (left, right) of Z_a x Z_b with a * b just above n, after Black and
+Rogaway, "Ciphers with arbitrary finite domains" (CT-RSA 2002), methods "generalised Feistel" and "cycle walking": a
+round adds a keyed hash of one half to the other, so it can be undone whatever the hash, and what lands at n or beyond
+is sent through again until it is below n. With a = ceil(sqrt(n)) fewer than one place in sqrt(n) needs a second pass.
 
-ROUNDS = 16
-two multiplications by odd constants around a shift (the scheme of splitmix64's finaliser), whose upper half is used.
-tests/test_data_permutation.py looks at the outcome: every order of 2 to 5 things is as frequent as every other, and
-places, steps between neighbours and two keys' permutations are uniform and uncorrelated.
+There are ROUNDS = 16 rounds. The hash is two multiplications by odd constants around a shift (the scheme of
+splitmix64's finaliser), whose upper half is used. tests/data/test_permutation.py looks at the outcome: every order of 2
+to 5 things is as frequent as every other, and places, steps between neighbours and two keys' permutations are uniform
+and uncorrelated.
 """
 
 import math
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 ROUNDS = 16
 MAX_LENGTH = 1 << 62
 CHUNK = 1 << 14
-"""Indices treated at a time, so that all intermediate arrays stay in the cache."""
+"""Number of indices permuted at a time, so that all intermediate arrays stay in the cache."""
 FIRST, SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 HALF = np.uint64(32)
 
@@ -37,7 +37,7 @@ def permute(index: Any, n: int, seed: int, *stream: int) -> NDArray[np.int64]:
         stream: tells apart the permutations of one seed.
 
     Returns:
-        [m] int64; all of 0..n-1, each once, if index is.
+        The places, [m] int64. If index holds all of 0..n-1, each once, so do they.
 
     Raises:
         ValueError: if n is not positive or an index is not in 0..n-1.
@@ -58,7 +58,7 @@ def permute(index: Any, n: int, seed: int, *stream: int) -> NDArray[np.int64]:
 
 
 def _walk(x: Words, n: int, keys: Words) -> Words:
-    """Encrypt until the result is below n."""
+    """Encrypt every number until the result is below n."""
     x = _encrypt(x, n, keys)
     outside = np.flatnonzero(x >= n)
     while len(outside):
@@ -68,7 +68,7 @@ def _walk(x: Words, n: int, keys: Words) -> Words:
 
 
 def _encrypt(x: Words, n: int, keys: Words) -> Words:
-    """Permute 0..ab-1, where ab is at least n."""
+    """Permute 0..ab-1 once, where ab is at least n."""
     a = math.isqrt(n - 1) + 1
     b = -(-n // a)
     left_size, right_size = np.uint64(a), np.uint64(b)

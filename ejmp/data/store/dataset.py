@@ -1,4 +1,4 @@
-"""Reading a dataset of shards: any structure by its number, from any number of processes, and damage found."""
+"""A dataset of shards: read any structure by its number, from any number of processes, and detect damage."""
 
 import errno
 import operator
@@ -17,9 +17,9 @@ from ejmp.data.store.shard import PLACE, Shard, estimate_edges, key_of
 from ejmp.graph.structure import Structure
 
 INDEX_FILES = {"num_atoms": np.dtype("<i4"), "num_edges": np.dtype("<i4"), "places": PLACE}
-"""One array each, of all shards one after the other, in `<name>.npy`."""
+"""Type of the array in each index file `<name>.npy`; it holds one value per structure of all shards."""
 OPEN_SHARDS = 64
-"""Shards a store keeps open; of 120 million structures there are thousands, more than a process may open."""
+"""Most shards a store keeps open: 120 million structures have thousands, more than a process may open."""
 
 
 def open_store(path: str | Path, *, on_error: Literal["raise", "skip"] = "raise") -> "Store":
@@ -27,9 +27,9 @@ def open_store(path: str | Path, *, on_error: Literal["raise", "skip"] = "raise"
 
     Args:
         path: the folder that holds `dataset.json`.
-        on_error: what iterating does about a structure that cannot be read: raise, or leave it out and note it in
-            `Store.skipped`. Asking for it by its number raises `DamagedRecord` in any case: there is no other
-            structure of that number.
+        on_error: what iterating over the store does about a structure that cannot be read: raise, or leave it out
+            and note it in `Store.skipped`. Reading it by its number raises `DamagedRecord` in any case, because no
+            other structure has that number.
 
     Raises:
         ValueError: if there is no dataset, or `dataset.json` or the index is damaged.
@@ -40,7 +40,10 @@ def open_store(path: str | Path, *, on_error: Literal["raise", "skip"] = "raise"
 
 
 class Store:
-    """The structures of one split. It can be pickled, forked, and used by several threads."""
+    """The structures of one split, read from its shards when they are asked for.
+
+    A store can be pickled, forked, and used by several threads.
+    """
 
     def __init__(self, path: Path, on_error: Literal["raise", "skip"]) -> None:
         self.path = path
@@ -53,13 +56,13 @@ class Store:
         self.num_atoms, self.num_edges, self._places = (self._map(name) for name in INDEX_FILES)
         self._files: dict[int, _File] = {}
         self.skipped: dict[int, str] = {}
-        """Why a structure was left out, by its number."""
+        """Why structures were left out, by their numbers."""
 
     def __len__(self) -> int:
         return self.info.count
 
     def __getitem__(self, index: int) -> Structure:
-        """Read a structure.
+        """Read the structure of a number; negative numbers count from the end.
 
         Raises:
             IndexError: if there is no structure of that number.
@@ -116,7 +119,7 @@ class Store:
 
 
 class _File:
-    """A shard open for reading. Closed when nothing uses it any more, so that threads need no lock."""
+    """A shard that is open for reading; it is closed when nothing uses it any more, so that threads need no lock."""
 
     def __init__(self, path: Path, shard: Shard) -> None:
         self.descriptor = -1
@@ -140,7 +143,7 @@ def verify(path: str | Path) -> Iterator[tuple[str, list[str]]]:
     """Check every byte of a dataset: index and shards against their hashes, and that every record decodes.
 
     Yields:
-        the name of each file as it is done, and what is wrong with it.
+        The name of each file when it is done, and what is wrong with it.
 
     Raises:
         ValueError: if there is no dataset, or `dataset.json` is damaged, or the index cannot be used.

@@ -1,4 +1,4 @@
-"""What a dataset looks like: its own reference and statistics, and histograms, from one pass over it."""
+"""A description of a dataset from one pass over it: linear reference, statistics and histograms."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,17 +14,20 @@ _BINS = 16
 
 @dataclass
 class Histogram:
-    """Counts between edges; what is beyond the outer edges is in the first and last bin."""
+    """Counts of values between edges; values beyond the outer edges count in the first and last bin."""
 
     unit: str
+    """Unit of the values; empty if they are counts."""
     edges: np.ndarray
+    """Edges of the bins, [n + 1], ascending."""
     counts: np.ndarray = field(init=False)
+    """Number of values in each bin, [n]."""
 
     def __post_init__(self) -> None:
         self.counts = np.zeros(len(self.edges) - 1, np.int64)
 
     def add(self, values: np.ndarray) -> None:
-        """Count values."""
+        """Count some values."""
         inner = np.clip(values, self.edges[0], self.edges[-1])
         self.counts += np.histogram(inner, self.edges)[0]
 
@@ -34,22 +37,24 @@ class Description:
     """What `describe` found."""
 
     tally: Tally
+    """What the linear reference and the statistics follow from."""
     elements: dict[int, int]
-    """Atoms of each element."""
+    """Number of atoms of each element, by atomic number."""
     histograms: dict[str, Histogram]
+    """Histograms by what they count."""
 
 
 def describe(dataset: Dataset, progress: Callable[[int, int], None] | None = None) -> Description:
-    """Read every structure of a dataset once and count.
+    """Read every structure of a dataset once, and collect statistics and histograms.
 
     Args:
-        dataset: a store or any other dataset; the energies' histogram is of what its linear reference leaves.
-        progress: is called with the structures done and all.
+        dataset: a store or any other dataset; its linear reference is subtracted before energies are counted.
+        progress: called with the number of structures done and of all.
 
     Raises:
         DamagedRecord: if a structure cannot be read.
     """
-    histograms = {"atoms": _of_counts(dataset.num_atoms), "edges (estimate)": _of_counts(dataset.num_edges)}
+    histograms = {"atoms": _count_histogram(dataset.num_atoms), "edges (estimate)": _count_histogram(dataset.num_edges)}
     energy = dataset.info.statistics.get("energy")
     if energy is not None and energy.std > 0:
         reach = np.linspace(-4, 4, _BINS + 1)
@@ -72,7 +77,7 @@ def describe(dataset: Dataset, progress: Callable[[int, int], None] | None = Non
     return Description(tally=tally, elements=atoms, histograms=histograms)
 
 
-def _of_counts(values: np.ndarray) -> Histogram:
+def _count_histogram(values: np.ndarray) -> Histogram:
     low, high = int(values.min()), int(values.max()) + 1
     step = -(-(high - low) // _BINS)
     histogram = Histogram("", np.arange(low, high + step, step))

@@ -1,4 +1,4 @@
-"""Files that are either there as a whole or not at all, even after a crash."""
+"""Files that exist either completely or not at all, even after a crash."""
 
 import hashlib
 import os
@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 TEMPORARY = ".tmp"
+"""Ending of the names of files that are still being written."""
 _HASH_BYTES = 8
 
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """Yield a temporary name in the same folder; when the block ends well, sync it and give it its own name."""
+    """Yield a temporary name to write to; if the block ends without an error, sync the file and rename it to `path`."""
     temporary = path.with_name(path.name + TEMPORARY)
     temporary.unlink(missing_ok=True)
     yield temporary
@@ -33,7 +34,7 @@ def hash_text(text: str) -> str:
 
 
 def sync(path: Path) -> None:
-    """Return when a file's contents, or a folder's names, are on the disk."""
+    """Wait until a file's contents, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

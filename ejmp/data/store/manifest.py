@@ -1,4 +1,7 @@
-"""`dataset.json`: what a folder of shards holds. It is written last; without it there is no dataset in the folder."""
+"""The file `dataset.json`, which says what a folder of shards holds.
+
+It is written last: without it there is no dataset in the folder.
+"""
 
 import json
 from collections.abc import Mapping
@@ -6,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ejmp.data.info import SCHEMA_VERSION, DatasetInfo, Statistics
+from ejmp.data.info import SCHEMA_VERSION, DatasetInfo
 from ejmp.data.store.durable import hash_text, written
 from ejmp.data.store.shard import Shard
 
@@ -18,9 +21,11 @@ class Manifest:
     """The contents of `dataset.json`."""
 
     info: DatasetInfo
+    """What is known of the split as a whole."""
     shards: tuple[Shard, ...]
+    """The shards, in the order of their structures."""
     index: Mapping[str, str]
-    """Hash of each index file, by its name."""
+    """Hash of each index file, by the file's name."""
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -34,7 +39,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read `dataset.json`.
+    """Read `dataset.json` of a folder.
 
     Raises:
         ValueError: if it is missing, damaged, or of another schema.
@@ -53,10 +58,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"{path}: expected schema_version {SCHEMA_VERSION}, got {version!r}")
     if hash_text(_canonical(contents)) != digest:
         raise ValueError(f"{path}: damaged: its hash does not match its contents")
-    info["linear_reference"] = {int(number): energy for number, energy in info["linear_reference"].items()}
-    info["statistics"] = {name: Statistics(**values) for name, values in info["statistics"].items()}
     shards = tuple(Shard(**shard) for shard in contents["shards"])
-    return Manifest(info=DatasetInfo(**info), shards=shards, index=contents["index"])
+    return Manifest(info=DatasetInfo.from_json(info), shards=shards, index=contents["index"])
 
 
 def _canonical(contents: dict[str, Any]) -> str:

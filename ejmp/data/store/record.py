@@ -1,4 +1,4 @@
-"""One structure as bytes: a header, raw little-endian arrays, and a hash over both. Nothing in a record is executed.
+"""One structure as bytes: a header, raw little-endian arrays, and a hash over both. Reading one executes nothing.
 
     offset  size  header
          0     4  b"EJMR"
@@ -42,8 +42,8 @@ def encode(structure: Structure, number: int = 0) -> bytes:
     """Turn a structure into a record.
 
     Args:
-        structure: float32 positions and forces stay float32, every other type becomes float64.
-        number: its number in the dataset, so that a record read from the wrong place is noticed.
+        structure: what to encode. Positions and forces in float32 stay float32; every other type becomes float64.
+        number: the structure's number in its dataset, so that a record read from the wrong place is noticed.
 
     Raises:
         ValueError: naming the field, if one has the wrong shape or does not fit.
@@ -78,7 +78,7 @@ def decode(data: bytes, number: int | None = None) -> Structure:
         number: the number it should carry, if known.
 
     Returns:
-        the structure: numbers and tags int64, fixed bool, pbc bool [3], all arrays writable.
+        The structure: numbers and tags int64, fixed bool, pbc bool [3], all arrays writable.
 
     Raises:
         DamagedRecord: if the bytes are not exactly what `encode` wrote.
@@ -95,15 +95,15 @@ def decode(data: bytes, number: int | None = None) -> Structure:
         raise DamagedRecord(f"record version {version}, flags {flags:#x}: this ejmp reads version {VERSION}")
     if number is not None and carried != number:
         raise DamagedRecord(f"expected the record of structure {number}, got that of structure {carried}")
-    take = _Reader(bytearray(body))
+    take = _ArrayTaker(bytearray(body))
     structure = _fields(take, flags, n, num_targets, text_bytes)
     if take.offset != len(body):
         raise DamagedRecord(f"expected {take.offset} bytes after the header, got {len(body)}")
     return structure
 
 
-class _Reader:
-    """Takes arrays off a buffer one after the other."""
+class _ArrayTaker:
+    """Takes arrays from a buffer, one after the other."""
 
     def __init__(self, buffer: bytearray) -> None:
         self.buffer, self.offset = buffer, 0
@@ -117,7 +117,7 @@ class _Reader:
         return array
 
 
-def _fields(take: _Reader, flags: int, n: int, num_targets: int, text_bytes: int) -> Structure:
+def _fields(take: _ArrayTaker, flags: int, n: int, num_targets: int, text_bytes: int) -> Structure:
     energy = float(take("<f8", 1)[0]) if flags & _ENERGY else None
     cell = take("<f8", 3, 3) if flags & _CELL else None
     values = take("<f8", num_targets).tolist()
@@ -147,7 +147,7 @@ def _kind(flags: int, name: str) -> str:
 
 
 def _order(flags: int) -> list[str]:
-    """Return positions and forces, float64 before float32."""
+    """Return the names of positions and forces in the order of the record: float64 before float32."""
     names = ["positions", "forces"] if flags & _FORCES else ["positions"]
     return sorted(names, key=lambda name: _kind(flags, name) == "<f4")
 

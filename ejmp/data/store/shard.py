@@ -1,4 +1,4 @@
-"""A shard: one LMDB file of records, and where in the file each record lies.
+"""A shard: one LMDB file of records, and the place of each record in the file.
 
 LMDB trusts its own pages: a flipped bit in them can make it read outside the file's map, as does a file cut short, and
 then the process dies. Hashing a whole shard before LMDB opens it would prevent that, and would also have every worker
@@ -19,7 +19,9 @@ from ejmp.data.store.record import encode
 from ejmp.graph.structure import Structure
 
 MAX_NEIGHBORS = 30
+"""Neighbours per atom at which edges are estimated."""
 PLACE = np.dtype([("offset", "<u8"), ("size", "<u4")])
+"""Place of a record in its shard: first byte and number of bytes."""
 _PAGE = 4096
 
 
@@ -28,22 +30,25 @@ class Shard:
     """One line of the shard table in `dataset.json`."""
 
     name: str
+    """Name of the file."""
     count: int
+    """Number of structures in it."""
     bytes: int
+    """Size of the file."""
     hash: str
-    """Of the whole file; `ejmp data verify` checks it."""
+    """Hash of the whole file; `ejmp data verify` compares it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """What is known of each structure without reading its record."""
+    """What is known of each structure of a shard without reading its record."""
 
     num_atoms: np.ndarray[Any, Any]
-    """[len] int32."""
+    """Number of atoms, [len] int32."""
     num_edges: np.ndarray[Any, Any]
-    """[len] int32, from `estimate_edges`."""
+    """Estimated main edges, [len] int32, from `estimate_edges`."""
     places: np.ndarray[Any, Any]
-    """[len] PLACE: byte offset in the shard, bytes."""
+    """Places of the records in the shard, [len] PLACE."""
 
 
 def key_of(number: int) -> str:
@@ -52,11 +57,11 @@ def key_of(number: int) -> str:
 
 
 def estimate_edges(structure: Structure) -> int:
-    """Return the main edges a structure has at 30 neighbours if the cutoff reaches all that are wanted.
+    """Return about how many main edges a structure has at 30 neighbours, assuming that the cutoff reaches all of them.
 
     Every atom of a molecule has all others as neighbours, up to 30; in a crystal or slab it always has 30. At 12 A this
     is exact for molecules of at most 31 atoms, and within 12% of the graph's edges on the slabs, oxides and frameworks
-    it was compared with: which edges the closing of the edge set under swapping adds or drops, it does not know.
+    it was compared with; the estimate ignores the edges that closing the edge set under swapping adds or drops.
     """
     n = len(structure.numbers)
     return n * (MAX_NEIGHBORS if np.any(structure.pbc) else min(MAX_NEIGHBORS, n - 1))
@@ -66,8 +71,8 @@ def write_shard(path: Path, structures: Iterable[Structure], first: int = 0) -> 
     """Write structures to a new shard, which appears under its name when it is complete and on disk.
 
     Args:
-        path: the file to write; one that is there is replaced.
-        structures: at least one; their records are held in memory until they are written.
+        path: the file to write; an existing one is replaced.
+        structures: at least one structure; their records are held in memory until they are written.
         first: the number of the first of them in its dataset.
 
     Raises:
@@ -89,18 +94,18 @@ def write_shard(path: Path, structures: Iterable[Structure], first: int = 0) -> 
 
 
 def _write_records(path: Path, records: Sequence[bytes], first: int) -> np.ndarray:
-    """Write an LMDB in one transaction, which leaves no free pages in it; return the PLACE of each record."""
+    """Write an LMDB file in one transaction, which leaves no free pages in it; return the PLACE of each record."""
     import lmdb  # noqa: PLC0415
 
-    # A record takes less than two pages more than its bytes, its key and share of the tree included; the map is
-    # address space, not disk.
+    # A record with its key and its share of the tree takes less than two pages more than its bytes. The map is address
+    # space, not disk.
     map_size = sum(map(len, records)) + (2 * len(records) + 64) * _PAGE
     environment = lmdb.open(str(path), subdir=False, lock=False, map_size=map_size, sync=False, readahead=False)
     try:
         with environment.begin(write=True) as transaction:
             for number, record in enumerate(records, first):
                 transaction.put(key_of(number).encode(), record, append=True)
-        environment.sync(force=True)
+        environment.sync(True)  # noqa: FBT003 - lmdb 1.4 takes no keyword here
         with environment.begin(buffers=True) as transaction:
             # The values are views of the file's map: their addresses differ as their places in the file do.
             addresses = [np.frombuffer(value, np.uint8).ctypes.data for _, value in transaction.cursor()]

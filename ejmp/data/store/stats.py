@@ -1,4 +1,4 @@
-"""The linear reference of the energies, means and standard deviations, from one pass that can be divided.
+"""Linear reference of the energies, means and standard deviations, from one pass that several processes can share.
 
 The energies' least squares on element counts is done by the triangle R of a QR decomposition of the rows
 [counts of each element | 1 | energy]: R has at most as many rows as columns, two of them stacked and decomposed again
@@ -18,11 +18,11 @@ _ONE, _ENERGY = MAX_ATOMIC_NUMBER + 1, MAX_ATOMIC_NUMBER + 2
 _COLUMNS = MAX_ATOMIC_NUMBER + 3
 _ROWS = 4096
 _SMALLEST = 1e-10
-"""Singular values below this share of the largest are zero: the least squares solution has the smallest norm."""
+"""Singular values below this share of the largest count as zero: the solution of smallest norm is found."""
 
 
 class Tally:
-    """What statistics need to know of the structures seen. Atoms held in place count for no force."""
+    """Running sums over structures, from which statistics follow. Forces on atoms held in place do not count."""
 
     def __init__(self) -> None:
         self.num_energies = 0
@@ -32,13 +32,13 @@ class Tally:
         self._targets: dict[str, np.ndarray] = {}  # structures, mean, sum of squared deviations
 
     def watch(self, structures: Iterable[Structure]) -> Iterator[Structure]:
-        """Yield the structures as they come, and take note of each."""
+        """Yield the structures as they come, and add each."""
         for structure in structures:
             self.add(structure)
             yield structure
 
     def add(self, structure: Structure) -> None:
-        """Take note of a structure.
+        """Add a structure to the sums.
 
         Raises:
             ValueError: if a label is NaN or infinite.
@@ -59,7 +59,7 @@ class Tally:
             self._targets[name] = _joined(self._targets.get(name), np.array([1.0, _finite(structure, name, value), 0]))
 
     def merge(self, other: "Tally") -> None:
-        """Take note of all that another tally has seen."""
+        """Add all structures that another tally has seen."""
         self.num_energies += other.num_energies
         self._rows += [*other._triangle, *other._rows]  # noqa: SLF001
         self._fold()
@@ -93,9 +93,9 @@ class Tally:
         return dict(zip(elements.tolist(), energies.tolist(), strict=True))
 
     def statistics(self) -> dict[str, Statistics]:
-        """Return mean and standard deviation (of all seen: not n - 1) of every label that was seen.
+        """Return mean and standard deviation (divided by n, not n - 1) of every label that was seen.
 
-        The energy is what the linear reference leaves of it; the forces' mean is zero by definition.
+        The linear reference is subtracted from the energy first; the mean of the forces is zero by definition.
         """
         found = {}
         if self.num_energies:

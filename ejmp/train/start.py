@@ -1,11 +1,26 @@
-"""A pre-trained model made ready for another task: its backbone with a new head."""
+"""Models to start training from: random weights with fitted scale factors, or a trained backbone with a new head."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
+from ejmp.data import MixSampler
+from ejmp.model.config import JMPConfig
 from ejmp.model.jmp import JMP
+from ejmp.model.scale_factors import fit_scale_factors
+from ejmp.train.sources import TaskData, loader_of
+
+
+def new_model(config: JMPConfig, sources: Sequence[TaskData], *, seed: int) -> JMP:
+    """Return an untrained model whose scale factors are fitted to some of the sources' training structures."""
+    torch.manual_seed(seed)
+    model = JMP(config)
+    sizes = [len(source.split("train")) for source in sources]
+    loader = loader_of(sources, "train", MixSampler(sizes=sizes, seed=seed, batch_size=16))
+    fit_scale_factors(model, [batch.graph for batch in loader.batches(0, 64)])
+    return model
 
 
 def for_finetuning(
@@ -14,10 +29,10 @@ def for_finetuning(
     """Return a model with one new, random head (JMP, arXiv 2310.16802) and the backbone of a trained one.
 
     Args:
-        model: left as it is.
+        model: trained model, which is not changed.
         direct_forces: keep the force branch; without it forces are gradients of the energy.
-        reduction: of atoms to a structure's value: "mean" for intensive targets.
-        seed: of the head.
+        reduction: how atoms' outputs make a structure's: "mean" for intensive targets.
+        seed: seed of the head's random weights.
 
     Raises:
         ValueError: if a force branch is asked for and the model has none.

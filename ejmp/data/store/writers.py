@@ -1,4 +1,4 @@
-"""The processes of one conversion: alone, or those `mpirun` started."""
+"""The processes that write one conversion: this one alone, or those that `mpirun` started."""
 
 import os
 import sys
@@ -10,8 +10,11 @@ _LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MPI_LOCALNRANKS"
 """Environment variables by which MPI libraries and srun tell a process that it is one of many."""
 
 
-class Ranks:
-    """The processes that work together; mpi4py is needed only if a launcher started them."""
+class Writers:
+    """The processes that convert one source together; mpi4py is needed only if a launcher started them.
+
+    `rank` is the number of this process among the `size` that there are.
+    """
 
     def __init__(self) -> None:
         self._world = None
@@ -23,17 +26,20 @@ class Ranks:
             self.rank, self.size = self._world.rank, self._world.size
 
     def share(self, value: Any) -> Any:
-        """Return rank 0's value on every rank."""
+        """Return the value that rank 0 passes, on every rank."""
         return value if self._world is None else self._world.bcast(value)
 
     def wait(self) -> None:
-        """Return when every rank has come here."""
+        """Return when every process has called this."""
         if self._world is not None:
             self._world.barrier()
 
     @contextmanager
     def ending_together(self) -> Iterator[None]:
-        """Let an error of one rank end all, which would wait for it forever; alone, it is raised as usual."""
+        """End all processes if one meets an error, because the others would wait for it forever.
+
+        The error of a process that is alone is raised as usual.
+        """
         try:
             yield
         except BaseException as error:

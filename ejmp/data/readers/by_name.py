@@ -1,4 +1,4 @@
-"""The formats by name, and `read`."""
+"""The formats by name, and `read`, which yields the structures of a source in any of them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,23 +26,36 @@ FORMATS: dict[str, Format] = {
     "qmof": QMOF,
     "ase": ASE,
 }
+"""Every format ejmp reads, by its name; `ejmp.data.read.FORMATS` is the same mapping."""
+
+
+def find_format(name: str) -> Format:
+    """Return the format of that name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name not in FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {name!r}")
+    return FORMATS[name]
 
 
 def read(path: str | Path, *, format: str) -> Iterator[Structure]:  # noqa: A002, the word that convert has for it
     """Yield the structures of a dataset in its original form, in eV and A, with ids unique in it.
 
     Args:
-        path: a file or a folder, as the format's module in ejmp.data says.
-        format: one of FORMATS.
+        path: a file or a folder, as the format's module in ejmp.data.readers says.
+        format: a name of `read.FORMATS`.
 
     Raises:
         ValueError: if there is no such format, or the source is damaged or not of that format; it names the file.
         FileNotFoundError: if there is nothing at the path.
     """
-    if format not in FORMATS:
-        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    chosen = find_format(format)
     source = Path(path)
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
-    chosen = FORMATS[format]
     return (structure for part in chosen.parts(source) for structure in chosen.read(source, part))
+
+
+read.FORMATS = FORMATS  # pyright: ignore[reportFunctionMemberAccess]

@@ -1,0 +1,106 @@
+"""A step of the GPU campaign: rows that are on disk as soon as they are measured, or say why they could not be."""
+
+import gc
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from gpu_provenance import describe
+from gpu_setting import Setting
+
+FORMAT = 1
+"""Version of the layout of a step's JSON."""
+LONG = ("log_tail", "text", "parameters")
+"""Fields of rows that are not printed."""
+
+
+class Skip(Exception):  # noqa: N818 - not an error
+    """Raised where something is not measured, with the reason."""
+
+
+class Step:
+    """The results of one step, written after every row: what was measured survives whatever comes after.
+
+    Args:
+        name: name of the step and of its file.
+        setting: where the campaign runs.
+        **about: values that hold for all rows.
+    """
+
+    def __init__(self, name: str, setting: Setting, **about: Any) -> None:
+        self.setting = setting
+        self.path = setting.out / f"{name}.json"
+        self.start = time.perf_counter()
+        self.lost = ""
+        made = describe(setting.device)
+        self.result: dict[str, Any] = {"format": FORMAT, "step": name, "dry": setting.dry, "provenance": made, **about}
+        self.result["rows"] = []
+        self.write()
+
+    def left(self) -> float:
+        """Return the seconds that are left of the step's budget."""
+        return self.setting.seconds - (time.perf_counter() - self.start)
+
+    def require_time(self) -> None:
+        """Raise Skip if there is no time for one more row.
+
+        Raises:
+            Skip: if the budget is used up, or the GPU is lost.
+        """
+        if self.lost or self.left() < 0:
+            raise Skip(self.lost or f"the step's {self.setting.seconds:.0f} s were used up")
+
+    def write(self) -> None:
+        """Write the step's file; a reader never meets half of one."""
+        self.result["seconds"] = time.perf_counter() - self.start
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = self.path.with_suffix(".part")
+        new.write_text(json.dumps(self.result, indent=1) + "\n")
+        new.replace(self.path)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add a row, write the file and print a line about the row."""
+        self.result["rows"].append(row)
+        self.write()
+        state = row.get("skipped") or row.get("failed")
+        named = ", ".join(str(v)[:100] for k, v in row.items() if isinstance(v, str | int) and k not in LONG)
+        print(f"  {named}" if state else f"  {named}: {row.get('ms', 0):.4g} ms", flush=True)
+
+    @contextmanager
+    def row(self, **about: Any) -> Iterator[dict[str, Any]]:
+        """Add the row that the body fills, or the reason why it could not."""
+        found = dict(about)
+        with reasons(found):
+            yield found
+        if any(word in found.get("failed", "") for word in ("CUDA error", "illegal memory access")):
+            self.lost = "an earlier row broke the CUDA context"
+        self.add(found)
+        gc.collect()
+        if self.setting.device.type == "cuda" and not self.lost:
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def reasons(row: dict[str, Any]) -> Iterator[None]:
+    """Note in a row why it could not be measured: one row must not end the others."""
+    try:
+        yield
+    except Skip as reason:
+        row["skipped"] = str(reason)
+    except torch.OutOfMemoryError:
+        row["skipped"] = "out of memory"
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is in the row
+        row["failed"] = f"{type(error).__name__}: {str(error).strip()[:300]}"
+
+
+def require_error(row: dict[str, Any], tolerance: float) -> None:
+    """Raise RuntimeError if a row's error is above a tolerance, so that nothing wrong is timed.
+
+    Raises:
+        RuntimeError: if the error is larger, or not a number.
+    """
+    if not row["error"] <= tolerance:
+        raise RuntimeError(f"not timed: error {row['error']:.1e}")

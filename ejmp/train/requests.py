@@ -1,0 +1,126 @@
+"""What each training command is asked to do: one frozen dataclass per command, made once from its flags.
+
+Needs no torch, so that --help is quick.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ejmp.compress.config import DistillConfig
+from ejmp.model.config import Precision
+from ejmp.train.config import TrainConfig
+from ejmp.train.logs import Tracker
+
+Device = Literal["auto", "cpu", "cuda"]
+ModelSize = Literal["demo", "jmp-s", "jmp-l"]
+SplitName = Literal["train", "val", "test"]
+ForceKind = Literal["gradient", "direct"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRequest:
+    """Where a training run is kept, whether it goes on, and with which settings."""
+
+    directory: Path
+    """Folder of the run."""
+    resume: bool
+    """Whether to go on from the newest checkpoint in the folder."""
+    trackers: tuple[Tracker, ...]
+    """Services that get the logged numbers as well."""
+    config: TrainConfig
+    """Settings of the training loop."""
+    given: frozenset[str]
+    """Names of the settings that were given on the command line; the others may be adapted to the data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What every command is asked."""
+
+    device: Device
+    """Device to run on; "auto" takes CUDA if there is one."""
+    data: str | None
+    """Record stores, as "NAME=FOLDER,..."; None: demo data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRequest(Request):
+    """What every command that trains is asked."""
+
+    run: RunRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainRequest(TrainingRequest):
+    """Pre-train a model from random weights."""
+
+    model: ModelSize
+    """Sizes of the model."""
+    blocks: int | None
+    """Number of interaction blocks; None: as many as models of this size have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillRequest(TrainingRequest):
+    """Make a student, from a teacher's blocks or a saved model, and distil the teacher into it.
+
+    Raises:
+        ValueError: unless exactly one of blocks, keep and student says what the student is.
+    """
+
+    teacher: Path | None
+    """Saved teacher; None: the demo teacher."""
+    teacher_precision: Precision | None
+    """Precision the teacher runs in; None: the fastest of the device."""
+    blocks: int | None
+    """The student keeps this many of the teacher's blocks, the first ones."""
+    keep: tuple[int, ...] | None
+    """The student keeps these blocks of the teacher."""
+    student: Path | None
+    """Saved model to go on with as the student."""
+    final_mlp: Literal["sliced", "random"]
+    """How the first layer of a pruned student's final MLP is made; see `ejmp.prune`."""
+    freeze_blocks: bool
+    """Whether to train only the final MLP and the heads."""
+    terms: DistillConfig
+    """Weights of the loss."""
+
+    def __post_init__(self) -> None:
+        """Check that there is one student."""
+        if sum(map(bool, (self.blocks, self.keep, self.student))) != 1:
+            raise ValueError("student: expected one of --blocks, --keep and --student")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRequest(TrainingRequest):
+    """Fine-tune a model on one dataset."""
+
+    demo: str
+    """Name of the demo set to train on if there is no record store."""
+    target: str
+    """What is learned from a record store: "energy", or the name of another label."""
+    forces: ForceKind
+    """How forces are predicted, for a record store with forces."""
+    start: Path | None
+    """Saved model whose backbone is the start; None: the demo teacher's."""
+    scratch: bool
+    """Whether to start from random weights of the same sizes instead."""
+    reduction: Literal["sum", "mean"]
+    """How atoms' outputs make a structure's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRequest(Request):
+    """Measure the errors of saved models."""
+
+    models: tuple[Path, ...]
+    """Saved models; none: the demo teacher."""
+    demo: str | None
+    """Name of the demo set to fine-tune on that is evaluated instead of the demo mix."""
+    split: SplitName
+    """Split to evaluate."""
+    batch_size: int
+    """Number of structures per rank and step."""
+    output: Path | None
+    """File to write the errors to, as JSON."""

@@ -1,0 +1,236 @@
+"""Every verb of `ejmp`, started the way a user does, with the smallest work it can be given."""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+import torch
+from ase.build import molecule
+from support.inputs import environment
+
+import ejmp
+from ejmp import cli
+from ejmp.data import Structure
+from ejmp.data.store.conversion import convert
+from ejmp.train import main as training_main
+from ejmp.train.config import TrainConfig
+from ejmp.train.demo import demo_config
+from ejmp.train.flags import COMMANDS
+from ejmp.train.sources import TASKS_FILE, from_stores, tasks_text
+
+ROOT = Path(__file__).parents[1]
+RUN = ("--device", "cpu", "--steps", "2", "--batch-size", "2", "--validate-every", "2", "--log-every", "1")
+STARTED = set()
+"""Verbs that a test of this file has run."""
+
+
+def ejmp_command(*arguments):
+    """Run `ejmp ARGUMENTS` in a process of its own, and return what it printed."""
+    words = [str(argument) for argument in arguments]
+    STARTED.add(" ".join(words[: 2 if words[0] == "data" else 1]))
+    start = [sys.executable, "-c", "import sys; from ejmp.cli import main; sys.exit(main())"]
+    variables = environment(DS_ACCELERATOR="cpu")
+    done = subprocess.run([*start, *words], capture_output=True, text=True, timeout=300, env=variables, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def methanols(count, seed):
+    """Shaken methanol molecules with random energies and forces."""
+    random = np.random.default_rng(seed)
+    for number in range(count):
+        atoms = molecule("CH3OH")
+        atoms.positions += random.normal(scale=0.05, size=(6, 3))
+        yield Structure(
+            numbers=atoms.numbers,
+            positions=atoms.positions,
+            energy=random.normal() - 2000,
+            forces=random.normal(size=(6, 3)),
+            id=f"{seed}-{number}",
+        )
+
+
+def write_xyz(path, structures):
+    frames = []
+    for structure in structures:
+        atoms = ase.Atoms(structure.numbers, structure.positions)
+        atoms.calc = ase.calculators.singlepoint.SinglePointCalculator(
+            atoms, energy=structure.energy, forces=structure.forces
+        )
+        frames.append(atoms)
+    ase.io.write(path, frames)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with methanol.xyz, record stores methanol/{train,val,test}, and a model of two blocks for them."""
+    folder = tmp_path_factory.mktemp("verbs")
+    for seed, (split, count) in enumerate({"train": 8, "val": 4, "test": 4}.items()):
+        write_xyz(folder / f"{split}.xyz", methanols(count, seed))
+        convert(folder / f"{split}.xyz", folder / "methanol", format="ase", split=split)
+    write_xyz(folder / "methanol.xyz", methanols(1, 9))
+    torch.manual_seed(0)
+    sizes = {name: 8 for name in vars(demo_config()) if name.startswith("emb_size")}
+    model = ejmp.JMP(dataclasses.replace(demo_config(blocks=2), num_tasks=1, num_radial=8, **sizes))
+    tasks = tasks_text(from_stores(f"methanol={folder / 'methanol'}"))
+    ejmp.save(model, folder / "model", more={TASKS_FILE: tasks})
+    return folder
+
+
+@pytest.fixture
+def data(folder):
+    return f"methanol={folder / 'methanol'}"
+
+
+def test_doctor():
+    assert "reference" in ejmp_command("doctor")
+
+
+def test_bench_and_report(folder, tmp_path):
+    work = (
+        "--structures",
+        folder / "methanol.xyz",
+        "--small",
+        "--blocks",
+        "1",
+        "--precision",
+        "fp32",
+        "--device",
+        "cpu",
+    )
+    result = tmp_path / "bench.json"
+    printed = ejmp_command("bench", *work, "--seconds", "0", "--output", result)
+    shown = ejmp_command("report", result, "--output", tmp_path / "again.png")
+    assert "| precision | blocks |" in shown
+    assert shown.splitlines()[0] in printed
+    assert (tmp_path / "again.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_profile_and_report(folder, tmp_path, capsys):
+    work = ("--structures", folder / "methanol.xyz", "--small", "--blocks", "1", "--device", "cpu", "--no-fvcore")
+    result = tmp_path / "profile.json"
+    printed = ejmp_command("profile", *work, "--rounds", "1", "--output", result)
+    assert cli.main(["report", str(result)]) == 0
+    assert capsys.readouterr().out.strip() in printed
+    assert cli.main(["report", str(result), "--output", "never.png"]) == 2
+    assert "no picture of a profile" in capsys.readouterr().err
+
+
+def test_data(folder, tmp_path):
+    dest = tmp_path / "methanol"
+    made = ("data", "convert", folder / "train.xyz", dest, "--format", "ase", "--split", "train", "--licence", "CC0")
+    assert f"{dest / 'train'}: 8 structures" in ejmp_command(*made)
+    assert "8 structures, 48 atoms" in ejmp_command("data", "info", dest / "train")
+    assert "0 problems" in ejmp_command("data", "verify", dest / "train")
+    assert "energy: mean" in ejmp_command("data", "stats", dest / "train")
+
+
+def test_data_fetch(tmp_path):
+    """A file that is there already, and has no published hash, is kept: no network is needed."""
+    (tmp_path / "qmof.zip").write_bytes(b"here")
+    assert str(tmp_path / "qmof.zip") in ejmp_command("data", "fetch", "qmof", tmp_path)
+
+
+def test_prune(folder, tmp_path):
+    assert "blocks 1" in ejmp_command("prune", folder / "model", tmp_path / "small", "--keep", "1")
+    assert ejmp.load(tmp_path / "small").config.kept_blocks == (1,)
+
+
+def test_relevance_and_report(folder, data, tmp_path, capsys):
+    result = tmp_path / "relevance.json"
+    asked = ("relevance", folder / "model", "--data", data, "--structures", "2", "--labels")
+    printed = ejmp_command(*asked, "--output", result)
+    assert cli.main(["report", str(result), "--output", str(tmp_path / "picture.png")]) == 0
+    table = "\n".join(line for line in printed.splitlines() if line.startswith("|"))
+    assert "| methanol | energy |" in table
+    assert table in capsys.readouterr().out
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_refuses_other_files(tmp_path, capsys):
+    (tmp_path / "other.json").write_text("{}")
+    assert cli.main(["report", str(tmp_path / "other.json")]) == 2
+    assert "expected a result of bench, profile or relevance" in capsys.readouterr().err
+
+
+def test_pretrain(data, tmp_path):
+    pytest.importorskip("deepspeed")
+    printed = ejmp_command("pretrain", "--data", data, "--blocks", "1", "--run", tmp_path / "run", *RUN)
+    assert "| trained |" in printed
+    assert ejmp.load(tmp_path / "run" / "final").config.blocks == 1
+
+
+def test_distill(folder, data, tmp_path):
+    pytest.importorskip("deepspeed")
+    student = ("--teacher", folder / "model", "--blocks", "1")
+    printed = ejmp_command("distill", "--data", data, *student, "--run", tmp_path / "run", *RUN)
+    assert "blocks 0: BR+KD" in printed
+    assert ejmp.load(tmp_path / "run" / "final").config.kept_blocks == (0,)
+
+
+def test_finetune(folder, data, tmp_path):
+    pytest.importorskip("deepspeed")
+    printed = ejmp_command("finetune", "--data", data, "--start", folder / "model", "--run", tmp_path / "run", *RUN)
+    assert "after, on the test split" in printed
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    assert settings["validate_every"] == 2  # as RUN says
+    assert (settings["warmup_steps"], settings["cosine_steps"]) == (20, 128)  # JMP's 5 and 32 epochs of 4 steps
+    assert not ejmp.load(tmp_path / "run" / "final").config.direct_forces
+
+
+def test_evaluate(folder, data, tmp_path):
+    model, output = folder / "model", tmp_path / "errors.json"
+    printed = ejmp_command("evaluate", model, "--data", data, "--device", "cpu", "--split", "test", "--output", output)
+    assert "| methanol energy_meV |" in printed
+    assert set(json.loads(output.read_text())[str(model)]["methanol"]) >= {"energy_meV", "forces_meV_per_A"}
+
+
+def verbs(parser):
+    """Yield the verbs of a parser, and those of `data` with their own."""
+    for action in parser._subparsers._group_actions:
+        for name, sub in action.choices.items():
+            if sub._subparsers is None:
+                yield name
+            else:
+                yield from (f"{name} {verb}" for verb in verbs(sub))
+
+
+def test_no_verb_was_forgotten():
+    """Runs last: what the tests above have started is all that the parser knows."""
+    pytest.importorskip("deepspeed")
+    known = set(verbs(cli.make_parser()))
+    if {"doctor", "evaluate"} <= STARTED:  # not when a single test was asked for
+        assert known == STARTED
+    assert known >= {"bench", "data convert", "prune", "relevance", "finetune", "evaluate", "report", "doctor"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_flags_are_those_of_the_launch_scripts(name, capsys):
+    """`ejmp finetune` and launch/finetune.py take the same flags."""
+    texts = []
+    for start, arguments in ((cli.main, ([name, "--help"],)), (training_main.main, (name, ["--help"]))):
+        with pytest.raises(SystemExit):
+            start(*arguments)
+        texts.append(capsys.readouterr().out.partition("options:")[2])
+    assert "--device" in texts[0]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_requests_are_made_of_flags(name):
+    parser = argparse.ArgumentParser()
+    COMMANDS[name].add_flags(parser)
+    words = {"distill": ["--blocks", "2"]}.get(name, [])
+    request = COMMANDS[name].request(parser.parse_args(["--device", "cpu", *words]))
+    assert request.device == "cpu"
+    assert request.data is None
+    if name != "evaluate":
+        assert request.run.directory == Path("runs", name)
+        assert isinstance(request.run.config, TrainConfig)
+        assert request.run.given == frozenset()
