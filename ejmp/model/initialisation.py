@@ -37,19 +37,19 @@ def orthogonal_(weight: Tensor) -> Tensor:
     """
     tall = weight if weight.shape[0] >= weight.shape[1] else weight.mT
     rows, columns = tall.shape
-    vectors = torch.randn(rows, columns, dtype=weight.dtype, device=weight.device).tril_()
-    first, norm = vectors.diagonal().clone(), vectors.square().sum(0).sqrt()
-    sign = torch.where(first < 0, -1.0, 1.0).to(weight.dtype)
-    vectors.diagonal().add_(sign * norm)
-    scale = 1 / (norm * (norm + first.abs()))  # 2 / v^T v; a reflection is 1 - scale v v^T
-    tall.zero_().fill_diagonal_(1)
+    tall.zero_()
     for start in reversed(range(0, columns, PANEL)):
         stop = min(start + PANEL, columns)
-        v, own = vectors[start:, start:stop], scale[start:stop]
-        # the product of a panel's reflections is 1 - v t v^T, with an upper triangular t (Schreiber and Van Loan 1989)
-        inverse = torch.triu(v.mT @ v, 1)
-        inverse.diagonal().copy_(1 / own)
-        rest = tall[start:, start:]
-        rest.addmm_(v, torch.linalg.solve_triangular(inverse, v.mT @ rest, upper=True), alpha=-1)
-    tall *= -sign
+        # column i of v, from row i on, is a vector x, turned into that of the reflection that takes x to -sign |x| e_i
+        v = torch.randn(rows - start, stop - start, dtype=weight.dtype, device=weight.device).tril_()
+        first, norm = v.diagonal().clone(), v.square().sum(0).sqrt()
+        sign = torch.where(first < 0, -1.0, 1.0).to(weight.dtype)
+        v.diagonal().add_(sign * norm)
+        # the product of these reflections is 1 - v t v^T, with an upper triangular t (Schreiber and Van Loan 1989)
+        inverse_of_t = torch.triu(v.mT @ v, 1)
+        inverse_of_t.diagonal().copy_(norm * (norm + first.abs()))
+        tall.diagonal()[start:stop] = -sign
+        width = stop - start
+        on_rest = torch.cat([v[:width].mT * -sign, v[width:].mT @ tall[stop:, stop:]], dim=1)  # v^T times what is there
+        tall[start:, start:].addmm_(v, torch.linalg.solve_triangular(inverse_of_t, on_rest, upper=True), alpha=-1)
     return weight

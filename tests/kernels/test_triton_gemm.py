@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from support.inputs import environment
 from support.tolerances import relative_error, tolerance
 
 from ejmp_kernels import registry, specification
@@ -119,7 +120,9 @@ def stay_inside():
 
 @pytest.mark.skipif(not interpreted(), reason="guard pages are for the interpreter; on a GPU compute-sanitizer looks")
 def test_nothing_beyond_the_ends_is_touched():
-    result = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, __file__], capture_output=True, text=True, check=False, env=environment()
+    )
     assert result.returncode == 0, result.stderr
 
 
