@@ -120,9 +120,7 @@ def stay_inside():
 
 @pytest.mark.skipif(not interpreted(), reason="guard pages are for the interpreter; on a GPU compute-sanitizer looks")
 def test_nothing_beyond_the_ends_is_touched():
-    result = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, check=False, env=environment()
-    )
+    result = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False, env=environment())
     assert result.returncode == 0, result.stderr
 
 
