@@ -134,7 +134,7 @@ class Compiled:
         self._prepare(graph)
         shape = self.buckets.choose(graph)
         if self._frozen is None:
-            self._frozen = frozen(self.model)
+            self._frozen, self._addresses = frozen(self.model), self._where()
         model = self._frozen
 
         def run(padded: AtomGraph) -> Result:
@@ -154,6 +154,8 @@ class Compiled:
         self.model.check_graph(graph)
         if self.record is record_cuda_graph and graph.device.type != "cuda":
             raise RuntimeError(f'mode="latency" needs a CUDA device, the graph is on {graph.device}')
+        if self.record is None and self._frozen is None:
+            return  # traced code asks the modules for their parameters
         addresses = self._where()
         if addresses != self._addresses:  # moved, converted, or loaded by assignment
             self._addresses = addresses
