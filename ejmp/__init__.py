@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from ejmp.compress.relevance import block_relevance
     from ejmp.graph.build import build_graph, graph_from_edges
     from ejmp.graph.graph import AtomGraph, EdgeSet
+    from ejmp.graph.settings import GraphSettings
     from ejmp.graph.structure import Structure
     from ejmp.model.checkpoint import load, save
     from ejmp.model.config import JMPConfig, jmp_l, jmp_s
     from ejmp.model.jmp import JMP, Features, Output, gradient_forces
     from ejmp.model.scale_factors import fit_scale_factors
+    from ejmp.model.task import Task
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,9 +27,11 @@ __all__ = [
     "AtomGraph",
     "EdgeSet",
     "Features",
+    "GraphSettings",
     "JMPConfig",
     "Output",
     "Structure",
+    "Task",
     "block_relevance",
     "build_graph",
     "fit_scale_factors",
@@ -48,7 +52,9 @@ _MODULES = {
     "compress.pruning": ("prune",),
     "compress.relevance": ("block_relevance",),
     "model.scale_factors": ("fit_scale_factors",),
+    "graph.settings": ("GraphSettings",),
     "graph.structure": ("Structure",),
+    "model.task": ("Task",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

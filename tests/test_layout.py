@@ -11,7 +11,18 @@ import pytest
 from support.inputs import ROOT
 
 HEAVY = {"ase", "lmdb", "deepspeed", "fvcore", "h5py", "mpi4py", "matplotlib", "pooch", "rich", "safetensors", "scipy"}
-ORDER = ("provenance", "graph", ("model", "data"), "compress", "train", "measure", "cli")
+ORDER = (
+    "provenance",
+    "graph",
+    "catalog",
+    ("model", "data"),
+    "compress",
+    "predict",
+    ("pyg", "torchsim", "export"),
+    "train",
+    "measure",
+    "cli",
+)
 """The rooms of ejmp, each of which may import those before it; the kernels come before all of them."""
 RANK = {room: i for i, rooms in enumerate(ORDER) for room in ((rooms,) if isinstance(rooms, str) else rooms)}
 SOURCES = sorted(

@@ -115,13 +115,12 @@ struct Bonnet {  // constants of degree l: 2l - 1, l - 1, 1 / l and the norm
         }
     }
 };
-template <class T>
-const Bonnet<T> BONNET;
 
 template <class T, bool D>
 void legendre(int64_t spherical, int64_t count, Tile<T, D> c, const T* mask, Tile<T, D> y, Tile<T, D> slopes,
               int64_t ld) {
-    const Bonnet<T>& n = BONNET<T>;
+    static const Bonnet<T> n;  // made at the first call: a constructor that runs as the library loads would have
+                               // instructions that this processor may lack
     for (int64_t k = 0; k < count; k += WIDTH<T>) {
         const Vec<T> x = load(c.value + k), on = load(mask + k);
         Vec<T> p0{}, p1{}, d0{}, d1{}, s0{}, s1{};  // P, P', P'' of the two degrees before

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from ejmp.data.catalog import DOWNLOADS
+from ejmp.catalog import DOWNLOADS
 from ejmp.data.fetch import fetch
 from ejmp.data.info import DatasetInfo, Statistics
 from ejmp.data.store.conversion import SHARD_SIZE, convert

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from ejmp.data.catalog import CATALOG
+from ejmp.catalog import CATALOG
 from ejmp.data.info import DatasetInfo
 from ejmp.graph.structure import Structure
 

@@ -7,7 +7,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from ejmp.data.catalog import RemoteFile
+from ejmp.catalog import RemoteFile
 
 _CHUNK = 1 << 20
 """Bytes read at a time."""

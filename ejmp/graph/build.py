@@ -19,6 +19,7 @@ from ejmp.graph.graph import (
     make_edge_set,
     pack_offset,
 )
+from ejmp.graph.settings import MAX_CUTOFF, MAX_NEIGHBORS
 from ejmp.graph.structure import Checked, check_structure, is_integer, to_list
 from ejmp_kernels import availability
 from ejmp_kernels.neighbors import (
@@ -32,8 +33,6 @@ from ejmp_kernels.neighbors import (
 
 QUAD_TAGS = (1, 2)
 """Tags of the atoms around which quadruplets are formed: surface and adsorbate or molecule, not bulk."""
-MAX_CUTOFF, MAX_NEIGHBORS = 1_000.0, 1_000_000
-"""Largest cutoff (A) and number of neighbours that are accepted."""
 MIN_DISTANCE = 0.01
 """Two atoms closer than this are an error, A."""
 

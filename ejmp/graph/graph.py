@@ -9,7 +9,7 @@ the target, and an atom can have several edges to periodic images of one neighbo
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -123,26 +123,41 @@ class AtomGraph:
             graph = graph._recomputed(graph.positions, check_dtype(dtype))  # noqa: SLF001 - of its own class
         return graph
 
-    def with_positions(self, positions: Tensor) -> Self:
+    def with_positions(self, positions: Tensor, *, strain: Tensor | None = None) -> Self:
         """Return the graph with the same edges at other positions; distances and vectors are recomputed.
 
         Args:
             positions: new positions, [N, 3], A; gradients flow to them through distances and vectors.
+            strain: deformation of each structure, [B, 3, 3], without a unit: positions, cells and shifts x become
+                x + x . strain. Gradients flow to it too; that of an energy is the virial.
 
         Raises:
-            ValueError: if the shape differs from this graph's positions.
+            ValueError: if a shape differs from what this graph needs.
         """
         if positions.shape != self.positions.shape:
             raise ValueError(f"positions: expected shape {tuple(self.positions.shape)}, got {tuple(positions.shape)}")
-        return self._recomputed(positions.to(self.device, torch.float64), self.dtype)
+        if strain is not None and strain.shape != self.cell.shape:
+            raise ValueError(f"strain: expected shape {tuple(self.cell.shape)}, got {tuple(strain.shape)}")
+        return self._recomputed(positions.to(self.device, torch.float64), self.dtype, strain)
 
-    def _recomputed(self, positions: Tensor, dtype: torch.dtype) -> Self:
-        edge_sets = {}
+    def _recomputed(self, positions: Tensor, dtype: torch.dtype, strain: Tensor | None = None) -> Self:
+        fields: dict[str, Any] = {"positions": positions}
+        if strain is not None:
+            strain = strain.to(self.device, torch.float64)
+            fields["positions"] = positions = _strained(positions, strain[self.batch])
+            fields["cell"] = self.cell + self.cell @ strain
         for name in EDGE_SETS:
             edges: EdgeSet = getattr(self, name)
-            distance, vector = edge_geometry(positions, edges.source, edges.target, edges.shift)
-            edge_sets[name] = dataclasses.replace(edges, distance=distance.to(dtype), vector=vector.to(dtype))
-        return dataclasses.replace(self, positions=positions, **edge_sets)
+            shift = edges.shift if strain is None else _strained(edges.shift, strain[self.batch[edges.target]])
+            distance, vector = edge_geometry(positions, edges.source, edges.target, shift)
+            moved = {"shift": shift, "distance": distance.to(dtype), "vector": vector.to(dtype)}
+            fields[name] = dataclasses.replace(edges, **moved)
+        return dataclasses.replace(self, **fields)
+
+
+def _strained(rows: Tensor, strain: Tensor) -> Tensor:
+    """Deform row vectors [n, 3] by a strain each, [n, 3, 3]."""
+    return rows + (rows[:, None] @ strain)[:, 0]
 
 
 def _move(value: Value, device: torch.device) -> Value:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ejmp.data.catalog import CATALOG
+from ejmp.catalog import CATALOG
 from ejmp.graph.structure import Structure
 
 if TYPE_CHECKING:

@@ -1,6 +1,7 @@
 """JMP: embed atoms and edges, run the blocks, read each block out, and turn that into energies and forces."""
 
 import copy
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -20,6 +21,7 @@ from ejmp.model.outputs import Features, Output
 from ejmp.model.precision import LOW_PRECISION, check_name, check_precision, products
 from ejmp.model.reference_executor import ReferenceExecutor
 from ejmp.model.regions import region
+from ejmp.model.task import Task, check_tasks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,9 +90,10 @@ class JMP(nn.Module):
             "fp16" run the linear maps of embedding, blocks and final MLP in the low type and geometry, bases,
             neighbour sums, heads and the atoms' residual stream in float32 (the edges' stream is in the low type);
             "tf32" is float32 with TF32 products in the forward pass. All but "fp32" need float32 parameters.
+        tasks: what the heads predict, in which units and of which graphs; `ejmp.save` keeps them with the weights.
 
     Raises:
-        ValueError: for an unknown backend or precision; and, when called, for a precision the device does not have.
+        ValueError: for an unknown backend or precision, or tasks that do not fit the heads; and, when called, for a precision the device does not have.
         RuntimeError: for a backend that cannot be had here, with the reason; and, when called, for one that does not
             serve the device or precision.
     """
@@ -100,9 +103,12 @@ class JMP(nn.Module):
         config: JMPConfig,
         backend: Backend = "auto",
         precision: Precision = "fp32",
+        *,
+        tasks: Iterable[Task] = (),
     ) -> None:
         super().__init__()
         self.config = config
+        self.tasks = tasks
         self.requested_backend: Backend = check_backend(backend)
         self.precision: Precision = check_name(precision)
         self.embedding = AtomEmbedding(config)
@@ -126,6 +132,32 @@ class JMP(nn.Module):
         if precision is not None:
             other.precision = check_name(precision)
         return other
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """What the heads predict, in which units and of which graphs; empty if nobody said."""
+        return self._tasks
+
+    @tasks.setter
+    def tasks(self, tasks: Iterable[Task]) -> None:
+        self._tasks = check_tasks(tasks, self.config)
+
+    def task(self, name: str | None = None) -> Task:
+        """Return one of the model's tasks.
+
+        Args:
+            name: name of the task; None is enough if there is only one.
+
+        Raises:
+            ValueError: if the model does not say what its heads predict, or has no such task, naming those it has.
+        """
+        if not self.tasks:
+            raise ValueError("model: it does not say what its heads predict; set model.tasks (see ejmp.Task)")
+        found = [task for task in self.tasks if name in (None, task.name)]
+        if len(found) != 1:
+            names = ", ".join(task.name for task in self.tasks)
+            raise ValueError(f"task: expected one of {names}, got {name!r}")
+        return found[0]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from ejmp.data import DEMO_DOWNSTREAM, DEMO_MIX, Dataset, Loader, demo, open_store
-from ejmp.data.catalog import CATALOG, GraphSettings
+from ejmp.catalog import CATALOG, GraphSettings
 from ejmp.data.sampling.mix import Sampler
 from ejmp.model.jmp import JMP
 from ejmp.train.task import Task, Tasks, pretrain_tasks
@@ -85,7 +85,7 @@ def from_stores(
     """Open record stores (`ejmp data convert`) named like "oc20=PATH,oc22=PATH"; heads are numbered in that order.
 
     Args:
-        spec: Names and folders, each with a folder per split; a name in the catalogue (`ejmp.data.catalog`) brings its
+        spec: Names and folders, each with a folder per split; a name in the catalogue (`ejmp.catalog`) brings its
             cutoff and neighbours.
         target: Label that the heads learn.
         forces: How forces are predicted.

@@ -1,111 +1,15 @@
-"""Tasks: which labels of a dataset a head learns, in which normalisation, with which weights in the loss."""
+"""The tasks of a mix, which normalise whole batches. `ejmp.model.task` says what a task is."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ejmp.data.catalog import CATALOG, FINETUNING
-from ejmp.data.info import DatasetInfo
 from ejmp.data.sampling.batch import Batch
 from ejmp.graph.structure import MAX_ATOMIC_NUMBER
+from ejmp.model.task import Task, finetune_task, pretrain_tasks
 
-FORCE_WEIGHT = 100.0
-"""JMP's for fine-tuning on forces."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """One dataset's head, normalisation and loss weights.
-
-    A model's raw energy is (energy - linear reference - mean) / std. Its raw direct forces are forces / force_std; raw
-    gradient forces are the negative gradient of the raw energy, so in units of std.
-
-    Raises:
-        ValueError: for a negative head or weight, or a std that is not positive.
-    """
-
-    name: str
-    """Name of the dataset."""
-    head: int = 0
-    """Index of the model's head, from 0."""
-    target: str = "energy"
-    """Label the head predicts: "energy", or a name in `Batch.targets`."""
-    linear_reference: Mapping[int, float] = field(default_factory=dict)
-    """Energy by atomic number, in eV, which is subtracted for each atom. If there is one, the energy of a structure
-    with another element counts as missing."""
-    mean: float = 0.0
-    """Mean of the target after subtracting the reference, in the target's unit."""
-    std: float = 1.0
-    """Standard deviation of the target after subtracting the reference, in the target's unit."""
-    force_std: float = 1.0
-    """Standard deviation of the force components, in eV/A."""
-    unit: str = "eV"
-    """Unit of the target."""
-    energy_weight: float = 1.0
-    """Weight of the target's error in the loss; 0: the target is not trained."""
-    force_weight: float = 0.0
-    """Weight of the forces' error in the loss; 0: forces are not trained."""
-    forces: Literal["direct", "gradient"] | None = "direct"
-    """How forces are predicted: by the force branch, as the energy's gradient, or (None) not at all."""
-
-    def __post_init__(self) -> None:
-        """Check the head, the weights and the deviations."""
-        if self.head < 0:
-            raise ValueError(f"Task {self.name}: head: expected 0 or more, got {self.head}")
-        for name in ("energy_weight", "force_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"Task {self.name}: {name}: expected 0 or more, got {getattr(self, name)}")
-        for name in ("std", "force_std"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"Task {self.name}: {name}: expected a positive number, got {getattr(self, name)}")
-        if self.forces not in ("direct", "gradient", None) or (self.force_weight and self.forces is None):
-            raise ValueError(
-                f'Task {self.name}: forces: expected "direct" or "gradient" (None only with force_weight 0), '
-                f"got {self.forces!r}"
-            )
-
-    @classmethod
-    def from_info(
-        cls,
-        info: DatasetInfo,
-        *,
-        head: int = 0,
-        target: str = "energy",
-        forces: Literal["direct", "gradient"] | None = "direct",
-        force_weight: float = FORCE_WEIGHT,
-    ) -> Self:
-        """Make a task with the normalisation of a dataset's training split.
-
-        Args:
-            info: description of the dataset, with the statistics of its training split.
-            head: index of the model's head.
-            target: "energy", or another label of the dataset.
-            forces: how forces are predicted. They are trained if the target is the energy and the dataset has forces.
-            force_weight: weight of the forces' error in the loss.
-
-        Raises:
-            ValueError: if the dataset has no statistics of the target.
-        """
-        if target not in info.statistics:
-            known = ", ".join(sorted(info.statistics)) or "none"
-            raise ValueError(f"target: {info.name} has statistics of {known}, got {target!r}")
-        statistics, energy = info.statistics[target], target == "energy"
-        trained = energy and forces is not None and "forces" in info.statistics
-        return cls(
-            name=info.name,
-            head=head,
-            target=target,
-            linear_reference=info.linear_reference if energy else {},
-            mean=statistics.mean,
-            std=statistics.std,
-            force_std=info.statistics["forces"].std if trained else 1.0,
-            unit=statistics.unit,
-            force_weight=force_weight if trained else 0.0,
-            forces=forces if trained else None,
-        )
+__all__ = ["Task", "Tasks", "finetune_task", "pretrain_tasks"]
 
 
 class Tasks(Sequence[Task]):
@@ -216,46 +120,6 @@ class Tasks(Sequence[Task]):
 
 
 def _reference_row(task: Task) -> list[float]:
-    unknown = float("nan") if task.linear_reference else 0.0
-    return [task.linear_reference.get(number, unknown) for number in range(MAX_ATOMIC_NUMBER + 1)]
-
-
-def pretrain_tasks() -> Tasks:
-    """Return JMP's four pre-training tasks: oc20, oc22, ani1x, transition1x, on heads 0 to 3.
-
-    Their normalisation is that of energies less a linear reference, which comes with the data: put it in with
-    `dataclasses.replace`.
-    """
-    rows = [(entry.name, entry.pretraining) for entry in CATALOG.values() if entry.pretraining is not None]
-    return Tasks(
-        [
-            Task(name=name, head=head, std=row.energy_std, force_std=row.force_std, force_weight=row.force_weight)
-            for head, (name, row) in enumerate(rows)
-        ]
-    )
-
-
-def finetune_task(name: str) -> Task:
-    """Return a fine-tuning task with JMP's normalisation, on head 0; those on forces have gradient forces.
-
-    Args:
-        name: "aspirin", "ac_ala3_nhme", "solvated_amino_acids", "qm9_u0" (less a linear reference, which comes with
-            the data) or "qmof_gap".
-
-    Raises:
-        ValueError: if there is no such task.
-    """
-    if name not in FINETUNING:
-        raise ValueError(f"name: expected one of {', '.join(FINETUNING)}, got {name!r}")
-    row = FINETUNING[name]
-    if row.force_std is None:
-        return Task(name=name, target=row.target, mean=row.mean, std=row.std, forces=None)
-    return Task(
-        name=name,
-        target=row.target,
-        mean=row.mean,
-        std=row.std,
-        force_std=row.force_std,
-        force_weight=FORCE_WEIGHT,
-        forces="gradient",
-    )
+    reference = task.linear_reference or {}
+    unknown = float("nan") if reference else 0.0
+    return [reference.get(number, unknown) for number in range(MAX_ATOMIC_NUMBER + 1)]

@@ -14,7 +14,7 @@ import pytest
 import ejmp
 from ejmp import data
 from ejmp.data import DEMO_DOWNSTREAM, DEMO_MIX, FORMATS, catalog
-from ejmp.data.catalog import CATALOG, DOWNLOADS, FINETUNING
+from ejmp.catalog import CATALOG, DOWNLOADS, FINETUNING
 
 GRAPHS = {
     "oc20": (12.0, 30),

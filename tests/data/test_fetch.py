@@ -10,7 +10,7 @@ import pytest
 
 from ejmp import cli
 from ejmp.data import cli as commands
-from ejmp.data.catalog import CATALOG, Download, RemoteFile
+from ejmp.catalog import CATALOG, Download, RemoteFile
 from ejmp.data.fetch import fetch
 
 DATA = bytes(range(256)) * 20_000

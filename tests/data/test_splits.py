@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ejmp.data import Part, Structure
-from ejmp.data.catalog import CATALOG
+from ejmp.catalog import CATALOG
 from ejmp.data.store.splits import choose, choose_all
 from ejmp.data.store.stats import Tally
 

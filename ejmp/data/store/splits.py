@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ejmp.data.catalog import (
+from ejmp.catalog import (
     CATALOG,
     FileSplit,
     FormulaSplit,

@@ -3,11 +3,13 @@
 A row says where the files are published and under which licence, how the structures are divided into splits, which
 graphs JMP makes of them, and the normalisation JMP was trained with (Shoghi et al., ICLR 2024, arXiv 2310.16802, and
 the code published with it). Everything else that needs one of these facts reads it here. The file is plain data: it
-imports nothing but the standard library.
+imports nothing that needs torch.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from ejmp.graph.settings import GraphSettings
 
 _OC = "https://dl.fbaipublicfiles.com/opencatalystproject/data"
 _FIGSHARE = "https://figshare.com/ndownloader"
@@ -106,23 +108,6 @@ class MoleculeSplit:
 
 SplitRule = PublishedSplit | FormulaSplit | FractionSplit | HeldOutSplit | FileSplit | MoleculeSplit
 """How the structures of a dataset are divided into training, validation and test; `ejmp.data.store.splits` does it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GraphSettings:
-    """How graphs are made of a dataset's structures."""
-
-    cutoff: float
-    """Longest edge, A."""
-    max_neighbors: int = 30
-    """Most main edges into one atom."""
-    fewer_above: tuple[tuple[int, int], ...] = ()
-    """Pairs of a number of atoms and the neighbours that larger structures get instead, in ascending order."""
-
-    def neighbors_of(self, num_atoms: int) -> int:
-        """Return the most main edges into one atom of a structure with that many atoms."""
-        fewer = [neighbors for atoms, neighbors in self.fewer_above if num_atoms > atoms]
-        return fewer[-1] if fewer else self.max_neighbors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +218,7 @@ _ROWS = (
             _file(f"{_FIGSHARE}/files/18112775", "ani1x-release.h5", "5.6 GB", "98090dd6679106da861f52bed825ffb7"),
         ),
         split=FormulaSplit(held_out=495_600),
-        graph=GraphSettings(cutoff=8.0),
+        graph=GraphSettings(cutoff=8.0, tags="none"),
         pretraining=Pretraining(energy_std=2.8700712783472118, force_std=2.131422996520996, force_weight=15.0),
     ),
     DatasetEntry(
@@ -242,7 +227,7 @@ _ROWS = (
         licence=_SEE_PAGE,
         page="https://gitlab.com/matschreiner/Transition1x",
         downloads=_whole("transition1x", _file(f"{_FIGSHARE}/files/36035789", "Transition1x.h5", "6.6 GB")),
-        graph=GraphSettings(cutoff=8.0),
+        graph=GraphSettings(cutoff=8.0, tags="none"),
         pretraining=Pretraining(energy_std=1.787466168382901, force_std=0.3591422140598297, force_weight=14.0),
     ),
     DatasetEntry(
@@ -252,7 +237,7 @@ _ROWS = (
         page="https://figshare.com/articles/dataset/Revised_MD17_dataset_rMD17_/12672038",
         downloads=_whole("rmd17", _file(f"{_FIGSHARE}/files/23950376", "rmd17.tar.bz2")),
         split=FileSplit(train=950, val=50),
-        graph=GraphSettings(cutoff=7.0, max_neighbors=100),
+        graph=GraphSettings(cutoff=7.0, max_neighbors=100, tags="none"),
         finetuning=(Finetuning(task="aspirin", mean=-17617.379355234374, std=0.2673998440577667, force_std=1.2733363),),
     ),
     DatasetEntry(
@@ -266,7 +251,7 @@ _ROWS = (
             _file(f"{_FIGSHARE}/files/3195404", "uncharacterized.txt", "0.5 MB", "a361887bacb427b8a0ce7903d92a53b4"),
         ),
         split=HeldOutSplit(val=10_000, test=10_000),
-        graph=GraphSettings(cutoff=8.0),
+        graph=GraphSettings(cutoff=8.0, tags="none"),
         finetuning=(Finetuning(task="qm9_u0", mean=0.0028667436, std=1.0965848),),
     ),
     DatasetEntry(
@@ -276,7 +261,7 @@ _ROWS = (
         page="https://zenodo.org/records/8222043",
         downloads=_whole("spice", _file("https://zenodo.org/records/8222043/files/SPICE-1.1.4.hdf5")),
         split=FractionSplit(train=0.8, test=0.1),
-        graph=GraphSettings(cutoff=12.0),
+        graph=GraphSettings(cutoff=12.0, tags="none"),
         finetuning=(Finetuning(task="solvated_amino_acids", mean=-60673.68, std=3310.6692, force_std=0.81945145),),
     ),
     DatasetEntry(
@@ -286,7 +271,7 @@ _ROWS = (
         page="http://www.quantum-machine.org/gdml",
         downloads=_whole("md22", *(_file(f"{_MD22}/md22_{molecule}.npz") for molecule in _MD22_SIZES)),
         split=MoleculeSplit(sizes=_MD22_SIZES, val=0.05),
-        graph=GraphSettings(cutoff=12.0),
+        graph=GraphSettings(cutoff=12.0, tags="none"),
         finetuning=(Finetuning(task="ac_ala3_nhme", mean=-26913.953, std=0.35547638, force_std=1.1291506),),
     ),
     DatasetEntry(
@@ -296,7 +281,7 @@ _ROWS = (
         page="https://figshare.com/articles/dataset/_/13147324",
         downloads=_whole("qmof", _file(f"{_FIGSHARE}/articles/13147324/versions/14", "qmof.zip")),
         split=FractionSplit(train=0.8, test=0.1),
-        graph=GraphSettings(cutoff=19.0, fewer_above=((200, 10), (300, 5))),
+        graph=GraphSettings(cutoff=19.0, fewer_above=((200, 10), (300, 5)), tags="none"),
         finetuning=(Finetuning(task="qmof_gap", target="gap", mean=2.1866251527, std=1.175752521125648),),
     ),
 )

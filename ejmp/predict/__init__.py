@@ -1,0 +1,1 @@
+"""Predictions in physical units: of lists of structures, and as calculators of other packages."""
