@@ -18,7 +18,7 @@ ORDER = (
     ("model", "data"),
     "compress",
     "predict",
-    ("pyg", "torchsim", "export"),
+    ("pyg", "torchsim"),
     "train",
     "measure",
     "cli",

@@ -39,7 +39,7 @@ class GraphSettings:
     """What tags mean: "oc20": 0 bulk, 1 surface, 2 adsorbate or molecule (structures without tags: 2); "none": the
     model was trained without tags, so every atom counts as 2 whatever the structure says."""
     periodic: Literal["given", "all"] = "given"
-    """Directions that are periodic: those the structure names, or every one that has a lattice vector (fairchem 1.x)."""
+    """Periodic directions: those the structure names, or every one that has a lattice vector (fairchem 1.x)."""
     ties: Literal["cut", "keep"] = "cut"
     """What happens to neighbours at the distance of the last one that is kept: "cut" keeps exactly the number (JMP),
     "keep" keeps all that are at most 0.01 A farther (fairchem's `enforce_max_neighbors_strictly: false`), so that no

@@ -93,7 +93,8 @@ class JMP(nn.Module):
         tasks: what the heads predict, in which units and of which graphs; `ejmp.save` keeps them with the weights.
 
     Raises:
-        ValueError: for an unknown backend or precision, or tasks that do not fit the heads; and, when called, for a precision the device does not have.
+        ValueError: for an unknown backend or precision, or tasks that do not fit the heads; and, when called, for a
+            precision the device does not have.
         RuntimeError: for a backend that cannot be had here, with the reason; and, when called, for one that does not
             serve the device or precision.
     """

@@ -17,9 +17,20 @@ FORCE_WEIGHT = 100.0
 class Described(Protocol):
     """A dataset's description as far as a task needs it: see `ejmp.data.info.DatasetInfo`."""
 
-    name: str
-    linear_reference: Mapping[int, float]
-    statistics: Mapping[str, Any]
+    @property
+    def name(self) -> str:
+        """Name of the dataset."""
+        ...
+
+    @property
+    def linear_reference(self) -> Mapping[int, float]:
+        """Energy by atomic number, eV, subtracted for each atom."""
+        ...
+
+    @property
+    def statistics(self) -> Mapping[str, Any]:
+        """Mean, standard deviation and unit of each label in the training split."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

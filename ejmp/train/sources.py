@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from ejmp.data import DEMO_DOWNSTREAM, DEMO_MIX, Dataset, Loader, demo, open_store
 from ejmp.catalog import CATALOG, GraphSettings
+from ejmp.data import DEMO_DOWNSTREAM, DEMO_MIX, Dataset, Loader, demo, open_store
 from ejmp.data.sampling.mix import Sampler
 from ejmp.model.jmp import JMP
 from ejmp.train.task import Task, Tasks, pretrain_tasks

@@ -1,6 +1,7 @@
 """The tasks of a mix, which normalise whole batches. `ejmp.model.task` says what a task is."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor

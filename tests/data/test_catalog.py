@@ -12,9 +12,9 @@ from types import FunctionType, ModuleType
 import pytest
 
 import ejmp
-from ejmp import data
-from ejmp.data import DEMO_DOWNSTREAM, DEMO_MIX, FORMATS, catalog
+from ejmp import catalog, data
 from ejmp.catalog import CATALOG, DOWNLOADS, FINETUNING
+from ejmp.data import DEMO_DOWNSTREAM, DEMO_MIX, FORMATS
 
 GRAPHS = {
     "oc20": (12.0, 30),

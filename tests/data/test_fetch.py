@@ -9,8 +9,8 @@ import threading
 import pytest
 
 from ejmp import cli
-from ejmp.data import cli as commands
 from ejmp.catalog import CATALOG, Download, RemoteFile
+from ejmp.data import cli as commands
 from ejmp.data.fetch import fetch
 
 DATA = bytes(range(256)) * 20_000

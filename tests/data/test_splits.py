@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from ejmp.data import Part, Structure
 from ejmp.catalog import CATALOG
+from ejmp.data import Part, Structure
 from ejmp.data.store.splits import choose, choose_all
 from ejmp.data.store.stats import Tally
 
