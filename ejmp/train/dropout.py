@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ejmp.graph.build import neighbor_limits
 from ejmp.graph.graph import AtomGraph, EdgeSet, edge_geometry, make_edge_set
+from ejmp.graph.settings import GraphSettings
 from ejmp.model.interactions import OutputBlock
 from ejmp.model.jmp import JMP
 from ejmp_kernels.neighbors import csr_pointers, symmetrise
@@ -43,7 +43,8 @@ def drop_edges(
     chance = torch.rand(pairs.num_edges, dtype=torch.float64, generator=generator, device=graph.device)
     left = _subset(pairs, chance >= share)
     place = torch.arange(left.num_edges, device=graph.device) - left.ptr[left.target]
-    limits = torch.tensor([neighbor_limits(k) for k in most], device=graph.device)[graph.batch[left.target]]
+    reach = [GraphSettings(max_neighbors=k).reach(1) for k in most]
+    limits = torch.tensor([[k for _, k in sets] for sets in reach], device=graph.device)[graph.batch[left.target]]
     main, near, quad = (place < limits[:, j] for j in (1, 2, 3))
     quad &= (graph.tags[left.source] >= QUAD_TAG) | (graph.tags[left.target] >= QUAD_TAG)
     return dataclasses.replace(
