@@ -13,14 +13,15 @@ from ejmp.graph.graph import (
     EDGE_SETS,
     AtomGraph,
     EdgeSet,
+    check_device,
     check_dtype,
     edge_geometry,
     edge_shift,
     make_edge_set,
     pack_offset,
 )
-from ejmp.graph.settings import MAX_CUTOFF, MAX_NEIGHBORS
-from ejmp.graph.structure import Checked, check_structure, is_integer, to_list
+from ejmp.graph.settings import MAX_CUTOFF, MAX_NEIGHBORS, GraphSettings
+from ejmp.graph.structure import TAGS, Checked, check_structure, is_integer, to_list
 from ejmp_kernels import availability
 from ejmp_kernels.neighbors import (
     EdgeList,
@@ -31,8 +32,7 @@ from ejmp_kernels.neighbors import (
     lexsort,
 )
 
-QUAD_TAGS = (1, 2)
-"""Tags of the atoms around which quadruplets are formed: surface and adsorbate or molecule, not bulk."""
+DEFAULT = GraphSettings()
 MIN_DISTANCE = 0.01
 """Two atoms closer than this are an error, A."""
 
@@ -42,6 +42,7 @@ def build_graph(
     cutoff: float | Sequence[float] = 12.0,
     max_neighbors: int | Sequence[int] = 30,
     *,
+    settings: GraphSettings | Sequence[GraphSettings] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     backend: Literal["auto", "native", "reference"] = "auto",
@@ -54,12 +55,14 @@ def build_graph(
     With k = max_neighbors, each atom keeps its nearest k main edges, int(k*20/30) atom edges, int(k*8/30) quad edges
     and int(k*1000/30) pairs (GemNet-OC, arXiv 2204.02782); then of each undirected main pair the direction into the
     later atom decides, and its counter-edge is added. Where an atom has more than k neighbours in reach, the choice
-    therefore depends on the order of the atoms, as it does upstream.
+    therefore depends on the order of the atoms, as it does upstream. `settings` says the same and more: what a model
+    was trained with.
 
     Args:
         structures: an ase.Atoms, an ejmp.Structure, anything with `numbers`, `positions`, `cell`, `pbc`, or a list.
         cutoff: longest edge in A; one value, or one per structure.
         max_neighbors: most main edges into one atom; one value, or one per structure.
+        settings: how graphs are made, instead of the two numbers; one, or one per structure.
         device: device of the graph. Without CUDA kernels the native search runs on the CPU and its result is moved.
         dtype: type of distances and vectors, float32 or float64; the model's dtype.
         backend: "native" is the compiled cell list, "reference" the plain-torch search on `device`; "auto" takes
@@ -67,26 +70,18 @@ def build_graph(
 
     Raises:
         ValueError: naming the structure and the field: NaN or infinite positions, a periodic cell without a volume,
-            an atomic number outside 1..120, two atoms on one spot, no atoms, wrong shapes or types.
-        RuntimeError: if backend="native" and the extension was not built.
+            an atomic number outside 1..120, two atoms on one spot, no atoms, wrong shapes or types; for a cutoff or
+            max_neighbors beside settings.
+        RuntimeError: if backend="native" and the extension was not built, or if there is no such device.
     """
     listed = to_list(structures)
-    device = torch.device(device)
+    device = check_device(device)
+    chosen = _settings(settings, cutoff, max_neighbors, len(listed))
     native = _resolve(backend)
     search_device = torch.device("cpu") if native and availability.why_unavailable(device.type) else device
-    checked = [check_structure(item, b, search_device) for b, item in enumerate(listed)]
-    cutoffs = _per_structure(cutoff, len(listed), "cutoff", MAX_CUTOFF)
-    limits = _per_structure(max_neighbors, len(listed), "max_neighbors", MAX_NEIGHBORS)
+    checked = [check_structure(item, b, search_device, chosen[b]) for b, item in enumerate(listed)]
     parts = _collate(checked)
-    query = NeighborQuery(
-        positions=parts["positions"].detach(),
-        cell=torch.stack([item.search_cell for item in checked]),
-        pbc=parts["pbc"],
-        ptr=parts["ptr"],
-        cutoff=torch.tensor(cutoffs, dtype=torch.float64, device=search_device),
-        limits=torch.tensor([neighbor_limits(k) for k in limits], device=search_device),
-        quad_atom=torch.isin(parts["tags"], torch.tensor(QUAD_TAGS, device=search_device)),
-    )
+    query = _query(parts, checked, chosen)
     found = (find_neighbors if native else find_neighbors_reference)(query)
     lists = {
         "main": found.main,
@@ -119,13 +114,13 @@ def graph_from_edges(
         ValueError: for structures that `build_graph` refuses; for edges with wrong names, shapes, types, or atoms
             that do not exist; and if a main edge has no counter-edge.
     """
-    device = torch.device(device)
+    device = check_device(device)
     if set(edges) != set(EDGE_SETS):
         raise ValueError(f"edges: expected the sets {sorted(EDGE_SETS)}, got {sorted(map(str, edges))}")
     wrong = [name for name, pair in edges.items() if not isinstance(pair, tuple | list) or len(pair) != 2]
     if wrong:
         raise ValueError(f"edges[{wrong[0]!r}]: expected (edge_index, offset), got {type(edges[wrong[0]]).__name__}")
-    parts = _collate([check_structure(item, b, device) for b, item in enumerate(to_list(structures))])
+    parts = _collate([check_structure(item, b, device, DEFAULT) for b, item in enumerate(to_list(structures))])
     lists = {name: _sort_edges(parts, name, *edges[name]) for name in EDGE_SETS}
     graph = _assemble(parts, lists, _find_swap(lists["main"]), dtype)
     _check_distances(graph)
@@ -163,9 +158,44 @@ def _per_structure(value: Any, num: int, name: str, most: float) -> list[Any]:
     return [kind(v) for v in values]
 
 
-def neighbor_limits(k: int) -> list[int]:
-    """Return the most pairs, main, atom and quad edges into one atom if k main edges are asked for."""
-    return [k * 1000 // 30, k, k * 20 // 30, k * 8 // 30]
+def _settings(
+    settings: GraphSettings | Sequence[GraphSettings] | None, cutoff: Any, max_neighbors: Any, num: int
+) -> list[GraphSettings]:
+    """Return the settings of each structure."""
+    if settings is None:
+        cutoffs = _per_structure(cutoff, num, "cutoff", MAX_CUTOFF)
+        limits = _per_structure(max_neighbors, num, "max_neighbors", MAX_NEIGHBORS)
+        return [_short_form(*pair) for pair in zip(cutoffs, limits, strict=True)]
+    for name, value in {"cutoff": cutoff, "max_neighbors": max_neighbors}.items():
+        if not (isinstance(value, float | int) and value == getattr(DEFAULT, name)):
+            raise ValueError(f"{name}: expected none beside settings, which have their own, got {value!r}")
+    chosen = [settings] * num if isinstance(settings, GraphSettings) else list(settings)
+    wrong = [type(item).__name__ for item in chosen if not isinstance(item, GraphSettings)]
+    if wrong or len(chosen) != num:
+        got = wrong[0] if wrong else len(chosen)
+        raise ValueError(f"settings: expected GraphSettings, one or one per structure ({num}), got {got}")
+    return chosen
+
+
+@cache
+def _short_form(cutoff: float, max_neighbors: int) -> GraphSettings:
+    return GraphSettings(cutoff=cutoff, max_neighbors=max_neighbors)
+
+
+def _query(parts: dict[str, Tensor], checked: list[Checked], settings: list[GraphSettings]) -> NeighborQuery:
+    device = parts["positions"].device
+    reach = [s.reach(len(item.numbers)) for s, item in zip(settings, checked, strict=True)]
+    quad = torch.tensor([[tag in s.quad_tags for tag in TAGS] for s in settings], device=device)
+    return NeighborQuery(
+        positions=parts["positions"].detach(),
+        cell=torch.stack([item.search_cell for item in checked]),
+        pbc=parts["pbc"],
+        ptr=parts["ptr"],
+        cutoff=torch.tensor([[c for c, _ in sets] for sets in reach], dtype=torch.float64, device=device),
+        limits=torch.tensor([[k for _, k in sets] for sets in reach], device=device),
+        keep_ties=torch.tensor([s.ties == "keep" for s in settings], device=device),
+        quad_atom=quad[parts["batch"], parts["tags"]],
+    )
 
 
 def _collate(checked: list[Checked]) -> dict[str, Tensor]:

@@ -57,6 +57,11 @@ class EdgeSet:
         """Number of edges (E)."""
         return self.source.shape[0]
 
+    def __repr__(self) -> str:
+        """Return sizes, type and device on one line."""
+        sizes = f"E={self.num_edges}, N={len(self.ptr) - 1}, max_degree={self.max_degree}"
+        return f"EdgeSet({sizes}, {_type_of(self.distance)})"
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AtomGraph:
@@ -109,13 +114,20 @@ class AtomGraph:
         """Type of distances and vectors."""
         return self.main.distance.dtype
 
+    def __repr__(self) -> str:
+        """Return sizes, type and device on one line."""
+        edges = ", ".join(f"{name} {getattr(self, name).num_edges}" for name in EDGE_SETS)
+        sizes = f"B={self.num_structures}, N={self.num_atoms}, edges: {edges}"
+        return f"AtomGraph({sizes}; {_type_of(self.main.distance)})"
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Return the graph on another device, or with distances and vectors of another dtype.
 
         Raises:
             ValueError: if the dtype is not float32 or float64.
+            RuntimeError: if this machine has no such device.
         """
-        device = self.device if device is None else torch.device(device)
+        device = self.device if device is None else check_device(device)
         graph = self
         if device != self.device:
             graph = _move(self, device)
@@ -169,6 +181,22 @@ def _move(value: Value, device: torch.device) -> Value:
         elif isinstance(item, Tensor):
             moved[field.name] = item.to(device)
     return dataclasses.replace(value, **moved)
+
+
+def _type_of(value: Tensor) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')}, {value.device}"
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """Return the device after checking that tensors can be there.
+
+    Raises:
+        RuntimeError: if it is a GPU, and torch finds none.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f'device: expected one of this machine, got "{device}", but torch finds no GPU; use "cpu"')
+    return device
 
 
 def check_dtype(dtype: torch.dtype) -> torch.dtype:

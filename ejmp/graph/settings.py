@@ -15,7 +15,8 @@ class GraphSettings:
 
     A JMP model has one cutoff and one number of neighbours k per dataset: the three smaller or larger edge sets share
     the cutoff and keep int(k*20/30), int(k*8/30) and int(k*1000/30) neighbours (GemNet-OC, arXiv 2204.02782). Models of
-    fairchem 1.x have four independent pairs of numbers.
+    fairchem 1.x have four independent pairs of numbers, the pairs of atoms with the largest ones: main, atom and quad
+    edges are chosen from these pairs.
 
     Raises:
         ValueError: naming the setting that is out of range.
@@ -41,9 +42,10 @@ class GraphSettings:
     periodic: Literal["given", "all"] = "given"
     """Periodic directions: those the structure names, or every one that has a lattice vector (fairchem 1.x)."""
     ties: Literal["cut", "keep"] = "cut"
-    """What happens to neighbours at the distance of the last one that is kept: "cut" keeps exactly the number (JMP),
-    "keep" keeps all that are at most 0.01 A farther (fairchem's `enforce_max_neighbors_strictly: false`), so that no
-    shell of a perfect crystal is cut in two."""
+    """What happens at the distance where the number of neighbours is reached: "cut" keeps exactly the number (JMP);
+    "keep" keeps all that are at most 0.01 A farther than the first one beyond it, so that no shell of a perfect crystal
+    is cut in two (fairchem's `enforce_max_neighbors_strictly: false`, which for pairs compares squares, with 0.01 A^2).
+    """
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -55,6 +57,10 @@ class GraphSettings:
         for atoms, neighbors in self.fewer_above:
             if atoms < 1 or neighbors < 1:
                 raise ValueError(f"GraphSettings.fewer_above: expected positive numbers, got {self.fewer_above}")
+        if sorted(self.fewer_above) != list(self.fewer_above):
+            raise ValueError(f"GraphSettings.fewer_above: expected ascending numbers of atoms, got {self.fewer_above}")
+        for num_atoms in (1, *(atoms + 1 for atoms, _ in self.fewer_above)):
+            _check_nested(*self.reach(num_atoms))
         if not set(self.quad_tags) <= {0, 1, 2}:
             raise ValueError(f"GraphSettings.quad_tags: expected some of 0, 1, 2, got {self.quad_tags}")
         choices = {"tags": ("oc20", "none"), "periodic": ("given", "all"), "ties": ("cut", "keep")}
@@ -99,3 +105,12 @@ def _check_reach(name: str, cutoff: float, neighbors: int) -> None:
         raise ValueError(f"GraphSettings.{name}: expected a cutoff up to {MAX_CUTOFF:g} A, got {cutoff!r}")
     if type(neighbors) is not int or not 0 < neighbors <= MAX_NEIGHBORS:
         raise ValueError(f"GraphSettings.{name}: expected 1..{MAX_NEIGHBORS} neighbours, got {neighbors!r}")
+
+
+def _check_nested(pairs: tuple[float, int], *others: tuple[float, int]) -> None:
+    """Raise ValueError if an edge set reaches farther than the pairs that it is chosen from."""
+    if any(cutoff > pairs[0] or neighbors > pairs[1] for cutoff, neighbors in others):
+        raise ValueError(
+            f"GraphSettings.atom_pairs: expected the largest cutoff and number of neighbours, got {pairs} "
+            f"beside main, atom and quad edges {others}"
+        )

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ejmp.graph.settings import GraphSettings
+
 MAX_ATOMIC_NUMBER = 120
 """Largest atomic number that the model has an embedding for."""
 MIN_CELL_HEIGHT = 0.1
@@ -52,6 +54,7 @@ def to_list(structures: Any) -> list[Any]:
     Raises:
         ValueError: if it is anything else, there is no structure, or one lacks numbers or positions.
     """
+    _refuse_pyg(structures, "structures")
     one = hasattr(structures, "positions")
     if not one and not isinstance(structures, Iterable):
         raise ValueError(f"structures: expected ase.Atoms, ejmp.Structure or a list, got {type(structures).__name__}")
@@ -59,10 +62,17 @@ def to_list(structures: Any) -> list[Any]:
     if not listed:
         raise ValueError("structures: expected at least one structure, got an empty list")
     for b, item in enumerate(listed):
+        _refuse_pyg(item, f"structure {b}")
         missing = [name for name in ("numbers", "positions") if not hasattr(item, name)]
         if missing:
             raise ValueError(f"structure {b}: {type(item).__name__} has no {' or '.join(missing)}")
     return listed
+
+
+def _refuse_pyg(value: Any, what: str) -> None:
+    if type(value).__module__.startswith("torch_geometric."):
+        kind = type(value).__name__
+        raise ValueError(f"{what}: a torch_geometric {kind}: make a graph of it with ejmp.pyg.from_data")
 
 
 @dataclass(frozen=True)
@@ -83,13 +93,14 @@ class Checked:
     """Tags, [n] int64."""
 
 
-def check_structure(structure: Any, b: int, device: torch.device) -> Checked:
+def check_structure(structure: Any, b: int, device: torch.device, settings: GraphSettings) -> Checked:
     """Convert one structure to tensors on a device, after checking that it is possible.
 
     Args:
         structure: anything with numbers, positions and optionally cell, pbc, tags.
         b: number of the structure in the batch, for messages.
         device: device of the tensors.
+        settings: what tags mean, and which directions are periodic.
 
     Raises:
         ValueError: naming the structure and the field, if anything about it is impossible.
@@ -110,13 +121,18 @@ def check_structure(structure: Any, b: int, device: torch.device) -> Checked:
     wrong = numbers[(numbers < 1) | (numbers > MAX_ATOMIC_NUMBER)]
     if len(wrong):
         raise ValueError(f"structure {b}: numbers: expected 1..{MAX_ATOMIC_NUMBER}, got {wrong[0].item()}")
-    pbc = _pbc(getattr(structure, "pbc", False), b, device)
-    cell, search_cell = _cell(getattr(structure, "cell", None), pbc, b, device)
+    vectors = _vectors(getattr(structure, "cell", None), b, device)
+    if settings.periodic == "all":
+        pbc = torch.zeros(3, dtype=torch.bool, device=device) if vectors is None else (vectors != 0).any(1)
+    else:
+        pbc = _pbc(getattr(structure, "pbc", False), b, device)
+    cell, search_cell = _cell(vectors, pbc, b, device)
     if pbc.any():
         cells_away = (positions.detach().double() @ torch.linalg.inv(search_cell)).abs().amax(0)
         if (cells_away[pbc] > MAX_CELLS_OUTSIDE).any():
             raise ValueError(f"structure {b}: positions: more than {MAX_CELLS_OUTSIDE} cells outside the cell")
-    tags = _tags(structure, n, b, device)
+    no_tags = settings.tags == "none"
+    tags = torch.full((n,), 2, device=device) if no_tags else _tags(structure, n, b, device)
     return Checked(numbers.long(), positions.double(), cell, search_cell, pbc, tags)
 
 
@@ -147,12 +163,10 @@ def _pbc(value: Any, b: int, device: torch.device) -> Tensor:
     return pbc.bool().expand(3).clone()
 
 
-def _cell(value: Any, pbc: Tensor, b: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the cell with zero rows where it is not periodic, and with rows there that make it invertible."""
+def _vectors(value: Any, b: int, device: torch.device) -> Tensor | None:
+    """Return the lattice vectors as they were given, [3, 3], or None."""
     if value is None:
-        if pbc.any():
-            raise ValueError(f"structure {b}: cell: expected [3, 3] for a periodic structure, got none")
-        value = np.zeros((3, 3))
+        return None
     cell = _tensor(value, b, "cell", device)
     if cell.shape == (3,):
         cell = torch.diag(cell)
@@ -160,8 +174,15 @@ def _cell(value: Any, pbc: Tensor, b: int, device: torch.device) -> tuple[Tensor
         cell = cell[0]
     if cell.shape != (3, 3) or cell.dtype == torch.bool or cell.is_complex():
         raise ValueError(f"structure {b}: cell: expected floats [3, 3], got {_describe(cell)}")
+    return cell
+
+
+def _cell(cell: Tensor | None, pbc: Tensor, b: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the cell with zero rows where it is not periodic, and with rows there that make it invertible."""
     if not pbc.any():
         return torch.zeros(3, 3, dtype=torch.float64, device=device), torch.eye(3, dtype=torch.float64, device=device)
+    if cell is None:
+        raise ValueError(f"structure {b}: cell: expected [3, 3] for a periodic structure, got none")
     cell = torch.where(pbc[:, None], cell.double(), 0.0)
     if not torch.isfinite(cell).all():
         raise ValueError(f"structure {b}: cell: NaN or infinite lattice vectors")

@@ -1,14 +1,19 @@
 """Find the four edge sets of a batch of structures: neighbour search, nearest-k selection, symmetrisation, CSR.
 
-An edge s -> t through cell offset o has the vector r_t - r_s - o . cell. It exists if its length, rounded to 1e-6 A, is
-at most the structure's cutoff. Per target the first `limits` edges in the order (rounded length, source, offset) are
-kept: one rule for every device, so ties in crystals are resolved alike everywhere. Of the main edges only those with
+An edge s -> t through cell offset o has the vector r_t - r_s - o . cell. It is a pair if its length, rounded to 1e-6 A,
+is at most the structure's first cutoff. Per target the first `limits` pairs in the order (rounded length, source,
+offset) are kept: one rule for every device, so ties in crystals are resolved alike everywhere. The other three sets are
+chosen from the pairs in the same way, by cutoffs and limits of their own. Of the main edges only those with
 source < target (or, for an atom's own image, a lexicographically negative offset) are taken, and each one's
 counter-edge is added. Quad edges must touch an atom of `quad_atom` at one end at least.
 
+Where `keep_ties` is set, an atom with more than k neighbours keeps all that are at most 0.01 A farther than the first
+one beyond k, so that no shell of a crystal is cut (the rule of fairchem 1.x, which for the pairs compares squared
+lengths, with 0.01 A^2).
+
 The native search (csrc/cpu/neighbors.cpp, csrc/cuda/neighbors.cu) costs O(N); its plain-torch twin tries all pairs in
 all cells, O(N^2) per structure. All return the same bits: lengths are computed by the same float64 operations in the
-same order.
+same order. Where cutoffs differ or ties are kept, the native search finds the pairs, and torch chooses from them.
 """
 
 import math
@@ -19,6 +24,9 @@ import torch
 from torch import Tensor
 
 from ejmp_kernels import availability
+
+UNLIMITED = 1 << 40
+"""More neighbours than any atom has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +45,11 @@ class NeighborQuery:
     ptr: Tensor
     """First atom of each structure, [B + 1] int64."""
     cutoff: Tensor
-    """Greatest length of an edge in A, [B] float64."""
+    """Greatest length of pairs, main, atom_edges, quad_edges in A, [B, 4] float64; the first is the largest."""
     limits: Tensor
     """Most neighbours per atom, [B, 4] int64: of pairs, main, atom_edges, quad_edges; the first is the largest."""
+    keep_ties: Tensor
+    """Whether neighbours at the distance of the last one are kept beyond the limit, [B] bool."""
     quad_atom: Tensor
     """Whether an atom is one of those that a quad edge must touch, [N] bool."""
 
@@ -78,20 +88,75 @@ def find_neighbors(query: NeighborQuery) -> Neighbors:
     reason = availability.why_unavailable(query.positions.device.type)
     if reason is not None:
         raise RuntimeError(f"native neighbour search: {reason}")
-    fields = (query.positions, query.cell, query.pbc, query.ptr, query.cutoff, query.limits, query.quad_atom)
-    out = torch.ops.ejmp.find_neighbors(*fields)
+    if (query.cutoff != query.cutoff[:, :1]).any() or query.keep_ties.any():
+        return _select_sets(query, *_native_pairs(query))
+    out = _call(query, query.limits)
     sets = [EdgeList(source=out[i], offset=out[i + 1], ptr=out[i + 2]) for i in range(0, 12, 3)]
     return Neighbors(pairs=sets[0], main=sets[1], atom_edges=sets[2], quad_edges=sets[3], swap=out[12])
 
 
 def find_neighbors_reference(query: NeighborQuery) -> Neighbors:
     """Search all pairs in all cells, in plain torch on any device: the specification of `find_neighbors`."""
-    num_atoms = len(query.positions)
     found = [_search_structure(query, b) for b in range(len(query.cell))]
-    source, target, offset, rank = (torch.cat(column) for column in zip(*found, strict=True))
-    order = torch.arange(len(target), device=target.device) - csr_pointers(target, num_atoms)[target]
-    most = query.limits.repeat_interleave(query.ptr.diff(), dim=0)[target]
-    pairs, main, near, quad = (order < most[:, j] for j in range(4))
+    return _select_sets(query, *(torch.cat(column) for column in zip(*found, strict=True)))
+
+
+def _call(query: NeighborQuery, limits: Tensor) -> list[Tensor]:
+    cutoff = query.cutoff[:, 0]
+    fields = (query.positions, query.cell, query.pbc, query.ptr, cutoff, limits, query.quad_atom)
+    return torch.ops.ejmp.find_neighbors(*fields)
+
+
+def _native_pairs(query: NeighborQuery) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return source, target, offset, rank of every pair that a set can be chosen from."""
+    limits = torch.zeros_like(query.limits)
+    limits[:, 0] = torch.where(query.keep_ties, UNLIMITED, query.limits[:, 0])
+    source, offset, ptr, *_ = _call(query, limits)
+    num_atoms = len(query.positions)
+    target = torch.repeat_interleave(torch.arange(num_atoms, device=ptr.device), ptr.diff(), output_size=len(source))
+    cell = query.cell[_structure_of_atom(query)[target]]
+    delta = query.positions[target] - query.positions[source]
+    return source, target, offset, _rank(delta.unbind(-1), offset.double().unbind(-1), cell.unbind(-1))
+
+
+def _rank(delta: Sequence[Tensor], offset: Sequence[Tensor], columns: Sequence[Tensor]) -> Tensor:
+    """Return lengths in units of 1e-6 A, rounded, by operations whose order is that of the native search.
+
+    Args:
+        delta: target minus source, three components.
+        offset: cells by which the source is shifted, three components.
+        columns: for each component those of the three lattice vectors, [..., 3].
+    """
+    squared = torch.zeros((), dtype=torch.float64, device=delta[0].device)
+    for x in range(3):
+        c = columns[x].unbind(-1)
+        d = delta[x] - ((offset[0] * c[0] + offset[1] * c[1]) + offset[2] * c[2])
+        squared = squared + d * d
+    return (squared.sqrt() * 1e6).round().long()
+
+
+def _structure_of_atom(query: NeighborQuery) -> Tensor:
+    structures = torch.arange(len(query.cell), device=query.ptr.device)
+    return torch.repeat_interleave(structures, query.ptr.diff(), output_size=len(query.positions))
+
+
+def _select_sets(query: NeighborQuery, source: Tensor, target: Tensor, offset: Tensor, rank: Tensor) -> Neighbors:
+    """Choose the four sets from all pairs within the first cutoff, which are in the rule's order."""
+    num_atoms, structure = len(query.positions), _structure_of_atom(query)
+    ptr = csr_pointers(target, num_atoms)
+    order = torch.arange(len(target), device=target.device) - ptr[target]
+    padded = torch.nn.functional.pad(rank, (0, 1))
+    inside, chosen = torch.ones_like(order, dtype=torch.bool), []
+    for j in range(4):
+        if j > 0:
+            inside = chosen[0] & (rank <= (query.cutoff[:, j] * 1e6).round().long()[structure][target])
+        most = query.limits[structure, j]
+        beyond = padded[(ptr[:-1] + most).clamp(max=len(rank))]  # length of the first neighbour beyond the limit
+        # The tolerance of 0.01 applies to squared lengths of pairs, as in fairchem.
+        last = beyond + 10_000 if j > 0 else (beyond.double().square() + 1e10).sqrt().long()
+        tied = query.keep_ties[structure] & (torch.bincount(target[inside], minlength=num_atoms) > most)
+        chosen.append(inside & ((order < most[target]) | (tied[target] & (rank <= last[target]))))
+    pairs, main, near, quad = chosen
     quad = quad & (query.quad_atom[source] | query.quad_atom[target])
     sets = [_select(keep, source, target, offset, num_atoms) for keep in (pairs, near, quad)]
     closed, swap = symmetrise(source[main], target[main], offset[main], rank[main], num_atoms)
@@ -120,7 +185,7 @@ def _search_structure(query: NeighborQuery, b: int) -> tuple[Tensor, Tensor, Ten
     """Return source, target, offset, rank of every edge of one structure, in the rule's order."""
     first, last = query.ptr[b].item(), query.ptr[b + 1].item()
     positions, cell, pbc = query.positions[first:last], query.cell[b], query.pbc[b]
-    cutoff = query.cutoff[b].item()
+    cutoff = query.cutoff[b, 0].item()
     inverse = torch.linalg.inv(cell)
     wrap = torch.where(pbc, (positions @ inverse).floor(), 0.0).to(torch.int32)
     # The distance between opposite faces of the cell is 1 / |column of the inverse|.
@@ -131,14 +196,8 @@ def _search_structure(query: NeighborQuery, b: int) -> tuple[Tensor, Tensor, Ten
     parts = [(*found, shifts[:0], found[0])]
     for rows in _chunks(len(positions), len(positions) * len(shifts)):
         offset = shifts + (wrap[rows, None, None] - wrap[None, :, None])
-        o, c = offset.double().unbind(-1), cell
-        squared = torch.zeros((), dtype=torch.float64, device=cell.device)
-        for x in range(3):
-            delta = positions[rows, None, x] - positions[None, :, x]
-            shift = (o[0] * c[0, x] + o[1] * c[1, x]) + o[2] * c[2, x]
-            d = delta[..., None] - shift
-            squared = d * d if x == 0 else squared + d * d
-        rank = (squared.sqrt() * 1e6).round().long()
+        delta = [positions[rows, None, None, x] - positions[None, :, None, x] for x in range(3)]
+        rank = _rank(delta, offset.double().unbind(-1), cell.unbind(-1))
         inside = rank <= round(cutoff * 1e6)
         at = torch.arange(len(positions), device=cell.device)
         inside &= ~((at[rows, None, None] == at[None, :, None]) & (offset == 0).all(-1))
