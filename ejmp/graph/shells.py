@@ -68,7 +68,9 @@ def _more_pairs(graph: AtomGraph, settings: list[GraphSettings], reach: list[lis
     for b, (first, last) in enumerate(zip(graph.ptr.tolist()[:-1], graph.ptr.tolist()[1:], strict=True)):
         rows = slice(first, last)
         numbers, positions = graph.atomic_numbers[rows], graph.positions[rows].detach()
-        structures.append(Structure(numbers=numbers, positions=positions, cell=graph.cell[b].detach(), pbc=graph.pbc[b]))
+        structures.append(
+            Structure(numbers=numbers, positions=positions, cell=graph.cell[b].detach(), pbc=graph.pbc[b])
+        )
         pair_cutoff, most = reach[b][0]
         more.append(dataclasses.replace(settings[b], atom_pairs=(pair_cutoff, most + 1)))
     return build_graph(structures, settings=more, device=graph.device, dtype=torch.float64)
