@@ -72,8 +72,8 @@ def main():
     parser.add_argument("--steps", type=int, default=150)
     options = parser.parse_args()
     splits = splits_of(options.frames)
-    task = Task.from_info(splits["train"].info, forces="gradient")
-    source = TaskData(splits=splits, task=task, cutoff=DEMO_GRAPH[0], max_neighbors=DEMO_GRAPH[1])
+    task = Task.from_info(splits["train"].info, forces="gradient", graph=DEMO_GRAPH)
+    source = TaskData(splits=splits, task=task)
     settings = dataclasses.replace(presets.demo("finetune"), steps=options.steps, validate_every=options.steps // 3)
     found = {}
     with session("cpu") as ranks, tempfile.TemporaryDirectory() as scratch:

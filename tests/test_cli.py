@@ -21,7 +21,7 @@ from ejmp.train import main as training_main
 from ejmp.train.config import TrainConfig
 from ejmp.train.demo import demo_config
 from ejmp.train.flags import COMMANDS
-from ejmp.train.sources import TASKS_FILE, from_stores, tasks_text
+from ejmp.train.sources import from_stores, tasks_of
 
 ROOT = Path(__file__).parents[1]
 RUN = ("--device", "cpu", "--steps", "2", "--batch-size", "2", "--validate-every", "2", "--log-every", "1")
@@ -76,8 +76,8 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     sizes = {name: 8 for name in vars(demo_config()) if name.startswith("emb_size")}
     model = ejmp.JMP(dataclasses.replace(demo_config(blocks=2), num_tasks=1, num_radial=8, **sizes))
-    tasks = tasks_text(from_stores(f"methanol={folder / 'methanol'}"))
-    ejmp.save(model, folder / "model", more={TASKS_FILE: tasks})
+    model.tasks = tasks_of(from_stores(f"methanol={folder / 'methanol'}"))
+    ejmp.save(model, folder / "model")
     return folder
 
 
@@ -159,9 +159,12 @@ def test_report_refuses_other_files(tmp_path, capsys):
 
 def test_pretrain(data, tmp_path):
     pytest.importorskip("deepspeed")
-    printed = ejmp_command("pretrain", "--data", data, "--blocks", "1", "--run", tmp_path / "run", *RUN)
+    graphs = ("--cutoff", "5", "--max-neighbors", "12")
+    printed = ejmp_command("pretrain", "--data", data, "--blocks", "1", *graphs, "--run", tmp_path / "run", *RUN)
     assert "| trained |" in printed
-    assert ejmp.load(tmp_path / "run" / "final").config.blocks == 1
+    model = ejmp.load(tmp_path / "run" / "final")
+    assert model.config.blocks == 1
+    assert model.task("methanol").graph == ejmp.GraphSettings(cutoff=5.0, max_neighbors=12, tags="none")
 
 
 def test_distill(folder, data, tmp_path):
@@ -169,7 +172,9 @@ def test_distill(folder, data, tmp_path):
     student = ("--teacher", folder / "model", "--blocks", "1")
     printed = ejmp_command("distill", "--data", data, *student, "--run", tmp_path / "run", *RUN)
     assert "blocks 0: BR+KD" in printed
-    assert ejmp.load(tmp_path / "run" / "final").config.kept_blocks == (0,)
+    student = ejmp.load(tmp_path / "run" / "final")
+    assert student.config.kept_blocks == (0,)
+    assert student.tasks == ejmp.load(folder / "model").tasks
 
 
 def test_finetune(folder, data, tmp_path):
@@ -179,14 +184,22 @@ def test_finetune(folder, data, tmp_path):
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
     assert settings["validate_every"] == 2  # as RUN says
     assert (settings["warmup_steps"], settings["cosine_steps"]) == (20, 128)  # JMP's 5 and 32 epochs of 4 steps
-    assert not ejmp.load(tmp_path / "run" / "final").config.direct_forces
+    model, start = ejmp.load(tmp_path / "run" / "final"), ejmp.load(folder / "model")
+    assert not model.config.direct_forces
+    assert model.task().forces == "gradient"
+    assert model.task().graph == start.task().graph
 
 
 def test_evaluate(folder, data, tmp_path):
-    model, output = folder / "model", tmp_path / "errors.json"
-    printed = ejmp_command("evaluate", model, "--data", data, "--device", "cpu", "--split", "test", "--output", output)
+    """A pruned model that keeps all blocks has the errors of the model it was made from, in the same units."""
+    model, pruned, output = folder / "model", tmp_path / "pruned", tmp_path / "errors.json"
+    ejmp.save(ejmp.prune(ejmp.load(model), blocks=2), pruned)
+    asked = ("--data", data, "--device", "cpu", "--split", "test", "--output", output)
+    printed = ejmp_command("evaluate", model, pruned, *asked)
     assert "| methanol energy_meV |" in printed
-    assert set(json.loads(output.read_text())[str(model)]["methanol"]) >= {"energy_meV", "forces_meV_per_A"}
+    errors = json.loads(output.read_text())
+    assert set(errors[str(model)]["methanol"]) >= {"energy_meV", "forces_meV_per_A"}
+    assert errors[str(pruned)] == errors[str(model)]
 
 
 def verbs(parser):

@@ -23,7 +23,7 @@ def prune(
     """Return a copy of the model with fewer interaction blocks (Ghunaim et al., block reduction).
 
     The output block of the embedding always stays. The model's config records which of the unpruned model's blocks
-    were kept.
+    were kept; its tasks stay what they were.
 
     Args:
         model: model to prune, which is not changed.
@@ -46,7 +46,7 @@ def prune(
     origin = model.config.kept_blocks or tuple(range(have))
     config = dataclasses.replace(model.config, blocks=len(kept), kept_blocks=tuple(origin[i] for i in kept))
     with torch.device("meta"):
-        small = JMP(config, model.requested_backend, model.precision)
+        small = JMP(config, model.requested_backend, model.precision, tasks=model.tasks)
     old = model.state_dict()
     state = {}
     for name, expected in small.state_dict().items():

@@ -7,7 +7,6 @@ import re
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +15,11 @@ from torch import Tensor
 
 from ejmp.model.config import JMPConfig, Precision
 from ejmp.model.jmp import JMP
+from ejmp.model.task import Task, pretrain_tasks, read_tasks, tasks_text
 
 FORMAT = "ejmp-1"
+TASKS = "tasks.json"
+"""File of a saved model that says what its heads predict, in which units and of which graphs."""
 State = dict[str, Tensor]
 
 
@@ -28,7 +30,10 @@ def load(
     precision: Precision = "fp32",
     device: torch.device | str = "cpu",
 ) -> JMP:
-    """Load a model.
+    """Load a model, with the tasks it was saved with.
+
+    JMP's pre-trained checkpoint gets the tasks of its paper, `ejmp.model.task.pretrain_tasks`. For any other file that
+    does not say what its heads predict `model.tasks` is empty: nothing is guessed.
 
     Args:
         path: a directory written by `save`; a .safetensors file (with config.json beside it, or sizes inferred from
@@ -43,15 +48,20 @@ def load(
         ValueError: if names or shapes do not match a JMP model, naming them.
     """
     path = Path(path)
-    config = None
-    if path.is_dir():
-        config, path = _read_config(path / "config.json"), path / "model.safetensors"
-    elif path.suffix == ".safetensors" and path.with_name("config.json").exists():
-        config = _read_config(path.with_name("config.json"))
-    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_lightning(path)
-    config = infer_config(state) if config is None else config
+    config, tasks = None, ()
+    if path.is_dir() or (path.suffix == ".safetensors" and path.with_name("config.json").exists()):
+        directory = path if path.is_dir() else path.parent
+        config, tasks = _read_config(directory / "config.json"), _read_tasks(directory / TASKS)
+        path = directory / "model.safetensors" if path.is_dir() else path
+    if path.suffix == ".safetensors":
+        state = _read_safetensors(path)
+        config = infer_config(state) if config is None else config
+    else:
+        state, tasks = _read_lightning(path), pretrain_tasks()
+        config = infer_config(state)
+        tasks = tasks if config.num_tasks == len(tasks) else ()  # one made of JMP's, which does not say what it is
     with torch.device("meta"):
-        model = JMP(config, backend=backend, precision=precision)
+        model = JMP(config, backend, precision, tasks=tasks)
     model.load_state_dict(_match(model, state), assign=True)
     return model.to(device)
 
@@ -61,9 +71,8 @@ def save(
     path: str | os.PathLike[str],
     *,
     overwrite: bool = False,
-    more: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a directory with model.safetensors and config.json, complete or not at all.
+    """Write a directory with model.safetensors, config.json and tasks.json, complete or not at all.
 
     Tensors that upstream stores under two names are written once. A model that is replaced is moved aside, to
     PATH.old, until the new one is in place.
@@ -72,7 +81,6 @@ def save(
         model: what to save.
         path: the directory; its parent must exist.
         overwrite: replace a model that is there.
-        more: texts to write beside it, by file name.
 
     Raises:
         FileExistsError: if the path exists and overwrite is False, or it is not a model of ejmp.
@@ -89,8 +97,6 @@ def save(
         new = Path(scratch, "new")
         new.mkdir()
         write_files(model, new)
-        for name, text in (more or {}).items():
-            (new / name).write_text(text)
         if not path.exists():
             new.rename(path)
             return
@@ -112,6 +118,8 @@ def write_files(model: JMP, directory: Path) -> None:
     config = {"format": FORMAT, **dataclasses.asdict(model.config)}
     save_file(kept, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    if model.tasks:
+        (directory / TASKS).write_text(tasks_text(model.tasks))
 
 
 def _check_replaceable(path: Path) -> None:
@@ -178,6 +186,14 @@ def _read_config(path: Path) -> JMPConfig:
     if values["kept_blocks"] is not None:
         values["kept_blocks"] = tuple(values["kept_blocks"])
     return JMPConfig(**values)
+
+
+def _read_tasks(path: Path) -> tuple[Task, ...]:
+    """Return the tasks that a file keeps; none if there is no such file."""
+    try:
+        return read_tasks(path.read_text()) if path.exists() else ()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _read_safetensors(path: Path) -> State:

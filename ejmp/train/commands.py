@@ -28,7 +28,7 @@ from ejmp.train.requests import (
     Request,
     RunRequest,
 )
-from ejmp.train.sources import TaskData, demo_downstream, demo_mix, from_stores, tasks_of, with_tasks_of
+from ejmp.train.sources import TaskData, demo_downstream, demo_mix, from_stores, tasks_of, with_graph, with_tasks_of
 from ejmp.train.start import for_finetuning, new_model
 
 
@@ -53,12 +53,14 @@ def carry_out(request: Request, ranks: Ranks) -> str:
 
 def pretrain(request: PretrainRequest, ranks: Ranks) -> str:
     """Pre-train a model from random weights on the mix."""
-    sources = from_stores(request.data) if request.data else demo_mix()
+    sources = demo_mix()
+    if request.data:
+        given = {"cutoff": request.cutoff, "max_neighbors": request.max_neighbors}
+        sources = [with_graph(source, **given) for source in from_stores(request.data)]
     config = request.run.config
     sizes = dataclasses.replace(_sizes(request.model, request.blocks), num_tasks=len(sources))
     model = _ready(new_model(sizes, sources, seed=config.seed), config.precision, ranks)
-    limits = [source.max_neighbors for source in sources]
-    objective = Supervised(model, tasks_of(sources), edge_dropout=config.edge_dropout, max_neighbors=limits)
+    objective = Supervised(model, tasks_of(sources), edge_dropout=config.edge_dropout)
     result = _train(request.run, objective, sources, ranks)
     return _report(request.run, result, {"untrained": result.before, "trained": result.after})
 
@@ -106,14 +108,17 @@ def fastest_precision(device: torch.device, otherwise: Precision) -> Precision:
 
 def finetune(request: FinetuneRequest, ranks: Ranks) -> str:
     """Fine-tune a model on one dataset."""
-    source = _finetuning_data(request)
+    start = load(request.start or demo_teacher(ranks))
+    source = with_graph(
+        _finetuning_data(request), cutoff=request.cutoff, max_neighbors=request.max_neighbors, start=start
+    )
     run = request.run
     if request.data:
         epoch = max(1, len(source.split("train")) // (run.config.batch_size * ranks.world_size))
         run = dataclasses.replace(run, config=_in_epochs(run, epoch))
     config = run.config
     model = for_finetuning(
-        load(request.start or demo_teacher(ranks)),
+        start,
         direct_forces=source.task.forces == "direct",
         reduction=request.reduction,
         seed=config.seed,

@@ -13,12 +13,9 @@ from ejmp.model.interactions import OutputBlock
 from ejmp.model.jmp import JMP
 from ejmp_kernels.neighbors import csr_pointers, symmetrise
 
-QUAD_TAG = 1
-"""Lowest tag such that a quad edge has at least one atom with it or a higher one."""
-
 
 def drop_edges(
-    graph: AtomGraph, share: float, *, max_neighbors: int | Sequence[int] = 30, generator: torch.Generator | None = None
+    graph: AtomGraph, share: float, settings: Sequence[GraphSettings], *, generator: torch.Generator | None = None
 ) -> AtomGraph:
     """Leave out each directed atom pair with some probability, then choose the other edge sets from those left.
 
@@ -28,25 +25,30 @@ def drop_edges(
     Args:
         graph: graph that `build_graph` made.
         share: probability to leave a pair out, 0 to below 1.
-        max_neighbors: value the graph was built with, or one value per structure.
+        settings: how the graph of each structure was made.
         generator: generator of the random numbers, on the graph's device; None: torch's default one.
 
     Raises:
-        ValueError: if the share is out of range, or there is no value of max_neighbors for each structure.
+        ValueError: if the share is out of range, there are no settings for each structure, or they are not JMP's, where
+            every edge set is chosen from the pairs.
     """
     if not 0 <= share < 1:
         raise ValueError(f"share: expected 0 or more and less than 1, got {share}")
-    most = [max_neighbors] * graph.num_structures if isinstance(max_neighbors, int) else list(max_neighbors)
-    if len(most) != graph.num_structures:
-        raise ValueError(f"max_neighbors: expected one value or {graph.num_structures}, got {len(most)}")
+    if len(settings) != graph.num_structures:
+        raise ValueError(f"settings: expected one per structure ({graph.num_structures}), got {len(settings)}")
+    if any(s.ties != "cut" or s.atom_edges or s.quad_edges or s.atom_pairs for s in settings):
+        raise ValueError("settings: edge dropout needs graphs with one cutoff and exact numbers of neighbours")
     pairs = graph.atom_pairs
     chance = torch.rand(pairs.num_edges, dtype=torch.float64, generator=generator, device=graph.device)
     left = _subset(pairs, chance >= share)
     place = torch.arange(left.num_edges, device=graph.device) - left.ptr[left.target]
-    reach = [GraphSettings(max_neighbors=k).reach(1) for k in most]
-    limits = torch.tensor([[k for _, k in sets] for sets in reach], device=graph.device)[graph.batch[left.target]]
+    sizes = graph.ptr.diff().tolist()
+    rows = [[most for _, most in s.reach(size)] for s, size in zip(settings, sizes, strict=True)]
+    limits = torch.tensor(rows, device=graph.device)[graph.batch[left.target]]
     main, near, quad = (place < limits[:, j] for j in (1, 2, 3))
-    quad &= (graph.tags[left.source] >= QUAD_TAG) | (graph.tags[left.target] >= QUAD_TAG)
+    tags = torch.tensor([[tag in s.quad_tags for tag in range(3)] for s in settings], device=graph.device)
+    around = tags[graph.batch, graph.tags]
+    quad &= around[left.source] | around[left.target]
     return dataclasses.replace(
         graph,
         atom_pairs=left,

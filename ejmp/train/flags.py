@@ -49,6 +49,11 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="NAME=FOLDER,...", help=text)
 
 
+def _add_graph(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--cutoff", type=float, metavar="A", help=f"longest edge of graphs; default: {default}")
+    parser.add_argument("--max-neighbors", type=int, metavar="K", help=f"main edges into an atom; default: {default}")
+
+
 def _add_run(parser: argparse.ArgumentParser, name: TrainingName) -> None:
     # The attribute is not called "run": in the parser of `ejmp` that one is the function to call.
     parser.add_argument(
@@ -80,6 +85,7 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     _add_data(parser)
     parser.add_argument("--model", choices=("demo", "jmp-s", "jmp-l"), default="demo", help="sizes")
     parser.add_argument("--blocks", type=int, help="default: all")
+    _add_graph(parser, "the paper's for the data's name")
     _add_run(parser, "pretrain")
 
 
@@ -90,6 +96,8 @@ def _pretrain_request(options: argparse.Namespace) -> PretrainRequest:
         run=_run_request(options, "pretrain"),
         model=options.model,
         blocks=options.blocks,
+        cutoff=options.cutoff,
+        max_neighbors=options.max_neighbors,
     )
 
 
@@ -147,6 +155,7 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reduction", choices=("sum", "mean"), default="sum", help="how atoms' outputs make a structure's"
     )
+    _add_graph(parser, "the start model's, or the paper's for the data's name")
     _add_run(parser, "finetune")
 
 
@@ -161,6 +170,8 @@ def _finetune_request(options: argparse.Namespace) -> FinetuneRequest:
         start=options.start,
         scratch=options.scratch,
         reduction=options.reduction,
+        cutoff=options.cutoff,
+        max_neighbors=options.max_neighbors,
     )
 
 

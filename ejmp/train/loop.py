@@ -1,5 +1,6 @@
 """The training loop: steps, averages, validation, checkpoints, logs, and a clean end when it is told to stop."""
 
+import dataclasses
 import json
 import math
 import time
@@ -22,7 +23,7 @@ from ejmp.train.groups import LayerFactors, parameter_groups, scale_shared_gradi
 from ejmp.train.logs import Log, Tracker
 from ejmp.train.objective import Objective
 from ejmp.train.schedule import EarlyStop, Schedule
-from ejmp.train.sources import TASKS_FILE, TaskData, loader_of, tasks_text
+from ejmp.train.sources import TaskData, loader_of
 
 FINAL = "final"
 """The folder of a run that holds the trained model."""
@@ -175,8 +176,7 @@ class _Trainer:
         if self.stopper.update(value) or not self.best:
             self.best = errors
             if self.run.ranks.rank == 0:
-                tasks = {TASKS_FILE: tasks_text(self.run.sources)}
-                save(self.model, self.run.directory / FINAL, overwrite=True, more=tasks)
+                save(self.model, self.run.directory / FINAL, overwrite=True)
 
     def _note(self, log: Log, result: StepResult, clock: float) -> float:
         now = time.perf_counter()
@@ -226,7 +226,7 @@ def _describe(run: Run) -> None:
     description = {
         "config": run.config.to_dict(),
         "objective": type(run.objective).__name__,
-        "datasets": {s.name: {"cutoff": s.cutoff, "max_neighbors": s.max_neighbors} for s in run.sources},
+        "datasets": {source.name: dataclasses.asdict(source.task.graph) for source in run.sources},
         "parameters": sum(p.numel() for p in model.parameters()),
         "backend": model.backend,
         "world_size": run.ranks.world_size,

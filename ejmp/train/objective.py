@@ -1,7 +1,6 @@
 """What a step minimises: modules that turn a batch into losses."""
 
 import dataclasses
-from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -64,30 +63,26 @@ class Objective(nn.Module):
 
 
 class Supervised(Objective):
-    """Learn labels: pre-training and fine-tuning.
+    """Learn labels: pre-training and fine-tuning. The tasks become the model's.
 
     Args:
         model: model with a head for each task.
         tasks: tasks by dataset number.
         edge_dropout: share of pairs that are left out of each graph.
-        max_neighbors: largest number of neighbours that graphs were built with, by dataset number; needed with edge
-            dropout.
     """
 
-    def __init__(
-        self, model: JMP, tasks: Tasks, *, edge_dropout: float = 0.0, max_neighbors: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, model: JMP, tasks: Tasks, *, edge_dropout: float = 0.0) -> None:
         super().__init__(model)
+        model.tasks = tasks
         self.tasks = tasks
         self.edge_dropout = edge_dropout
-        self.max_neighbors = tuple(max_neighbors)
 
     def forward(self, batch: Batch) -> Losses:
         """Compare the model's predictions with the batch's labels."""
         context = nullcontext()
         if self.edge_dropout:
-            limits = [self.max_neighbors[d] for d in batch.dataset.tolist()]
-            graph = drop_edges(batch.graph, self.edge_dropout, max_neighbors=limits)
+            settings = [self.tasks[d].graph for d in batch.dataset.tolist()]
+            graph = drop_edges(batch.graph, self.edge_dropout, settings)
             batch = dataclasses.replace(batch, graph=graph)
             context = scaled_outputs(self.model, self.edge_dropout)
         with context:
@@ -98,8 +93,8 @@ class Supervised(Objective):
 class Distillation(Objective):
     """Learn what a teacher makes of the same graph, on its outputs and at every layer of the final MLP.
 
-    The teacher runs without autograd. Where the student is the teacher's own blocks, all frozen (`freeze_blocks`), they
-    are run once, for both.
+    The tasks, and those of the teacher's other heads, become the student's. The teacher runs without autograd. Where
+    the student is the teacher's own blocks, all frozen (`freeze_blocks`), they are run once, for both.
 
     Args:
         model: student to train.
@@ -110,6 +105,7 @@ class Distillation(Objective):
 
     def __init__(self, model: JMP, teacher: JMP, tasks: Tasks, config: DistillConfig) -> None:
         super().__init__(model)
+        model.tasks = ({task.name: task for task in teacher.tasks} | {task.name: task for task in tasks}).values()
         self.tasks = tasks
         self.config = config
         self._teacher = (teacher.eval().requires_grad_(requires_grad=False),)  # in a tuple: not part of what is trained

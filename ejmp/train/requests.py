@@ -59,6 +59,10 @@ class PretrainRequest(TrainingRequest):
     """Sizes of the model."""
     blocks: int | None
     """Number of interaction blocks; None: as many as models of this size have."""
+    cutoff: float | None
+    """Longest edge of graphs, A; None: see `ejmp.train.sources.with_graph`."""
+    max_neighbors: int | None
+    """Most main edges into an atom; None: see `ejmp.train.sources.with_graph`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +112,10 @@ class FinetuneRequest(TrainingRequest):
     """Whether to start from random weights of the same sizes instead."""
     reduction: Literal["sum", "mean"]
     """How atoms' outputs make a structure's."""
+    cutoff: float | None
+    """Longest edge of graphs, A; None: see `ejmp.train.sources.with_graph`."""
+    max_neighbors: int | None
+    """Most main edges into an atom; None: see `ejmp.train.sources.with_graph`."""
 
 
 @dataclass(frozen=True, kw_only=True)

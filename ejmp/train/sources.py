@@ -1,40 +1,34 @@
 """The data of a run: record stores named on the command line, or the embedded demo data, with their tasks."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from ejmp.catalog import CATALOG, GraphSettings
 from ejmp.data import DEMO_DOWNSTREAM, DEMO_MIX, Dataset, Loader, demo, open_store
 from ejmp.data.sampling.mix import Sampler
+from ejmp.model.checkpoint import TASKS
 from ejmp.model.jmp import JMP
-from ejmp.train.task import Task, Tasks, pretrain_tasks
+from ejmp.train.task import Task, Tasks
 
-DEMO_GRAPH = (5.0, 14)
-"""Cutoff (A) and neighbours of the demo mix's graphs, small as everything there."""
+DEMO_GRAPH = GraphSettings(cutoff=5.0, max_neighbors=14)
+"""How graphs are made of the demo data: small as everything there."""
 DEMO_FORCE_WEIGHT = 10.0
 Split = Literal["train", "val", "test"]
-TASKS_FILE = "tasks.json"
-"""File beside a saved model that says what its heads predict, and of which graphs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskData:
-    """A dataset's splits, how graphs are made of them, and its task."""
+    """A dataset's splits and its task, which says how graphs are made of them."""
 
     splits: Mapping[str, Dataset]
     """Splits by name; at least the one that is asked for."""
     task: Task
-    """What a head learns of the dataset."""
-    cutoff: float
-    """Largest distance between neighbours in a graph, in A."""
-    max_neighbors: int
-    """Largest number of neighbours of an atom along main edges, before symmetrisation."""
+    """What a head learns of the dataset, and how graphs are made of it."""
 
     @property
     def name(self) -> str:
@@ -75,8 +69,8 @@ def _demo(name: str, *, head: int, forces: Literal["direct", "gradient"]) -> Tas
     info = splits["train"].info
     target = "gap" if name in ("qm9", "qmof") else "energy"
     weight = DEMO_FORCE_WEIGHT if forces == "direct" else 100.0
-    task = Task.from_info(info, head=head, target=target, forces=forces, force_weight=weight)
-    return TaskData(splits=splits, task=task, cutoff=DEMO_GRAPH[0], max_neighbors=DEMO_GRAPH[1])
+    task = Task.from_info(info, head=head, target=target, forces=forces, force_weight=weight, graph=DEMO_GRAPH)
+    return TaskData(splits=splits, task=task)
 
 
 def from_stores(
@@ -106,11 +100,44 @@ def from_stores(
         entry = CATALOG.get(name)
         pretraining = entry.pretraining if entry is not None and forces == "direct" else None
         weight = pretraining.force_weight if pretraining is not None else 100.0
-        task = Task.from_info(info, head=head, target=target, forces=forces, force_weight=weight)
-        graph = entry.graph if entry is not None else GraphSettings(cutoff=12.0)
-        task = dataclasses.replace(task, name=name)
-        sources.append(TaskData(splits=splits, task=task, cutoff=graph.cutoff, max_neighbors=graph.max_neighbors))
+        graph = entry.graph if entry is not None else GraphSettings()
+        task = Task.from_info(info, head=head, target=target, forces=forces, force_weight=weight, graph=graph)
+        sources.append(TaskData(splits=splits, task=dataclasses.replace(task, name=name)))
     return sources
+
+
+def with_graph(
+    source: TaskData, *, cutoff: float | None = None, max_neighbors: int | None = None, start: JMP | None = None
+) -> TaskData:
+    """Return a source with the graphs that a model which starts from another one should be trained on.
+
+    They are those of the model that it starts from, if all its tasks have the same; or else the paper's for a dataset
+    of that name. What is given here replaces their numbers.
+
+    Args:
+        source: dataset with its task.
+        cutoff: longest edge, A.
+        max_neighbors: most main edges into an atom.
+        start: model that training starts from; None: random weights.
+
+    Raises:
+        ValueError: if a number is neither given nor known from the start model or the dataset's name.
+    """
+    own = {task.graph for task in start.tasks} if start is not None else set()
+    entry = CATALOG.get(source.name)
+    graph = own.pop() if len(own) == 1 else entry.graph if entry is not None else None
+    if graph is None:
+        if cutoff is None or max_neighbors is None:
+            raise ValueError(
+                f"data: how to make graphs of {source.name} is not known: no such name in the catalogue "
+                f"({', '.join(CATALOG)}), nor a start model with one kind of graph; say --cutoff and --max-neighbors"
+            )
+        graph = GraphSettings(tags="none")
+    if cutoff is not None:
+        graph = dataclasses.replace(graph, cutoff=cutoff)
+    if max_neighbors is not None:
+        graph = dataclasses.replace(graph, max_neighbors=max_neighbors, fewer_above=())
+    return dataclasses.replace(source, task=dataclasses.replace(source.task, graph=graph))
 
 
 def loader_of(
@@ -135,8 +162,7 @@ def loader_of(
     return Loader(
         datasets=[source.split(split) for source in sources],
         sampler=sampler,
-        cutoff=[source.cutoff for source in sources],
-        max_neighbors=[source.max_neighbors for source in sources],
+        settings=[source.task.graph for source in sources],
         dtype=dtype,
         device=device,
         num_workers=num_workers,
@@ -148,55 +174,31 @@ def tasks_of(sources: Sequence[TaskData]) -> Tasks:
     return Tasks([source.task for source in sources])
 
 
-def tasks_text(sources: Sequence[TaskData]) -> str:
-    """Return the text of a model's tasks file, which `load_tasks` reads: what its heads predict, of which graphs."""
-    rows = [
-        {**dataclasses.asdict(source.task), "cutoff": source.cutoff, "max_neighbors": source.max_neighbors}
-        for source in sources
-    ]
-    return json.dumps(rows, indent=1) + "\n"
-
-
-def load_tasks(directory: Path) -> list[tuple[Task, float, int]] | None:
-    """Return a saved model's tasks, each with the cutoff (A) and neighbours of its graphs; None without a file of them.
-
-    Raises:
-        ValueError: if the file is damaged.
-    """
-    path = directory / TASKS_FILE
-    if not path.is_file():
-        return None
-    try:
-        rows: list[dict[str, Any]] = json.loads(path.read_text())
-        found = []
-        for row in rows:
-            cutoff, max_neighbors = float(row.pop("cutoff")), int(row.pop("max_neighbors"))
-            row["linear_reference"] = {int(number): value for number, value in row["linear_reference"].items()}
-            found.append((Task(**row), cutoff, max_neighbors))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: not a list of tasks: {error}") from error
-    return found
-
-
 def with_tasks_of(path: Path, sources: Sequence[TaskData], model: JMP) -> list[TaskData]:
-    """Return sources with the heads, normalisation and graphs that a saved model has for datasets of their names.
+    """Return sources with the heads, normalisation and graphs that a model has for datasets of their names.
 
-    For JMP's checkpoint, which comes without a tasks file, they are those of the paper for its four datasets; the
-    linear references stay those of the data.
+    Where a task does not say what the linear reference is (JMP's published checkpoint), it is that of the data.
+
+    Args:
+        path: where the model comes from, for messages.
+        sources: datasets with tasks of their own.
+        model: model whose tasks replace them.
 
     Raises:
-        ValueError: if the model was not trained on one of the sources.
+        ValueError: if the model does not say what its heads predict, or was not trained on one of the sources.
     """
-    saved = {task.name: (task, cutoff, most) for task, cutoff, most in load_tasks(path) or []}
-    published = {task.name: task for task in pretrain_tasks()} if not saved else {}
+    if not model.tasks:
+        raise ValueError(
+            f"{path}: the model does not say what its heads predict ({TASKS} is missing), and that is not guessed; "
+            "make it again from its origin, or set model.tasks and ejmp.save it"
+        )
+    tasks = {task.name: task for task in model.tasks}
     found = []
     for source in sources:
-        if source.name in saved:
-            task, cutoff, most = saved[source.name]
-            found.append(dataclasses.replace(source, task=task, cutoff=cutoff, max_neighbors=most))
-        elif source.name in published and model.config.num_tasks == len(published):
-            task = dataclasses.replace(published[source.name], linear_reference=source.task.linear_reference)
-            found.append(dataclasses.replace(source, task=task))
-        else:
-            raise ValueError(f"{path}: the model has no head for {source.name}, only for {', '.join(saved) or 'none'}")
+        task = tasks.get(source.name)
+        if task is None:
+            raise ValueError(f"{path}: the model has no head for {source.name}, only for {', '.join(tasks)}")
+        if task.linear_reference is None:
+            task = dataclasses.replace(task, linear_reference=source.task.linear_reference)
+        found.append(dataclasses.replace(source, task=task))
     return found

@@ -14,9 +14,9 @@ from ejmp.train.sources import TaskData, loader_of
 
 
 def new_model(config: JMPConfig, sources: Sequence[TaskData], *, seed: int) -> JMP:
-    """Return an untrained model whose scale factors are fitted to some of the sources' training structures."""
+    """Return an untrained model for the sources' tasks; its scale factors are fitted to some of their structures."""
     torch.manual_seed(seed)
-    model = JMP(config)
+    model = JMP(config, tasks=[source.task for source in sources])
     sizes = [len(source.split("train")) for source in sources]
     loader = loader_of(sources, "train", MixSampler(sizes=sizes, seed=seed, batch_size=16))
     fit_scale_factors(model, [batch.graph for batch in loader.batches(0, 64)])
@@ -27,6 +27,8 @@ def for_finetuning(
     model: JMP, *, direct_forces: bool = False, reduction: Literal["sum", "mean"] = "sum", seed: int = 0
 ) -> JMP:
     """Return a model with one new, random head (JMP, arXiv 2310.16802) and the backbone of a trained one.
+
+    It has no tasks: what the new head predicts is said by whoever trains it.
 
     Args:
         model: trained model, which is not changed.

@@ -48,5 +48,4 @@ def _batches(model: JMP, source: TaskData, structures: int, batch_size: int) -> 
     count = min(structures, len(data))
     for first in range(0, count, batch_size):
         items = [data[i] for i in range(first, min(first + batch_size, count))]
-        graphs = {"cutoff": source.cutoff, "max_neighbors": source.max_neighbors}
-        yield make_batch(items, [0] * len(items), dtype=model.dtype, **graphs).to(model.device)
+        yield make_batch(items, [0] * len(items), settings=source.task.graph, dtype=model.dtype).to(model.device)

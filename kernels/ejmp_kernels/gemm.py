@@ -57,7 +57,7 @@ def choose(a: Tensor, b: Tensor) -> str:
         ValueError: if EJMP_GEMM names no provider.
     """
     wanted = pinned()
-    if not _has_onednn(a):
+    if "onednn" not in providers(a):
         return "torch"
     if wanted != "auto":
         return wanted
@@ -87,9 +87,13 @@ def pinned() -> str:
     return wanted
 
 
-def _has_onednn(a: Tensor) -> bool:
-    known = a.dtype in (torch.float32, torch.bfloat16)
-    return known and a.device.type == "cpu" and torch.backends.mkldnn.is_available()
+def providers(a: Tensor) -> list[str]:
+    """Return the names of the providers that multiply matrices of a's type on its device."""
+    if a.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return ["torch"]
+    # oneDNN has bfloat16 products for processors with AVX-512 only
+    known = a.dtype == torch.float32 or (a.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001
+    return list(PROVIDERS) if known else ["torch"]
 
 
 def _layout(x: Tensor) -> str:

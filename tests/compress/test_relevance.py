@@ -11,6 +11,7 @@ import ejmp
 from ejmp import cli
 from ejmp.data import DEMO_MIX, demo
 from ejmp.data.sampling.batch import make_batch
+from ejmp.graph.settings import GraphSettings
 from ejmp.train.loss import multitask_loss
 from ejmp.train.sources import demo_downstream, demo_mix
 from ejmp.train.survey import survey
@@ -46,15 +47,15 @@ def test_several_graphs_are_pooled(tiny):
 
 def test_with_labels(tiny):
     data = demo("ani1x", "val")
-    tasks = Tasks([Task.from_info(data.info, head=2)])
-    batch = make_batch([data[0], data[1]], [0, 0], cutoff=8.0, dtype=torch.float64)
+    tasks = Tasks([Task.from_info(data.info, head=2, graph=GraphSettings(cutoff=8.0))])
+    batch = make_batch([data[0], data[1]], [0, 0], settings=GraphSettings(cutoff=8.0), dtype=torch.float64)
     loss = lambda out, b: multitask_loss(out.energy, out.forces, b, tasks).total  # noqa: E731
     scores = ejmp.block_relevance(tiny, [batch], loss=loss)
     expected = by_hand(tiny, [batch.graph], lambda out: loss(out, batch))
     assert_close(scores.energy, expected[0])
     assert_close(scores.forces, expected[1])
     assert all(p.grad is None for p in tiny.parameters())
-    source = dataclasses.replace(demo_mix()[2], task=tasks[0], cutoff=8.0, max_neighbors=30)
+    source = dataclasses.replace(demo_mix()[2], task=tasks[0])
     found = survey(tiny, [source], structures=2, batch_size=1, labels=True)["ani1x"]
     assert found["energy"] == pytest.approx(
         ejmp.block_relevance(tiny, [batch], loss=lambda out, b: 2 * loss(out, b)).energy.tolist()

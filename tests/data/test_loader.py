@@ -16,6 +16,7 @@ from ejmp.data.sampling.batch import make_batch, pack
 from ejmp.data.sampling.loader import Loader
 from ejmp.data.sampling.mix import InOrder, MixSampler
 from ejmp.graph.graph import EDGE_SETS
+from ejmp.graph.settings import GraphSettings
 from ejmp.graph.structure import Structure
 
 
@@ -136,7 +137,13 @@ def same(a, b):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_batch_holds_what_the_structures_hold(dtype):
     structures = [full(0), structure(1), full(2, periodic=True), structure(3, energy=-2.5, targets={"dipole": 1.5})]
-    batch = make_batch(structures, [4, 0, 1, 1], cutoff=5.0, max_neighbors=[3, 4, 5, 6], dtype=dtype, position=12)
+    batch = make_batch(
+        structures,
+        [4, 0, 1, 1],
+        settings=[GraphSettings(cutoff=5.0, max_neighbors=k) for k in (3, 4, 5, 6)],
+        dtype=dtype,
+        position=12,
+    )
     expected = ejmp.build_graph(structures, 5.0, [3, 4, 5, 6], dtype=dtype)
     for name in EDGE_SETS:
         found, wanted = getattr(batch.graph, name), getattr(expected, name)
@@ -195,12 +202,11 @@ def test_a_label_may_change_between_forward_and_backward():
 
 
 def test_every_dataset_has_its_own_graph_settings(datasets):
-    loader = Loader(datasets=datasets, sampler=in_order(datasets, 27), cutoff=[2.0, 5.0], max_neighbors=[4, 9])
+    settings = [GraphSettings(cutoff=2.0, max_neighbors=4), GraphSettings(cutoff=5.0, max_neighbors=9)]
+    loader = Loader(datasets=datasets, sampler=in_order(datasets, 27), settings=settings)
     (batch,) = loader.batches()
     structures = [s for d in datasets for s in d.structures]
-    expected = make_batch(
-        structures, [0] * 20 + [1] * 7, cutoff=[2.0] * 20 + [5.0] * 7, max_neighbors=[4] * 20 + [9] * 7
-    )
+    expected = make_batch(structures, [0] * 20 + [1] * 7, settings=[settings[0]] * 20 + [settings[1]] * 7)
     assert same(batch, dataclasses.replace(expected, position=27))
 
 
@@ -297,10 +303,8 @@ def test_impossible_settings_are_refused(datasets):
     sampler = in_order(datasets)
     with pytest.raises(ValueError, match=r"sampler: expected the datasets' sizes \[20\], got \[20, 7\]"):
         Loader(datasets=datasets[:1], sampler=sampler)
-    with pytest.raises(ValueError, match="cutoff: expected one value or one per dataset"):
-        Loader(datasets=datasets, sampler=sampler, cutoff=[1.0, 2.0, 3.0])
-    with pytest.raises(ValueError, match="max_neighbors: expected one value or one per dataset"):
-        Loader(datasets=datasets, sampler=sampler, max_neighbors=[1])
+    with pytest.raises(ValueError, match=r"settings: expected one or one per dataset \(2\), got 3"):
+        Loader(datasets=datasets, sampler=sampler, settings=[GraphSettings()] * 3)
     with pytest.raises(ValueError, match="start_method: expected one of"):
         Loader(datasets=datasets, sampler=sampler, start_method="thread")
     with pytest.raises(ValueError, match="num_workers: expected at least 0, got -1"):

@@ -59,8 +59,8 @@ def test_providers_agree_in_every_layout(dtype):
     wide_a, wide_b = torch.cat([a, a], dim=1)[:, : a.shape[1]], torch.cat([b, b], dim=1)[:, : b.shape[1]]
     for x in (a, a.mT.contiguous().mT, wide_a):
         for y in (b, b.mT.contiguous().mT, wide_b):
-            for product in gemm.PROVIDERS.values():
-                assert relative_error(product(x, y), exact) <= tolerance("product", dtype)
+            for name in gemm.providers(x):
+                assert relative_error(gemm.PROVIDERS[name](x, y), exact) <= tolerance("product", dtype)
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{", '{"float32 n n 256 256 128": "magic"}', "\0\xff"])

@@ -6,8 +6,10 @@ Triton's run in its interpreter, or on a GPU with TRITON_INTERPRET=0.
 import dataclasses
 import functools
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from support.inputs import require_native, require_triton
 from support.small_cases import CASES, DEVICE, LOW, Setup, derivatives, make_case, randn
 from support.tolerances import relative_error, tolerance
 
+import ejmp_kernels
 from ejmp_kernels import availability, registry, unfused
 from ejmp_kernels.activation import activate
 from ejmp_kernels.triplet import triplet
@@ -332,3 +335,16 @@ def test_other_instruction_sets(isa):
         pytest.skip(f"this processor has no {isa}")
     else:
         assert run.returncode == 0, run.stdout[-2000:]
+
+
+def test_nothing_but_registrations_runs_as_the_library_loads():
+    """A constructor that was compiled for AVX-512 would kill the process on a processor without it."""
+    require_native()
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("no nm")
+    library = Path(ejmp_kernels.__file__).with_name("_C.so")
+    symbols = subprocess.run([nm, library], capture_output=True, text=True, check=True).stdout.split()
+    constructors = {name for name in symbols if name.startswith("_GLOBAL__sub_I_")}
+    assert {"_GLOBAL__sub_I_cpu.cpp", "_GLOBAL__sub_I_dense.cpp"} <= constructors
+    assert not [name for name in constructors if "kernels_" in name]

@@ -39,6 +39,11 @@ class Golden:
     values: dict
     structures: list
 
+    @property
+    def settings(self):
+        pairs = zip(self.values["cutoff"].tolist(), self.values["max_neighbors"].tolist(), strict=True)
+        return [ejmp.GraphSettings(cutoff=cutoff, max_neighbors=most) for cutoff, most in pairs]
+
     def graph(self, dtype=torch.float64, **options):
         cutoff, most = self.values["cutoff"].tolist(), self.values["max_neighbors"].tolist()
         return ejmp.build_graph(self.structures, cutoff, most, dtype=dtype, **options)

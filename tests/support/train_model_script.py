@@ -7,6 +7,7 @@ import torch
 import ejmp
 from ejmp.data.embedded import demo
 from ejmp.data.sampling.batch import make_batch
+from ejmp.graph.settings import GraphSettings
 from ejmp.train.config import TrainConfig
 from ejmp.train.engine import Engine
 from ejmp.train.groups import scale_shared_gradients
@@ -36,7 +37,7 @@ def batch_of(step, rank):
     """Return two structures of the rank's dataset."""
     data = demo(SETS[rank])
     structures = [data[2 * step + i] for i in range(2)]
-    return make_batch(structures, [rank, rank], cutoff=4.0, max_neighbors=6)
+    return make_batch(structures, [rank, rank], settings=GraphSettings(cutoff=4.0, max_neighbors=6))
 
 
 def groups(model):

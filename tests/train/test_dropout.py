@@ -9,6 +9,7 @@ from support.tolerances import assert_close
 
 import ejmp
 from ejmp.graph.graph import EDGE_SETS
+from ejmp.graph.settings import GraphSettings
 from ejmp.train.dropout import drop_edges, scaled_outputs
 
 
@@ -28,7 +29,7 @@ def rows(edges, keep=slice(None)):
 def test_without_dropout_nothing_changes(case, dtype):
     golden = load_golden(case)
     graph = golden.graph(dtype)
-    same = drop_edges(graph, 0.0, max_neighbors=golden.values["max_neighbors"].tolist())
+    same = drop_edges(graph, 0.0, golden.settings)
     for (name, value), (_, expected) in zip(fields(same), fields(graph), strict=True):
         equal = torch.equal(value, expected) if isinstance(value, torch.Tensor) else value == expected
         assert equal, name
@@ -39,7 +40,7 @@ def test_sets_are_chosen_from_the_pairs_left(case):
     """Every edge set is what the rules of build_graph, as loops over atoms, choose from the pairs that are left."""
     golden = load_golden(case)
     graph, most = golden.graph(), golden.values["max_neighbors"].tolist()
-    left = drop_edges(graph, 0.3, max_neighbors=most, generator=torch.Generator().manual_seed(0))
+    left = drop_edges(graph, 0.3, golden.settings, generator=torch.Generator().manual_seed(0))
     pairs = rows(left.atom_pairs)
     assert set(pairs) < set(rows(graph.atom_pairs))
     assert len(pairs) / graph.atom_pairs.num_edges == pytest.approx(0.7, abs=0.05)
@@ -65,7 +66,7 @@ def test_the_model_takes_it(tiny, backend):
     golden = load_golden("batch")
     model = tiny.on(backend=backend)
     generator = torch.Generator().manual_seed(1)
-    graph = drop_edges(golden.graph(), 0.5, max_neighbors=golden.values["max_neighbors"].tolist(), generator=generator)
+    graph = drop_edges(golden.graph(), 0.5, golden.settings, generator=generator)
     with scaled_outputs(model, 0.5):
         out = model(graph)
     (out.energy.sum() + out.forces.sum()).backward()
@@ -100,7 +101,7 @@ def test_output_sums_are_scaled(tiny):
 
 def test_losing_every_edge_is_allowed():
     graph = ejmp.build_graph(load_golden("ethanol").structures, 8.0)
-    left = drop_edges(graph, 1 - 1e-12)
+    left = drop_edges(graph, 1 - 1e-12, [GraphSettings(cutoff=8.0)])
     assert [getattr(left, name).num_edges for name in EDGE_SETS] == [0, 0, 0, 0]
     assert left.main.swap.shape == (0,)
 
@@ -108,6 +109,8 @@ def test_losing_every_edge_is_allowed():
 def test_refused():
     graph = ejmp.build_graph(load_golden("ethanol").structures, 8.0)
     with pytest.raises(ValueError, match="share: expected 0 or more and less than 1, got 1"):
-        drop_edges(graph, 1.0)
-    with pytest.raises(ValueError, match="max_neighbors: expected one value or 1, got 2"):
-        drop_edges(graph, 0.1, max_neighbors=[30, 30])
+        drop_edges(graph, 1.0, [GraphSettings(cutoff=8.0)])
+    with pytest.raises(ValueError, match=r"settings: expected one per structure \(1\), got 2"):
+        drop_edges(graph, 0.1, [GraphSettings(cutoff=8.0)] * 2)
+    with pytest.raises(ValueError, match="edge dropout needs graphs with one cutoff"):
+        drop_edges(graph, 0.1, [GraphSettings(cutoff=8.0, atom_pairs=(6.0, 100))])

@@ -12,6 +12,7 @@ from ejmp.compress.config import DistillConfig
 from ejmp.compress.distill import combine, distill_loss
 from ejmp.data import DEMO_MIX, DatasetInfo, Statistics, demo
 from ejmp.data.sampling.batch import make_batch
+from ejmp.graph.settings import GraphSettings
 from ejmp.train.loss import multitask_loss
 from ejmp.train.metrics import Maes
 from ejmp.train.task import Task, Tasks, finetune_task, pretrain_tasks
@@ -31,7 +32,7 @@ def molecules(counts, **labels):
 
 
 def batch_of(structures, dataset):
-    return make_batch(structures, dataset, cutoff=1.5, max_neighbors=2, dtype=torch.float64)
+    return make_batch(structures, dataset, settings=GraphSettings(cutoff=1.5, max_neighbors=2), dtype=torch.float64)
 
 
 @pytest.fixture
@@ -219,7 +220,9 @@ def test_task_of_demo_data(name):
     task = Task.from_info(data.info, head=2)
     tasks = Tasks([task])
     structures = [data[i] for i in range(len(data))]
-    batch = make_batch(structures, [0] * len(data), cutoff=3.0, max_neighbors=1, dtype=torch.float64)
+    batch = make_batch(
+        structures, [0] * len(data), settings=GraphSettings(cutoff=3.0, max_neighbors=1), dtype=torch.float64
+    )
     raw = tasks.raw_energy(batch)
     forces = (batch.forces / task.force_std)[~batch.fixed]  # the statistics are of free atoms
     assert task.forces == "direct"
@@ -251,7 +254,7 @@ def mixed_batches():
         [(0, slab), (2, molecule)],
     ):
         datasets, structures = zip(*listed, strict=True)
-        yield make_batch(structures, datasets, cutoff=8.0, dtype=torch.float64)
+        yield make_batch(structures, datasets, settings=GraphSettings(cutoff=8.0), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("kind", ["direct", "gradient", "distilled"])
@@ -294,7 +297,7 @@ def test_only_the_own_head_learns(tiny):
     data = demo("ani1x")
     tasks = Tasks([Task.from_info(data.info, head=1)])
     for structure in (data[0], dataclasses.replace(data[0], energy=None, forces=None)):
-        batch = make_batch([structure], [0], cutoff=8.0, dtype=torch.float64)
+        batch = make_batch([structure], [0], settings=GraphSettings(cutoff=8.0), dtype=torch.float64)
         out = tiny(batch.graph)
         tiny.zero_grad()
         multitask_loss(out.energy, out.forces, batch, tasks).total.backward()

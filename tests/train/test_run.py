@@ -16,6 +16,7 @@ import torch
 from support.launching import environment
 
 import ejmp
+from ejmp.catalog import CATALOG
 from ejmp.compress.config import DistillConfig
 from ejmp.data import InOrder, Loader, make_batch
 from ejmp.model.checkpoint import load, save
@@ -28,8 +29,9 @@ from ejmp.train.evaluate import evaluate, score, table
 from ejmp.train.faults import session
 from ejmp.train.loop import FINAL, Run, train
 from ejmp.train.objective import Distillation, Supervised, freeze_blocks, predict
-from ejmp.train.sources import TASKS_FILE, demo_downstream, demo_mix, load_tasks, tasks_of, tasks_text, with_tasks_of
+from ejmp.train.sources import TaskData, demo_downstream, demo_mix, tasks_of, with_graph, with_tasks_of
 from ejmp.train.start import for_finetuning, new_model
+from ejmp.train.task import Tasks, pretrain_tasks
 
 pytest.importorskip("deepspeed")
 ROOT = Path(__file__).parents[2]
@@ -39,6 +41,7 @@ SMALL = dataclasses.replace(
     emb_size_quad_out=4, emb_size_pair_in=4, emb_size_pair_out=4, emb_size_rbf=4, emb_size_cbf=4, emb_size_sbf=4,
     num_radial=16,
 )  # fmt: skip
+SHORT = ejmp.GraphSettings(cutoff=6.0, max_neighbors=12)
 CONFIG = TrainConfig(
     steps=6, batch_size=4, lr=3e-3, warmup_steps=2, validate_every=3, checkpoint_every=2, log_every=1, zero_stage=0
 )
@@ -139,7 +142,7 @@ def test_what_a_run_leaves(tmp_path, ranks, sources, teacher):
     model = load(folder / FINAL)
     assert model.config.kept_blocks == (0,)
     assert evaluate(model, sources, ranks) == result.after
-    assert load_tasks(folder / FINAL) == [(s.task, s.cutoff, s.max_neighbors) for s in sources]
+    assert model.tasks == tuple(tasks_of(sources))
     with pytest.raises(ValueError, match="holds a run already"):
         train(run)
     with pytest.raises(FileNotFoundError, match="no checkpoint to resume from"):
@@ -163,7 +166,7 @@ def test_evaluation_by_hand(ranks, sources, teacher):
     for i in range(8):
         structure = slabs.split("val")[i]
         with torch.no_grad():
-            out = teacher(ejmp.build_graph(structure, slabs.cutoff, slabs.max_neighbors))
+            out = teacher(ejmp.build_graph(structure, settings=slabs.task.graph))
         task = slabs.task
         reference = sum(task.linear_reference[z] for z in structure.numbers.tolist())
         energy.append(abs(float(out.energy[0, 0]) * task.std + task.mean + reference - structure.energy))
@@ -178,9 +181,10 @@ def test_gradient_forces_follow_the_energy(teacher):
     (source,) = few([demo_downstream("rmd17")])
     model = for_finetuning(teacher).double()
     tasks = tasks_of([source])
+    uncut = dataclasses.replace(source.task.graph, max_neighbors=100)
 
     def energy_at(structure):
-        batch = make_batch([structure], [0], cutoff=source.cutoff, max_neighbors=100, dtype=torch.float64)
+        batch = make_batch([structure], [0], settings=uncut, dtype=torch.float64)
         energy, forces = predict(model, batch, tasks)
         return tasks.energy(energy[:, 0], batch).item(), tasks.forces(forces, batch)
 
@@ -244,32 +248,57 @@ def test_frozen_blocks_are_run_once(tmp_path, ranks, sources, teacher):
 def first_batch(sources):
     datasets = [source.split("train") for source in sources]
     sampler = InOrder(sizes=[len(dataset) for dataset in datasets], batch_size=8)
-    return next(Loader(datasets=datasets, sampler=sampler, cutoff=6.0, max_neighbors=12).batches())
+    return next(Loader(datasets=datasets, sampler=sampler, settings=SHORT).batches())
 
 
 def test_edge_dropout(sources, teacher):
     batch = first_batch(sources)
-    tasks = tasks_of(sources)
+    tasks = Tasks([dataclasses.replace(task, graph=SHORT) for task in tasks_of(sources)])
     totals = [
-        Supervised(teacher, tasks, edge_dropout=share, max_neighbors=[12] * 4)(batch).total.item() for share in (0, 0.3)
+        Supervised(ejmp.prune(teacher, blocks=3), tasks, edge_dropout=share)(batch).total.item() for share in (0, 0.3)
     ]
     assert totals[0] != totals[1]
     assert all(np.isfinite(totals))
 
 
 def test_tasks_of_a_saved_model(tmp_path, sources, teacher):
-    renamed = [dataclasses.replace(s, task=dataclasses.replace(s.task, mean=7.0), cutoff=5.0) for s in sources]
-    save(teacher, tmp_path / "model", more={TASKS_FILE: tasks_text(renamed)})
-    found = with_tasks_of(tmp_path / "model", sources, teacher)
-    assert [(s.task.mean, s.cutoff) for s in found] == [(7.0, 5.0)] * 4
-    published = with_tasks_of(tmp_path, sources, teacher)
+    model = ejmp.prune(teacher, blocks=3)
+    model.tasks = [dataclasses.replace(s.task, mean=7.0, graph=SHORT) for s in sources]
+    save(model, tmp_path / "model")
+    found = with_tasks_of(tmp_path / "model", sources, load(tmp_path / "model"))
+    assert [source.task for source in found] == list(model.tasks)
+    with pytest.raises(ValueError, match="no head for rmd17, only for oc20, oc22"):
+        with_tasks_of(tmp_path / "model", [demo_downstream("rmd17")], model)
+    model.tasks = pretrain_tasks()
+    published = with_tasks_of(tmp_path, sources, model)
     assert published[1].task.std == 25.229595396538468
     assert published[1].task.linear_reference == sources[1].task.linear_reference
-    with pytest.raises(ValueError, match="no head for rmd17, only for oc20, oc22"):
-        with_tasks_of(tmp_path / "model", [demo_downstream("rmd17")], teacher)
-    (tmp_path / "model" / TASKS_FILE).write_text("[{}]")
-    with pytest.raises(ValueError, match="not a list of tasks"):
-        load_tasks(tmp_path / "model")
+    model.tasks = ()
+    save(model, tmp_path / "model", overwrite=True)
+    with pytest.raises(ValueError, match="does not say what its heads predict"):
+        with_tasks_of(tmp_path / "model", sources, load(tmp_path / "model"))
+    (tmp_path / "model" / "tasks.json").write_text("[{}]")
+    with pytest.raises(ValueError, match=r"tasks.json: not a list of tasks"):
+        load(tmp_path / "model")
+
+
+def test_graphs_of_training(sources, teacher):
+    """They are the start model's, or the catalogue's of the name, or given; never guessed."""
+    qm9 = TaskData(splits={}, task=ejmp.Task(name="qm9"))
+    mine = TaskData(splits={}, task=ejmp.Task(name="mine"))
+    demo, one = ejmp.GraphSettings(cutoff=5.0, max_neighbors=14), ejmp.prune(teacher, blocks=1)
+    one.tasks = [dataclasses.replace(s.task, graph=demo) for s in sources]
+    assert with_graph(mine, start=one).task.graph == with_graph(qm9, start=one).task.graph == demo
+    assert with_graph(qm9).task.graph == CATALOG["qm9"].graph
+    one.tasks = pretrain_tasks()  # graphs of two kinds
+    assert with_graph(qm9, start=one, max_neighbors=20).task.graph == ejmp.GraphSettings(
+        cutoff=CATALOG["qm9"].graph.cutoff, max_neighbors=20, tags="none"
+    )
+    given = with_graph(mine, start=one, cutoff=4.0, max_neighbors=9).task.graph
+    assert given == ejmp.GraphSettings(cutoff=4.0, max_neighbors=9, tags="none")
+    for start in (None, one):
+        with pytest.raises(ValueError, match=r"graphs of mine is not known.*say --cutoff and --max-neighbors"):
+            with_graph(mine, start=start, cutoff=4.0)
 
 
 def test_damaged_teacher(tmp_path, teacher):
@@ -318,9 +347,9 @@ def test_bad_flags(capsys, tmp_path, ranks, monkeypatch):
     assert "data: expected NAME=FOLDER" in capsys.readouterr().err
 
 
-def test_deepspeed_launcher_on_two_ranks(tmp_path, sources, teacher):
+def test_deepspeed_launcher_on_two_ranks(tmp_path, teacher):
     """README's deepspeed launch/distill.py --blocks 4, here with 2 of 3 blocks and few steps."""
-    save(teacher, tmp_path / "teacher", more={TASKS_FILE: tasks_text(sources)})
+    save(teacher, tmp_path / "teacher")
     command = [
         Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", "29611",
         ROOT / "launch/distill.py", "--teacher", tmp_path / "teacher", "--blocks", "2", "--run", tmp_path / "run",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ejmp.graph.build import build_graph
 from ejmp.graph.graph import AtomGraph
+from ejmp.graph.settings import GraphSettings
 from ejmp.graph.structure import Structure
 
 ALIGNMENT = 64
@@ -60,8 +61,7 @@ def make_batch(
     structures: Sequence[Structure],
     dataset: Sequence[int],
     *,
-    cutoff: float | Sequence[float] = 12.0,
-    max_neighbors: int | Sequence[int] = 30,
+    settings: GraphSettings | Sequence[GraphSettings] | None = None,
     dtype: torch.dtype = torch.float32,
     position: int = 0,
 ) -> Batch:
@@ -70,15 +70,14 @@ def make_batch(
     Args:
         structures: B structures.
         dataset: number of each structure's dataset, [B].
-        cutoff: longest edge in A; one value, or one per structure.
-        max_neighbors: most main edges into one atom; one value, or one per structure.
+        settings: how graphs are made, of all or of each structure; None: as `GraphSettings` does by default.
         dtype: type of distances, vectors and forces.
         position: position of the sampler after this batch.
 
     Raises:
         ValueError: for what `build_graph` refuses, and for labels whose shape does not fit the atoms.
     """
-    graph = build_graph(structures, cutoff, max_neighbors, dtype=dtype)
+    graph = build_graph(structures, settings=settings or GraphSettings(), dtype=dtype)
     names = sorted({name for structure in structures for name in structure.targets})
     missing = float("nan")
     energies = [missing if s.energy is None else s.energy for s in structures]

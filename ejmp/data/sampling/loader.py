@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -14,6 +13,7 @@ from torch.utils.data import Dataset as TorchDataset
 from ejmp.data.info import Dataset
 from ejmp.data.sampling.batch import Batch, Packed, make_batch, pack
 from ejmp.data.sampling.mix import Pairs, Sampler
+from ejmp.graph.settings import GraphSettings
 
 Request = tuple[int, Pairs]
 """What a worker is asked for: the sampler's position after the batch, and the samples in it."""
@@ -32,10 +32,8 @@ class Loader:
     """Datasets in the order of their numbers."""
     sampler: Sampler
     """Which samples this rank takes, and in which order."""
-    cutoff: float | Sequence[float] = 12.0
-    """Longest edge in A; one value, or one per dataset."""
-    max_neighbors: int | Sequence[int] = 30
-    """Most main edges into one atom; one value, or one per dataset."""
+    settings: GraphSettings | Sequence[GraphSettings] | None = None
+    """How graphs are made, of all structures or of those of each dataset; None: as `GraphSettings` does by default."""
     dtype: torch.dtype = torch.float32
     """Type of distances, vectors and forces."""
     device: torch.device | str = "cpu"
@@ -58,10 +56,8 @@ class Loader:
         sizes = [len(dataset) for dataset in self.datasets]
         if list(self.sampler.sizes) != sizes:
             raise ValueError(f"sampler: expected the datasets' sizes {sizes}, got {list(self.sampler.sizes)}")
-        for name in ("cutoff", "max_neighbors"):
-            given = np.shape(getattr(self, name))
-            if given not in ((), (len(sizes),)):
-                raise ValueError(f"{name}: expected one value or one per dataset ({len(sizes)}), got shape {given}")
+        if isinstance(self.settings, Sequence) and len(self.settings) != len(sizes):
+            raise ValueError(f"settings: expected one or one per dataset ({len(sizes)}), got {len(self.settings)}")
         if self.start_method not in multiprocessing.get_all_start_methods():
             methods = multiprocessing.get_all_start_methods()
             raise ValueError(f"start_method: expected one of {methods}, got {self.start_method!r}")
@@ -110,8 +106,10 @@ class _Maker(TorchDataset[Packed]):
 
     def __init__(self, loader: Loader) -> None:
         self.datasets = list(loader.datasets)
-        self.cutoffs = np.broadcast_to(loader.cutoff, len(self.datasets)).tolist()
-        self.limits = np.broadcast_to(loader.max_neighbors, len(self.datasets)).tolist()
+        settings = loader.settings
+        self.settings = (
+            settings if isinstance(settings, Sequence) else [settings or GraphSettings()] * len(self.datasets)
+        )
         self.dtype = loader.dtype
 
     def __getitem__(self, request: Request) -> Packed:
@@ -122,8 +120,7 @@ class _Maker(TorchDataset[Packed]):
             batch = make_batch(
                 structures,
                 which,
-                cutoff=[self.cutoffs[d] for d in which],
-                max_neighbors=[self.limits[d] for d in which],
+                settings=[self.settings[d] for d in which],
                 dtype=self.dtype,
                 position=position,
             )
