@@ -20,6 +20,8 @@ Value = TypeVar("Value", "AtomGraph", "EdgeSet")
 EDGE_SETS = ("main", "atom_edges", "quad_edges", "atom_pairs")
 IMAGE_BASE = 1 << 20
 """Base in which the three cell offsets of an edge are packed into one integer; beyond +-2^17 cells they are refused."""
+PIECE = 1 << 16
+"""Edges that are treated at once on the CPU, so that what is computed of them stays in the cache."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -232,6 +234,8 @@ def edge_shift(offset: Tensor, cell: Tensor, edges_per_structure: Tensor) -> Ten
         cell: lattice vectors as rows, [B, 3, 3] float64, A.
         edges_per_structure: number of edges of each structure, [B].
     """
+    if len(cell) == 1:
+        return offset.to(cell.dtype) @ cell[0]
     parts = offset.split(edges_per_structure.tolist())
     return torch.cat([part.to(cell.dtype) @ c for part, c in zip(parts, cell, strict=True)])
 
@@ -259,18 +263,23 @@ def make_edge_set(
     degree, num_edges = found.ptr.diff(), len(found.source)
     target = torch.repeat_interleave(torch.arange(len(degree), device=degree.device), degree, output_size=num_edges)
     shift = edge_shift(found.offset, cell, found.ptr[atom_ptr].diff())
-    piece = max(1, num_edges if positions.device.type != "cpu" or positions.requires_grad else 1 << 16)
-    columns = [column.split(piece) for column in (found.source, target, shift)]
-    pieces = [edge_geometry(positions, *rows) for rows in zip(*columns, strict=True)]
+    columns = (found.source, target, shift)
+    if positions.device.type != "cpu" or positions.requires_grad or num_edges <= PIECE:
+        image = pack_offset(found.offset)
+        distance, vector = (x.to(dtype) for x in edge_geometry(positions, *columns))
+    else:
+        image = torch.cat([pack_offset(rows) for rows in found.offset.split(PIECE)])
+        pieces = [edge_geometry(positions, *rows) for rows in zip(*(c.split(PIECE) for c in columns), strict=True)]
+        distance, vector = (torch.cat([x.to(dtype) for x in column]) for column in zip(*pieces, strict=True))
     return EdgeSet(
         source=found.source,
         target=target,
         offset=found.offset,
-        image=torch.cat([pack_offset(rows) for rows in found.offset.split(piece)]),
+        image=image,
         shift=shift,
         ptr=found.ptr,
-        distance=torch.cat([distance.to(dtype) for distance, _ in pieces]),
-        vector=torch.cat([vector.to(dtype) for _, vector in pieces]),
+        distance=distance,
+        vector=vector,
         max_degree=int(degree.max()),
         swap=swap,
     )

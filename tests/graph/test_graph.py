@@ -11,7 +11,7 @@ import pytest
 import torch
 from ase.build import bulk, fcc111, molecule
 from ase.neighborlist import neighbor_list
-from support.edges import differences, edges_of, keys, rows
+from support.edges import brute_force, differences, edges_of, keys, rows
 from support.inputs import BACKENDS, require_native
 from support.tolerances import assert_close
 
@@ -140,18 +140,6 @@ def test_native_is_the_reference_on_mofs(shared):
     assert len({len(atoms) for atoms in mofs}) == 5
     native, reference = (build_graph(mofs, 19.0, [30, 10, 5, 10, 5], backend=name) for name in BACKENDS)
     assert differences(native, reference) == []
-
-
-def brute_force(atoms, cutoff):
-    """Return all edges as (target, rank, source, *offset) in the order the graph documents."""
-    reach = int(cutoff * np.linalg.norm(atoms.cell.reciprocal(), axis=1).max()) + 1
-    cells = [np.array(o) for o in itertools.product(range(-reach, reach + 1), repeat=3)]
-    found = [[] for _ in atoms]
-    for t, s, o in itertools.product(range(len(atoms)), range(len(atoms)), cells):
-        rank = round(float(np.linalg.norm(atoms.positions[t] - atoms.positions[s] - o @ atoms.cell.array)) * 1e6)
-        if rank <= round(cutoff * 1e6) and (s != t or o.any()):
-            found[t].append((t, rank, s, *o.tolist()))
-    return [sorted(edges) for edges in found]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Comparison of graphs edge by edge."""
 
 import dataclasses
+import itertools
 
+import numpy as np
 import torch
 
 import ejmp
@@ -32,3 +34,16 @@ def differences(a, b):
         elif not (x.dtype == y.dtype and torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y):
             names.append(field.name)
     return names
+
+
+def brute_force(atoms, cutoff):
+    """Return all edges as (target, rank, source, *offset) in the order the graph documents."""
+    reach = int(cutoff * np.linalg.norm(atoms.cell.reciprocal(), axis=1).max()) + 1
+    cells = np.array(list(itertools.product(*(range(-reach * p, reach * p + 1) for p in atoms.pbc.astype(int)))))
+    shifts, found = cells @ atoms.cell.array, [[] for _ in atoms]
+    for t, s in itertools.product(range(len(atoms)), range(len(atoms))):
+        lengths = np.linalg.norm(atoms.positions[t] - atoms.positions[s] - shifts, axis=1)
+        ranks = np.round(lengths * 1e6).astype(int)
+        inside = (ranks <= round(cutoff * 1e6)) & ((s != t) | cells.any(1))
+        found[t] += [(t, rank, s, *o) for rank, o in zip(ranks[inside].tolist(), cells[inside].tolist(), strict=True)]
+    return [sorted(edges) for edges in found]
