@@ -22,6 +22,7 @@ from ejmp.train.evaluate import evaluate as errors_of
 from ejmp.train.groups import LayerFactors
 from ejmp.train.loop import FINAL, Result, Run, train
 from ejmp.train.objective import Distillation, Objective, Supervised, freeze_blocks
+from ejmp.train.page import write_page
 from ejmp.train.requests import (
     DistillRequest,
     EvaluateRequest,
@@ -134,10 +135,21 @@ def finetune(request: FinetuneRequest, ranks: Ranks) -> str:
     objective = Supervised(_ready(model, config.precision, ranks), tasks_of([source]))
     result = _train(run, objective, [source], ranks, factors)
     rows = {"before": result.before, "after": result.after}
-    if result.finished and "test" in source.splits:
-        best = _ready(load(run.directory / FINAL), config.precision, ranks)
+    if not result.finished:
+        return _report(run, result, rows)
+    best = _ready(load(run.directory / FINAL), config.precision, ranks)
+    if "test" in source.splits:
         rows["after, on the test split"] = errors_of(best, [source], ranks, split="test")
-    return _report(run, result, rows)
+    return _report(run, result, rows) + (_page(request, best, source, rows, ranks) if ranks.rank == 0 else "")
+
+
+def _page(request: FinetuneRequest, model: JMP, source: TaskData, rows: dict[str, Errors], ranks: Ranks) -> str:
+    split = "test" if "test" in source.splits else "val"
+    try:
+        path = write_page(request.run.directory, model, source, split, rows, ranks.device)
+    except ModuleNotFoundError as error:
+        return f"\nno page of it: {error}; pip install ejmp[bench] brings it"
+    return f"\nits page: {path}"
 
 
 def _convert(frames: Path, store: Path, ranks: Ranks) -> None:
