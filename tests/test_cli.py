@@ -1,8 +1,10 @@
 """Every verb of `ejmp`, started the way a user does, with the smallest work it can be given."""
 
 import argparse
+import base64
 import dataclasses
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from support.inputs import environment
 
 import ejmp
 from ejmp import cli
-from ejmp.data import Structure
+from ejmp.data import Structure, open_store
 from ejmp.data.store.conversion import convert
 from ejmp.train import main as training_main
 from ejmp.train.config import TrainConfig
@@ -188,6 +190,24 @@ def test_finetune(folder, data, tmp_path):
     assert not model.config.direct_forces
     assert model.task().forces == "gradient"
     assert model.task().graph == start.task().graph
+
+
+def test_finetune_own_frames(folder, tmp_path):
+    """One line makes of a file a model with its page: the frames are converted, divided, and trained on."""
+    pytest.importorskip("deepspeed")
+    frames, run = tmp_path / "my frames.xyz", tmp_path / "run"
+    write_xyz(frames, methanols(12, 3))
+    printed = ejmp_command("finetune", frames, "--start", folder / "model", "--run", run, *RUN)
+    assert f"its page: {run / 'page.html'}" in printed
+    stores = {split: open_store(run / "data" / split) for split in ("train", "val", "test")}
+    assert {split: len(store) for split, store in stores.items()} == {"train": 10, "val": 1, "test": 1}
+    assert len({store[i].id for store in stores.values() for i in range(len(store))}) == 12
+    assert ejmp.load(run / "final").task("my_frames").graph == ejmp.load(folder / "model").task().graph
+    page = (run / "page.html").read_text()
+    assert "<td>after, on the test split</td>" in page
+    assert str(run / "final") in page
+    picture = re.search(r"data:image/png;base64,([^\"]+)", page)[1]
+    assert base64.b64decode(picture).startswith(b"\x89PNG")
 
 
 def test_evaluate(folder, data, tmp_path):
