@@ -3,11 +3,14 @@
 import dataclasses
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import distributed as dist
 
 from ejmp.compress.pruning import prune
+from ejmp.data import convert
+from ejmp.data.store.writers import Writers
 from ejmp.model.checkpoint import load
 from ejmp.model.config import JMPConfig, Precision, jmp_l, jmp_s
 from ejmp.model.jmp import JMP
@@ -108,6 +111,8 @@ def fastest_precision(device: torch.device, otherwise: Precision) -> Precision:
 
 def finetune(request: FinetuneRequest, ranks: Ranks) -> str:
     """Fine-tune a model on one dataset."""
+    if request.frames is not None:
+        _convert(request.frames, request.run.directory / "data", ranks)
     start = load(request.start or demo_teacher(ranks))
     source = with_graph(
         _finetuning_data(request), cutoff=request.cutoff, max_neighbors=request.max_neighbors, start=start
@@ -133,6 +138,13 @@ def finetune(request: FinetuneRequest, ranks: Ranks) -> str:
         best = _ready(load(run.directory / FINAL), config.precision, ranks)
         rows["after, on the test split"] = errors_of(best, [source], ranks, split="test")
     return _report(run, result, rows)
+
+
+def _convert(frames: Path, store: Path, ranks: Ranks) -> None:
+    """Convert a user's frames to a record store with splits: on rank 0, or on all ranks that mpirun started."""
+    if ranks.rank == 0 or Writers().size > 1:
+        convert(frames, store, format="ase")
+    dist.barrier()
 
 
 def _finetuning_data(request: FinetuneRequest) -> TaskData:

@@ -1,6 +1,7 @@
 """Flags of the training commands, and the requests they make; needs no torch, so that --help is quick."""
 
 import argparse
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,9 @@ def _distill_request(options: argparse.Namespace) -> DistillRequest:
 
 def _add_finetune(parser: argparse.ArgumentParser) -> None:
     _add_device(parser)
-    parser.add_argument("--data", metavar="NAME=FOLDER", help="a record store with splits train, val and test")
+    text = "a file or folder of your own that ASE reads, in eV and A; it is converted to RUN/data and divided there"
+    parser.add_argument("frames", nargs="?", type=Path, metavar="FRAMES", help=text)
+    parser.add_argument("--data", metavar="NAME=FOLDER", help="or a record store with splits train, val and test")
     parser.add_argument("--demo", default="rmd17", metavar="NAME", help="or a demo set: rmd17, qm9, spice, md22, qmof")
     parser.add_argument("--target", help='"energy" or a label of the data; default: the demo set\'s, or energy')
     parser.add_argument("--forces", choices=("gradient", "direct"), default="gradient")
@@ -160,9 +163,15 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
 
 
 def _finetune_request(options: argparse.Namespace) -> FinetuneRequest:
+    if options.frames and options.data:
+        raise ValueError("data: expected FRAMES or --data, got both")
+    if options.frames:
+        name = re.sub(r"[^\w.-]", "_", options.frames.name.split(".")[0]) or "own"
+        options.data = f"{name}={options.directory / 'data'}"
     return FinetuneRequest(
         device=options.device,
         data=options.data,
+        frames=options.frames,
         run=_run_request(options, "finetune"),
         demo=options.demo,
         target=options.target or "energy",

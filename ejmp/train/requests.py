@@ -100,6 +100,8 @@ class DistillRequest(TrainingRequest):
 class FinetuneRequest(TrainingRequest):
     """Fine-tune a model on one dataset."""
 
+    frames: Path | None
+    """Files of the user's own, to be converted to the record store that `data` names."""
     demo: str
     """Name of the demo set to train on if there is no record store."""
     target: str

@@ -13,7 +13,7 @@ from ejmp.data import DEMO_MIX, demo
 from ejmp.data.sampling.batch import make_batch
 from ejmp.graph.settings import GraphSettings
 from ejmp.train.loss import multitask_loss
-from ejmp.train.sources import demo_downstream, demo_mix
+from ejmp.train.sources import demo_downstream, demo_mix, tasks_of
 from ejmp.train.survey import survey
 from ejmp.train.task import Task, Tasks
 
@@ -84,7 +84,9 @@ def test_refused(tiny):
 
 @pytest.fixture
 def saved(tiny, tmp_path):
-    ejmp.save(tiny, tmp_path / "model")
+    model = ejmp.prune(tiny, blocks=tiny.config.blocks)
+    model.tasks = tasks_of(demo_mix())
+    ejmp.save(model, tmp_path / "model")
     return tmp_path / "model"
 
 

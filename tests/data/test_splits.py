@@ -5,7 +5,7 @@ import pytest
 
 from ejmp.catalog import CATALOG
 from ejmp.data import Part, Structure
-from ejmp.data.store.splits import choose, choose_all
+from ejmp.data.store.splits import choose, choose_all, choose_groups
 from ejmp.data.store.stats import Tally
 
 
@@ -182,3 +182,28 @@ def test_linear_reference_is_least_squares_of_smallest_norm(kind, pieces):
 
 def test_nothing_seen_gives_no_statistics():
     assert Tally().statistics() == Tally().linear_reference() == {}
+
+
+def test_own_frames_of_one_composition_are_held_out_in_blocks():
+    """Neighbours in time are in one split, up to the ends of twenty blocks."""
+    parts = in_slices(200, size=70)
+    chosen = choose_groups(["CH4"] * 200, parts, "frames.xyz")
+    found = {split: numbers(pieces, parts) for split, pieces in chosen.items()}
+    assert sorted(n for split in found.values() for n in split) == list(range(200))
+    assert {split: len(n) for split, n in found.items()} == {"train": 160, "val": 20, "test": 20}
+    assert {len({n // 10 for n in found[split]}) for split in ("val", "test")} == {2}
+
+
+def test_own_frames_of_many_compositions_are_held_out_by_composition():
+    formulas = [f"C{n % 30}" for n in range(300)]
+    parts = in_slices(300, size=300)
+    chosen = choose_groups(formulas, parts, "frames.xyz")
+    found = {split: {formulas[n] for n in numbers(pieces, parts)} for split, pieces in chosen.items()}
+    assert {split: len(names) for split, names in found.items()} == {"train": 24, "val": 3, "test": 3}
+    assert not found["train"] & found["val"]
+    assert not found["val"] & found["test"]
+
+
+def test_too_few_own_frames():
+    with pytest.raises(ValueError, match=r"frames.xyz: its split rule needs 10 structures, got 9"):
+        choose_groups(["H2"] * 9, in_slices(9), "frames.xyz")

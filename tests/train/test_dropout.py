@@ -113,4 +113,4 @@ def test_refused():
     with pytest.raises(ValueError, match=r"settings: expected one per structure \(1\), got 2"):
         drop_edges(graph, 0.1, [GraphSettings(cutoff=8.0)] * 2)
     with pytest.raises(ValueError, match="edge dropout needs graphs with one cutoff"):
-        drop_edges(graph, 0.1, [GraphSettings(cutoff=8.0, atom_pairs=(6.0, 100))])
+        drop_edges(graph, 0.1, [GraphSettings(cutoff=8.0, atom_pairs=(9.0, 100))])

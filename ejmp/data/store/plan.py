@@ -11,7 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from ejmp.data.readers.format import Format
-from ejmp.data.store.splits import Chosen, choose, choose_all
+from ejmp.data.store.splits import Chosen, choose, choose_all, choose_groups
+from ejmp.graph.structure import Structure
+
+OWN = "ase"
+"""Format of files of a user's own, which no published rule divides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +64,13 @@ def plan_splits(
     if shard_size < 1:
         raise ValueError(f"shard_size: expected 1 or more, got {shard_size}")
     parts = reader.parts(source)
-    by_split = choose(name, parts, source.name) if split is None else choose_all(parts, split)
+    if split is not None:
+        by_split = choose_all(parts, split)
+    elif name == OWN:
+        formulas = [_formula(structure) for part in parts for structure in reader.read(source, part)]
+        by_split = choose_groups(formulas, parts, source.name)
+    else:
+        by_split = choose(name, parts, source.name)
     plans = []
     for split_name, chosen in by_split.items():
         state = hashlib.blake2b(f"{name} {shard_size}".encode(), digest_size=8)
@@ -81,3 +91,8 @@ def plan_splits(
     if not any(plan.count for plan in plans):
         raise ValueError(f"{source}: expected structures, got none")
     return plans
+
+
+def _formula(structure: Structure) -> str:
+    """Return a text that is the same for structures of the same elements in the same numbers."""
+    return str(np.unique(np.asarray(structure.numbers), return_counts=True))

@@ -9,13 +9,16 @@ leave something open, this is what was chosen:
   have in the source; validation takes the first until it has 495,600 frames, then test, and training has the rest. Of a
   source with fewer than 4,956,000 frames both take a tenth;
 - rMD17 and MD22 are one molecule per file; of a folder, each file is divided by itself;
-- in a split, structures keep the order of the source.
+- in a split, structures keep the order of the source;
+- files of a user's own are divided so that no split knows the others' structures almost by heart: see
+  `choose_groups`.
 
 Readers name a part FILE:START-STOP, FILE@PLACE:START-STOP or GROUP:START-STOP; the files and formulas of these rules
 are what comes before the first ":" or "@".
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,6 +36,10 @@ from ejmp.catalog import (
 from ejmp.data.readers.format import Part
 
 SEED = 42
+LEAST_FRAMES = 10
+"""Fewest frames that are divided, and fewest compositions of which whole ones are held out."""
+BLOCKS = 20
+"""Blocks of successive frames that each of few compositions is cut into."""
 _FILE, _GROUP = re.compile("[:@]"), re.compile(":")
 
 
@@ -77,6 +84,41 @@ def choose(format: str, parts: Sequence[Part], source_name: str) -> dict[str, li
         case FractionSplit() | HeldOutSplit() as rule:
             chosen = _at_random(parts, source_name, rule)
     return {split: pieces for split, pieces in chosen.items() if pieces}
+
+
+def choose_groups(formulas: Sequence[str], parts: Sequence[Part], source_name: str) -> dict[str, list[Chosen]]:
+    """Divide frames of a user's own: 80% for training, and 10% each for validation and testing.
+
+    Frames of one composition that follow each other may be steps of one trajectory, and almost equal. So whole
+    compositions are held out where there are many; where there are few, each one's frames are cut into blocks of
+    successive ones and whole blocks are held out. Which ones is random, with a fixed seed.
+
+    Args:
+        formulas: chemical formula of each structure, in the order of the source.
+        parts: all parts of the source, in order.
+        source_name: what to call the source in messages.
+
+    Raises:
+        ValueError: for fewer frames than can be divided.
+    """
+    _need(LEAST_FRAMES, len(formulas), source_name)
+    count = Counter(formulas)
+    blocks = 1 if len(count) >= LEAST_FRAMES else BLOCKS
+    seen = dict.fromkeys(count, 0)
+    groups: dict[tuple[str, int], list[int]] = {}
+    for number, formula in enumerate(formulas):
+        groups.setdefault((formula, seen[formula] * blocks // count[formula]), []).append(number)
+        seen[formula] += 1
+    members = list(groups.values())
+    order = np.arange(len(members))
+    np.random.RandomState(SEED).shuffle(order)
+    numbers: dict[str, list[int]] = {"train": [], "val": [], "test": []}
+    for group in order.tolist():
+        split = next((name for name in ("val", "test") if len(numbers[name]) < len(formulas) // 10), "train")
+        numbers[split] += members[group]
+    if not numbers["train"]:
+        raise ValueError(f"{source_name}: too few groups of frames to divide; name a split for each file")
+    return {split: _locate(parts, np.array(found)) for split, found in numbers.items()}
 
 
 def choose_all(parts: Sequence[Part], split: str) -> dict[str, list[Chosen]]:
