@@ -52,7 +52,8 @@ class Labels:
 
 
 MD17 = Labels(unit_energy="kcal/mol", forces="force")
-"""Labels of `torch_geometric.datasets.MD17`."""
+"""Labels of `torch_geometric.datasets.MD17`. It rounds energies to float32 (those of ethanol to 0.008 kcal/mol); the
+npz files that it downloads are not rounded."""
 QM9 = Labels(unit_energy="eV", energy=("y", TARGETS.index("U0")), targets={t: ("y", i) for i, t in enumerate(TARGETS)})
 """Labels of `torch_geometric.datasets.QM9`; the energy is U0, and the 19 targets have the names of `ejmp.data`."""
 

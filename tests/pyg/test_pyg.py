@@ -22,7 +22,8 @@ from ejmp.graph.graph import EDGE_SETS
 from ejmp.pyg import MD17, QM9, Labels, convert, from_data, structures, to_data
 
 pytest.importorskip("torch_geometric")
-from torch_geometric.data import Batch, Data, InMemoryDataset
+from torch_geometric import datasets
+from torch_geometric.data import Batch, Data
 from torch_geometric.loader import DataLoader
 
 from ejmp.pyg import StoreDataset
@@ -171,29 +172,22 @@ def test_build_graph_names_the_reader():
             build_graph(wrong)
 
 
-class Frames(InMemoryDataset):
-    """A dataset in memory, as MD17 and QM9 are."""
-
-    def __init__(self, items):
-        super().__init__()
-        self.data, self.slices = self.collate(items)
-
-
-def md17_frames():
+def md17_frames(folder):
+    """Return PyG's own dataset, which makes itself of the file it would have downloaded."""
     rng, ethanol = np.random.default_rng(0), molecule("CH3CH2OH")
-    z, pos = torch.tensor(ethanol.numbers), torch.tensor(ethanol.positions).float()
-    make = lambda: (pos + 0.05 * torch.tensor(rng.normal(size=(9, 3))).float(), rng.normal(size=(9, 3)))  # noqa: E731
-    frames = [make() for _ in range(7)]
-    return Frames(
-        [
-            Data(z=z, pos=r, energy=torch.tensor(-97000.25 - k), force=torch.tensor(f).float())
-            for k, (r, f) in enumerate(frames)
-        ]
+    (folder / "ethanol" / "raw").mkdir(parents=True)
+    np.savez(
+        folder / "ethanol" / "raw" / "md17_ethanol.npz",
+        z=ethanol.numbers,
+        R=ethanol.positions + 0.05 * rng.normal(size=(7, 9, 3)),
+        E=-97000.25 - np.arange(7),
+        F=rng.normal(size=(7, 9, 3)),
     )
+    return datasets.MD17(str(folder), "ethanol")
 
 
 def test_md17_becomes_a_store(tmp_path):
-    frames = md17_frames()
+    frames = md17_frames(tmp_path)
     folders = convert(frames, tmp_path / "ethanol", MD17, split="train", licence="CC0")
     assert folders == [tmp_path / "ethanol" / "train"]
     store = open_store(folders[0])
@@ -208,15 +202,18 @@ def test_md17_becomes_a_store(tmp_path):
         convert(frames, tmp_path / "ethanol", dataclasses.replace(MD17, unit_energy="eV"), split="train")
 
 
-def test_qm9_labels():
+def test_qm9_labels(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rdkit", None)  # PyG then takes a list of dictionaries
     y = torch.arange(19.0)[None] - 10
-    items = [Data(z=torch.tensor([1, 8]), pos=torch.eye(3)[:2], y=y, name="gdb_4", idx=3)] * 2
-    found = list(structures(Frames(items), QM9))
-    assert [s.id for s in found] == ["gdb_4"] * 2
+    molecules = [
+        {"z": torch.tensor([1, 8]), "pos": torch.eye(3)[:2], "y": y, "name": f"gdb_{k}", "idx": k} for k in (1, 2)
+    ]
+    (tmp_path / "raw").mkdir()
+    torch.save(molecules, tmp_path / "raw" / "qm9_v3.pt")
+    found = list(structures(datasets.QM9(str(tmp_path)), QM9))
+    assert [s.id for s in found] == ["gdb_1", "gdb_2"]
     assert found[0].energy == found[0].targets["U0"] == -3
-    assert found[0].targets["mu"] == -10
-    assert found[0].targets["C"] == 8
-    assert len(found[0].targets) == 19
+    assert (found[0].targets["mu"], found[0].targets["C"], len(found[0].targets)) == (-10, 8, 19)
     assert found[0].forces is None
 
 
