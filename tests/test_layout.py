@@ -10,7 +10,20 @@ import sys
 import pytest
 from support.inputs import ROOT
 
-HEAVY = {"ase", "lmdb", "deepspeed", "fvcore", "h5py", "mpi4py", "matplotlib", "pooch", "rich", "safetensors", "scipy"}
+HEAVY = {
+    "ase",
+    "lmdb",
+    "deepspeed",
+    "fvcore",
+    "h5py",
+    "mpi4py",
+    "matplotlib",
+    "pooch",
+    "rich",
+    "safetensors",
+    "scipy",
+    "torch_geometric",
+}
 ORDER = (
     "provenance",
     "graph",

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -177,7 +177,7 @@ def _settings(
     return chosen
 
 
-@cache
+@lru_cache
 def _short_form(cutoff: float, max_neighbors: int) -> GraphSettings:
     return GraphSettings(cutoff=cutoff, max_neighbors=max_neighbors)
 

@@ -70,7 +70,7 @@ def to_list(structures: Any) -> list[Any]:
 
 
 def _refuse_pyg(value: Any, what: str) -> None:
-    if type(value).__module__.startswith("torch_geometric."):
+    if any(kind.__module__.startswith("torch_geometric.") for kind in type(value).__mro__):
         kind = type(value).__name__
         raise ValueError(f"{what}: a torch_geometric {kind}: make a graph of it with ejmp.pyg.from_data")
 

@@ -27,6 +27,8 @@ from ejmp_kernels import availability
 
 UNLIMITED = 1 << 40
 """More neighbours than any atom has."""
+RANK_BITS = 30
+"""Bits of a length in units of 1e-6 A; `GraphSettings` allows 1,000 A at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +116,10 @@ def _native_pairs(query: NeighborQuery) -> tuple[Tensor, Tensor, Tensor, Tensor]
     source, offset, ptr, *_ = _call(query, limits)
     num_atoms = len(query.positions)
     target = torch.repeat_interleave(torch.arange(num_atoms, device=ptr.device), ptr.diff(), output_size=len(source))
-    cell = query.cell[_structure_of_atom(query)[target]]
-    delta = query.positions[target] - query.positions[source]
-    return source, target, offset, _rank(delta.unbind(-1), offset.double().unbind(-1), cell.unbind(-1))
+    cell = query.cell[0] if len(query.cell) == 1 else query.cell[_structure_of_atom(query)[target]]
+    delta = [x.index_select(0, target) - x.index_select(0, source) for x in query.positions.T.contiguous()]
+    columns = offset.T.to(torch.float64, memory_format=torch.contiguous_format)
+    return source, target, offset, _rank(delta, list(columns), cell.unbind(-1))
 
 
 def _rank(delta: Sequence[Tensor], offset: Sequence[Tensor], columns: Sequence[Tensor]) -> Tensor:
@@ -145,22 +148,40 @@ def _select_sets(query: NeighborQuery, source: Tensor, target: Tensor, offset: T
     num_atoms, structure = len(query.positions), _structure_of_atom(query)
     ptr = csr_pointers(target, num_atoms)
     order = torch.arange(len(target), device=target.device) - ptr[target]
-    padded = torch.nn.functional.pad(rank, (0, 1))
-    inside, chosen = torch.ones_like(order, dtype=torch.bool), []
-    for j in range(4):
-        if j > 0:
-            inside = chosen[0] & (rank <= (query.cutoff[:, j] * 1e6).round().long()[structure][target])
-        most = query.limits[structure, j]
-        beyond = padded[(ptr[:-1] + most).clamp(max=len(rank))]  # length of the first neighbour beyond the limit
-        # The tolerance of 0.01 applies to squared lengths of pairs, as in fairchem.
-        last = beyond + 10_000 if j > 0 else (beyond.double().square() + 1e10).sqrt().long()
-        tied = query.keep_ties[structure] & (torch.bincount(target[inside], minlength=num_atoms) > most)
-        chosen.append(inside & ((order < most[target]) | (tied[target] & (rank <= last[target]))))
-    pairs, main, near, quad = chosen
-    quad = quad & (query.quad_atom[source] | query.quad_atom[target])
-    sets = [_select(keep, source, target, offset, num_atoms) for keep in (pairs, near, quad)]
-    closed, swap = symmetrise(source[main], target[main], offset[main], rank[main], num_atoms)
-    return Neighbors(pairs=sets[0], main=closed, atom_edges=sets[1], quad_edges=sets[2], swap=swap)
+    masks = [order < count[target] for count in _count_kept(query, structure, ptr, (target << RANK_BITS) + rank)]
+    masks[3] &= query.quad_atom[source] | query.quad_atom[target]
+    pairs, near, quad = (_select(masks[j], source, target, offset, num_atoms) for j in (0, 2, 3))
+    source, target, offset, rank = (column[masks[1]] for column in (source, target, offset, rank))
+    main, swap = symmetrise(source, target, offset, rank, num_atoms)
+    return Neighbors(pairs=pairs, main=main, atom_edges=near, quad_edges=quad, swap=swap)
+
+
+def _count_kept(query: NeighborQuery, structure: Tensor, ptr: Tensor, keys: Tensor) -> Tensor:
+    """Return how many of each atom's pairs, the nearest, belong to each set, [4, N].
+
+    Args:
+        query: the limits of the sets.
+        structure: structure of each atom, [N].
+        ptr: first pair of each atom, [N + 1].
+        keys: target and rank of each pair in one ascending number, [E].
+    """
+    first, atoms = ptr[:-1], torch.arange(len(structure), device=ptr.device) << RANK_BITS
+    farthest = (query.cutoff * 1e6).round().long()[structure].T
+    limits, keep_ties = query.limits[structure].T, query.keep_ties[structure]
+    padded = torch.nn.functional.pad(keys, (0, 1))
+
+    def count_within(rank: Tensor) -> Tensor:
+        return torch.searchsorted(keys, atoms + rank, right=True) - first
+
+    def count(inside: Tensor, most: Tensor, *, squared: bool) -> Tensor:
+        tied = keep_ties & (inside > most)
+        beyond = padded[torch.where(tied, first + most, 0)] - atoms  # rank of the first neighbour beyond the limit
+        last = (beyond.double().square() + 1e10).sqrt().long() if squared else beyond + 10_000  # 0.01 A^2 or 0.01 A
+        return torch.minimum(inside, torch.where(tied, count_within(last), most))
+
+    pairs = count(count_within(farthest[:1]), limits[:1], squared=True)
+    others = count(torch.minimum(count_within(farthest[1:].contiguous()), pairs), limits[1:], squared=False)
+    return torch.cat([pairs, others])
 
 
 def lexsort(keys: Sequence[Tensor]) -> Tensor:
@@ -178,6 +199,8 @@ def csr_pointers(target: Tensor, num_atoms: int) -> Tensor:
 
 
 def _select(keep: Tensor, source: Tensor, target: Tensor, offset: Tensor, num_atoms: int) -> EdgeList:
+    if keep.all():
+        return EdgeList(source=source, offset=offset, ptr=csr_pointers(target, num_atoms))
     return EdgeList(source=source[keep], offset=offset[keep], ptr=csr_pointers(target[keep], num_atoms))
 
 

@@ -15,6 +15,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 import ejmp
 from ejmp_kernels import registry, unfused
+from ejmp_kernels.neighbors import UNLIMITED
 
 require_native()
 
@@ -267,6 +268,17 @@ def test_neighbors_equal_cpu(emulated, threads):
     query = neighbor_query()
     expected = torch.ops.ejmp.find_neighbors(*query)
     emulated.threads(threads)
+    for result, want in zip(emulated.find_neighbors(*query), expected, strict=True):
+        assert torch.equal(result, want)
+
+
+def test_all_pairs_equal_cpu(emulated):
+    """What `ejmp_kernels.neighbors` asks for where ties are kept: every pair, and none of the other sets."""
+    query = neighbor_query()
+    query[5] = torch.tensor([UNLIMITED, 0, 0, 0]).expand(len(query[5]), 4)
+    expected = torch.ops.ejmp.find_neighbors(*query)
+    assert [len(expected[k]) for k in (3, 6, 9)] == [0, 0, 0]
+    emulated.threads(2)
     for result, want in zip(emulated.find_neighbors(*query), expected, strict=True):
         assert torch.equal(result, want)
 
