@@ -24,18 +24,18 @@ class GaussianBasis(nn.Module):
 
 
 class RadialBasis(nn.Module):
-    """Gaussians under a polynomial envelope, zero from the cutoff on."""
+    """Gaussians under a polynomial envelope, zero from the cutoff on, which may differ by edge set."""
 
     def __init__(self, config: JMPConfig) -> None:
         super().__init__()
-        self.cutoff = config.rbf_cutoff
+        self.cutoffs = config.rbf_cutoffs
         self.exponent = config.envelope_exponent
         self.rbf = GaussianBasis(config.num_radial)
 
-    def forward(self, distance: Tensor) -> Tensor:
-        """Map distances [E] in A to [E, R]."""
+    def forward(self, distance: Tensor, edges: str = "main") -> Tensor:
+        """Map distances [E] in A of an edge set to [E, R]."""
         offset, temps = self.rbf.offset.to(distance.dtype), self.rbf.temps.to(distance.dtype)
-        return specification.gaussian_basis(distance, offset, temps, self.cutoff, self.exponent)
+        return specification.gaussian_basis(distance, offset, temps, self.cutoffs[edges], self.exponent)
 
 
 class RadialHolder(nn.Module):
@@ -157,8 +157,9 @@ class Bases(nn.Module):
     def forward(self, graph: AtomGraph) -> BasisValues:
         """Evaluate every basis on a graph."""
         main = self.radial_basis(graph.main.distance)
-        near = self.radial_basis(graph.atom_edges.distance)
-        quad = self.radial_basis(graph.quad_edges.distance)
+        near = self.radial_basis(graph.atom_edges.distance, "atom_edges")
+        quad = self.radial_basis(graph.quad_edges.distance, "quad_edges")
+        pairs = self.radial_basis(graph.atom_pairs.distance, "atom_pairs")
         return BasisValues(
             radial=main,
             rbf_quad=self.mlp_rbf_qint(main),
@@ -167,7 +168,7 @@ class Bases(nn.Module):
             rbf_atom_update=self.mlp_rbf_h(main),
             rbf_out=self.mlp_rbf_out(main),
             rbf_atom_edge=self.mlp_rbf_aeint(near),
-            rbf_pair=self.mlp_rbf_aint(self.radial_basis(graph.atom_pairs.distance)),
+            rbf_pair=self.mlp_rbf_aint(pairs),
             cbf_trip=self.mlp_cbf_tint(main),
             cbf_atom_edge=self.mlp_cbf_aeint(main),
             cbf_edge_atom=self.mlp_cbf_eaint(near),

@@ -20,6 +20,8 @@ from ejmp.model.task import Task, pretrain_tasks, read_tasks, tasks_text
 FORMAT = "ejmp-1"
 TASKS = "tasks.json"
 """File of a saved model that says what its heads predict, in which units and of which graphs."""
+ADDED = {"head", "forces_coupled", "rbf_cutoff_atom_edges", "rbf_cutoff_quad_edges", "rbf_cutoff_atom_pairs"}
+"""Fields of the config that models saved by earlier versions lack; they have the defaults, which are JMP's."""
 State = dict[str, Tensor]
 
 
@@ -152,6 +154,7 @@ def infer_config(state: State) -> JMPConfig:
         blocks=count(r"backbone\.int_blocks\.(\d+)\."),
         num_tasks=count(r"output\.out_energy\.(\d+)\."),
         direct_forces="output.out_forces.0.0.weight" in state,
+        head="mlp" if "output.out_energy.0.2.weight" in state else "linear",
         emb_size_atom=size("embedding.atom_embedding.weight", 1),
         emb_size_edge=size(f"{block}.dense_ca.linear.weight", 0),
         emb_size_trip_in=size(f"{block}.trip_interaction.down_projection.linear.weight", 0),
@@ -181,8 +184,9 @@ def _read_config(path: Path) -> JMPConfig:
     if values.pop("format", None) != FORMAT:
         raise ValueError(f"{path}: expected format {FORMAT!r}")
     known = {field.name for field in dataclasses.fields(JMPConfig)}
-    if set(values) != known:
-        raise ValueError(f"{path}: missing {sorted(known - set(values))}, unknown {sorted(set(values) - known)}")
+    if not known - ADDED <= set(values) <= known:
+        missing, unknown = sorted(known - ADDED - set(values)), sorted(set(values) - known)
+        raise ValueError(f"{path}: missing {missing}, unknown {unknown}")
     if values["kept_blocks"] is not None:
         values["kept_blocks"] = tuple(values["kept_blocks"])
     return JMPConfig(**values)

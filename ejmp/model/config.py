@@ -27,6 +27,11 @@ class JMPConfig:
     """Whether the model has the edge branch that predicts forces without a gradient."""
     energy_reduction: Literal["sum", "mean"] = "sum"
     """How atoms make a structure's value: "sum", or "mean" for intensive targets (QMOF, Matbench)."""
+    head: Literal["mlp", "linear"] = "mlp"
+    """What turns features into a task's energies and forces: "mlp" is JMP's five layers, "linear" the one map without
+    bias of fairchem 1.x."""
+    forces_coupled: bool = False
+    """Whether the direct forces along an edge and its counter-edge are averaged (fairchem 1.x)."""
     kept_blocks: tuple[int, ...] | None = None
     """Which blocks of the unpruned model these are; None if the model was never pruned."""
 
@@ -60,7 +65,11 @@ class JMPConfig:
     num_elements: int = 120
     """Rows of the atom embedding."""
     rbf_cutoff: float = 12.0
-    """Distance in A at which every radial basis ends, whatever the graph's cutoff is."""
+    """Distance in A at which the radial basis of main edges ends, whatever the graph's cutoff is."""
+    rbf_cutoff_atom_edges: float | None = None
+    """Where the radial basis of atom edges ends, A. None, here and below: at `rbf_cutoff`, as in JMP."""
+    rbf_cutoff_quad_edges: float | None = None
+    rbf_cutoff_atom_pairs: float | None = None
     envelope_exponent: int = 5
     """Exponent of the polynomial that takes every radial function smoothly to zero at its end."""
 
@@ -79,13 +88,21 @@ class JMPConfig:
             value = getattr(self, field.name)
             if field.type is int and (type(value) is not int or value < (0 if field.name in may_be_zero else 1)):
                 raise ValueError(f"JMPConfig.{field.name}: expected a positive integer, got {value!r}")
-        if not isinstance(self.rbf_cutoff, int | float) or not 0 < self.rbf_cutoff < float("inf"):
-            raise ValueError(f"JMPConfig.rbf_cutoff: expected a positive number, got {self.rbf_cutoff!r}")
-        if self.energy_reduction not in ("sum", "mean"):
-            raise ValueError(f'JMPConfig.energy_reduction: expected "sum" or "mean", got {self.energy_reduction!r}')
+        for edges, cutoff in self.rbf_cutoffs.items():
+            if not isinstance(cutoff, int | float) or not 0 < cutoff < float("inf"):
+                raise ValueError(f"JMPConfig.rbf_cutoff: expected a positive number for {edges}, got {cutoff!r}")
+        for name, choices in {"energy_reduction": ("sum", "mean"), "head": ("mlp", "linear")}.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"JMPConfig.{name}: expected one of {choices}, got {getattr(self, name)!r}")
         kept = self.kept_blocks
         if kept is not None and (len(kept) != self.blocks or list(kept) != sorted(set(kept)) or kept[0] < 0):
             raise ValueError(f"JMPConfig.kept_blocks: expected {self.blocks} ascending block numbers, got {kept}")
+
+    @property
+    def rbf_cutoffs(self) -> dict[str, float]:
+        """Distance at which the radial basis of each edge set ends, A."""
+        given = {name: getattr(self, f"rbf_cutoff_{name}") for name in ("atom_edges", "quad_edges", "atom_pairs")}
+        return {"main": self.rbf_cutoff} | {n: self.rbf_cutoff if c is None else c for n, c in given.items()}
 
     @classmethod
     def from_upstream(cls, config: Mapping[str, Any], *, num_tasks: int = 4) -> Self:

@@ -117,16 +117,14 @@ class FusedExecutor(Executor):
 
     def project(self, bases: Bases) -> ProjectedBases:
         """Evaluate and project every radial basis, those of equal distances in one call."""
-        graph = self.graph
-        near, main = graph.atom_edges.distance, graph.main.distance
         quad, trip, edge_atom, update, out, cbf_trip, cbf_atom_edge = self._radial(
             bases,
-            main,
+            "main",
             *(bases.mlp_rbf_qint, bases.mlp_rbf_tint, bases.mlp_rbf_eaint, bases.mlp_rbf_h, bases.mlp_rbf_out),
             *(bases.mlp_cbf_tint, bases.mlp_cbf_aeint),
         )
-        rbf_atom_edge, cbf_edge_atom = self._radial(bases, near, bases.mlp_rbf_aeint, bases.mlp_cbf_eaint)
-        (cbf_quad,) = self._radial(bases, graph.quad_edges.distance, bases.mlp_cbf_qint)
+        rbf_atom_edge, cbf_edge_atom = self._radial(bases, "atom_edges", bases.mlp_rbf_aeint, bases.mlp_cbf_eaint)
+        (cbf_quad,) = self._radial(bases, "quad_edges", bases.mlp_cbf_qint)
         return ProjectedBases(
             rbf_quad=quad,
             rbf_trip=trip,
@@ -134,28 +132,29 @@ class FusedExecutor(Executor):
             rbf_atom_update=update,
             rbf_out=out,
             rbf_atom_edge=rbf_atom_edge,
-            rbf_pair=self._radial_product(bases, graph.atom_pairs.distance, bases.mlp_rbf_aint.weight.mT),
+            rbf_pair=self._radial_product(bases, "atom_pairs", bases.mlp_rbf_aint.weight.mT),
             cbf_trip=cbf_trip,
             cbf_atom_edge=cbf_atom_edge,
             cbf_edge_atom=cbf_edge_atom,
             cbf_quad=cbf_quad,
-            sbf_quad=self._radial(bases, main, bases.mlp_sbf_qint)[0],
+            sbf_quad=self._radial(bases, "main", bases.mlp_sbf_qint)[0],
         )
 
-    def _radial(self, bases: Bases, distance: Tensor, *projections: Linear | BasisProjection) -> list[Tensor]:
+    def _radial(self, bases: Bases, edges: str, *projections: Linear | BasisProjection) -> list[Tensor]:
         """Return one tensor per projection: [E, rbf], or [E, A, S] of a `BasisProjection`."""
         weights = [p.weight.flatten(1) if isinstance(p, BasisProjection) else p.linear.weight.mT for p in projections]
-        together = self._radial_product(bases, distance, torch.cat(weights, dim=1))
+        together = self._radial_product(bases, edges, torch.cat(weights, dim=1))
         parts = [part.contiguous() for part in together.split([weight.shape[1] for weight in weights], dim=1)]
         return [
             part.view(len(part), p.weight.shape[2], p.weight.shape[1]) if isinstance(p, BasisProjection) else part
             for part, p in zip(parts, projections, strict=True)
         ]
 
-    def _radial_product(self, bases: Bases, distance: Tensor, weight: Tensor) -> Tensor:
-        basis = bases.radial_basis
+    def _radial_product(self, bases: Bases, edges: str, weight: Tensor) -> Tensor:
+        """Return the radial basis of an edge set times a weight, [E, R] x [R, out]."""
+        basis, distance = bases.radial_basis, getattr(self.graph, edges).distance
         offset, temps = (x.to(distance.dtype) for x in (basis.rbf.offset, basis.rbf.temps))
-        return radial(distance, offset, temps, weight, basis.cutoff, basis.exponent, backend=self.backend)
+        return radial(distance, offset, temps, weight, basis.cutoffs[edges], basis.exponent, backend=self.backend)
 
     def filtered(
         self, layer: TripletInteraction | QuadrupletInteraction, dense: Dense, m: Tensor, rbf: Tensor
@@ -232,7 +231,7 @@ class FusedExecutor(Executor):
         """Evaluate the bases, and return the first edge features, [N, C] to [E, M]."""
         with region("edge_embedding"):
             dense = bases.edge_emb.dense
-            x = self._radial_product(bases, self.graph.main.distance, dense.linear.weight[:, 2 * h.shape[1] :].mT)
+            x = self._radial_product(bases, "main", dense.linear.weight[:, 2 * h.shape[1] :].mT)
             m = self.embed_edges(dense, h, x if self.low is None else x.to(self.low))
         with region("bases"):
             self.bases = self.project(bases)

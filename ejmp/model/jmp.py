@@ -61,8 +61,10 @@ class Backbone(nn.Module):
             self.out_mlp_F = FinalMLP(num_outputs, config.emb_size_edge, num_layers)
 
 
-def _head(size: int) -> nn.Sequential:
+def _head(size: int, kind: str) -> nn.Sequential:
     layers: list[nn.Module] = []
+    if kind == "linear":
+        return nn.Sequential(nn.Linear(size, 1, bias=False))
     for _ in range(4):
         layers += [nn.Linear(size, size), ScaledSiLU()]
     return nn.Sequential(*layers, nn.Linear(size, 1, bias=False))
@@ -73,9 +75,9 @@ class Heads(nn.Module):
 
     def __init__(self, config: JMPConfig) -> None:
         super().__init__()
-        self.out_energy = nn.ModuleList(_head(config.emb_size_atom) for _ in range(config.num_tasks))
+        self.out_energy = nn.ModuleList(_head(config.emb_size_atom, config.head) for _ in range(config.num_tasks))
         if config.direct_forces:
-            self.out_forces = nn.ModuleList(_head(config.emb_size_edge) for _ in range(config.num_tasks))
+            self.out_forces = nn.ModuleList(_head(config.emb_size_edge, config.head) for _ in range(config.num_tasks))
 
 
 class JMP(nn.Module):
@@ -281,6 +283,9 @@ class JMP(nn.Module):
                 return Output(energy=energy, forces=None)
             edges = features.mlp_F[-1].to(self.dtype)
             magnitude = torch.stack([head(edges) for head in self.output.out_forces], dim=1)
+            if self.config.forces_coupled:
+                assert graph.main.swap is not None
+                magnitude = 0.5 * (magnitude + magnitude.index_select(0, graph.main.swap))
             parts = (magnitude * graph.main.vector[:, None]).flatten(1)
             forces = sum_by_target(parts, graph.main.target, graph.main.ptr).unflatten(1, (-1, 3))
             return Output(energy=energy, forces=forces)
@@ -289,12 +294,19 @@ class JMP(nn.Module):
         """Raise ValueError if the model cannot run on a graph.
 
         Raises:
-            ValueError: if the graph's dtype or device is not the model's, or the model's precision not to be had.
+            ValueError: if the graph's dtype or device is not the model's, it has an element that the model does not
+                know (this is seen on the CPU only), or the model's precision is not to be had.
         """
         if graph.dtype != self.dtype:
             raise ValueError(f"graph: expected dtype {self.dtype} (the model's), got {graph.dtype}; use graph.to()")
         if graph.device != self.device:
             raise ValueError(f"graph: expected device {self.device} (the model's), got {graph.device}")
+        if graph.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would wait for the device
+            heaviest = int(graph.atomic_numbers.max())
+            if heaviest > self.config.num_elements:
+                raise ValueError(
+                    f"graph: atomic number {heaviest} is beyond the {self.config.num_elements} elements of the model"
+                )
         if self.precision == "fp32" or torch.compiler.is_compiling():
             return
         if self.dtype != torch.float32:
