@@ -7,13 +7,16 @@ import re
 import shutil
 import tempfile
 from collections import defaultdict
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ejmp.model.config import JMPConfig, Precision
+from ejmp.model.fairchem import is_fairchem, read_fairchem
 from ejmp.model.jmp import JMP
 from ejmp.model.task import Task, pretrain_tasks, read_tasks, tasks_text
 
@@ -39,8 +42,9 @@ def load(
 
     Args:
         path: a directory written by `save`; a .safetensors file (with config.json beside it, or sizes inferred from
-            the tensors); or an upstream Lightning checkpoint, whose EMA weights are used when it has them. Nothing
-            but tensors is ever unpickled. The published weights are licensed CC-BY-NC.
+            the tensors); an upstream Lightning checkpoint; or one of fairchem 1.x's GemNet-OC. EMA weights are used
+            when there are any. Nothing but tensors and plain values is ever unpickled. The weights that JMP's authors
+            publish are licensed CC-BY-NC, those of the Open Catalyst Project CC-BY-4.0.
         backend: as for `JMP`.
         precision: as for `JMP`.
         device: where the model goes.
@@ -59,9 +63,14 @@ def load(
         state = _read_safetensors(path)
         config = infer_config(state) if config is None else config
     else:
-        state, tasks = _read_lightning(path), pretrain_tasks()
-        config = infer_config(state)
-        tasks = tasks if config.num_tasks == len(tasks) else ()  # one made of JMP's, which does not say what it is
+        checkpoint = _read_checkpoint(path)
+        if is_fairchem(checkpoint):
+            config, state, task = read_fairchem(path, checkpoint)
+            tasks = (task,)
+        else:
+            state, tasks = _lightning_state(path, checkpoint), pretrain_tasks()
+            config = infer_config(state)
+            tasks = tasks if config.num_tasks == len(tasks) else ()  # one made of JMP's, which does not say what it is
     with torch.device("meta"):
         model = JMP(config, backend, precision, tasks=tasks)
     model.load_state_dict(_match(model, state), assign=True)
@@ -211,16 +220,34 @@ def _read_safetensors(path: Path) -> State:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
 
 
-def _read_lightning(path: Path) -> State:
-    """Return the state dict of a Lightning checkpoint, with the EMA weights in place when there are any."""
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the contents of a file that `torch.save` wrote, tensors and plain values only."""
     try:
-        checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_harmless()):
+            checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:
         raise ValueError(f"{path}: not a checkpoint of plain tensors ({error})") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise ValueError(f"{path}: expected a Lightning checkpoint, a dict with a state_dict")  # noqa: TRY004
+        raise ValueError(f"{path}: expected a checkpoint of JMP or fairchem, a dict with a state_dict")  # noqa: TRY004
+    return checkpoint
+
+
+def _harmless() -> list[Any]:
+    """Return what makes NumPy's numbers and arrays, paths and dicts with defaults: optimisers and logs have some."""
+    scalar, array = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
+    made: list[Any] = [
+        (function, f"{home}.multiarray.{name}")
+        for function, name in ((scalar, "scalar"), (array, "_reconstruct"))
+        for home in ("numpy.core", "numpy._core")
+    ]
+    kinds = {type(np.dtype(kind)) for kind in "?bhilqBHILQefd"}
+    return [*made, np.dtype, np.ndarray, *kinds, defaultdict, dict, (PurePosixPath, "pathlib.PosixPath")]
+
+
+def _lightning_state(path: Path, checkpoint: Mapping[str, Any]) -> State:
+    """Return the state dict of a Lightning checkpoint, with the EMA weights in place when there are any."""
     state: State = dict(checkpoint["state_dict"])
     optimizers = checkpoint.get("optimizer_states") or [{}]
     ema = optimizers[0].get("ema")
