@@ -91,11 +91,8 @@ def read_fairchem(path: Path, checkpoint: Mapping[str, Any]) -> tuple[JMPConfig,
         raise ValueError(f"{path}: not a checkpoint of fairchem 1.x: {type(error).__name__} {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    state = {_our_name(name): value for name, value in state.items()}
-    # fairchem computes the widths of the Gaussians; JMP stores them
-    state["backbone.bases.radial_basis.rbf.temps"] = torch.full(
-        (config.num_radial,), 0.5 * (config.num_radial - 1) ** 2
-    )
+    widths = torch.full((config.num_radial,), 0.5 * (config.num_radial - 1) ** 2)
+    state["backbone.bases.radial_basis.rbf.temps"] = widths  # JMP stores what fairchem computes
     return config, state, task
 
 
@@ -201,6 +198,8 @@ def _use_ema(state: State, ema: Mapping[str, Any] | None, config: JMPConfig) -> 
         if average.shape != expected:
             raise ValueError(f"ema: {name}: expected {expected}, got {average.shape}")
         state[name] = average
+    for name in [name for name in state if ".seq_energy_pre." in name]:
+        del state[name]  # another name of a tensor that was replaced
 
 
 def _use_scales(state: State, scales: Mapping[str, Any] | None) -> None:
