@@ -121,13 +121,13 @@ class Compiled:
 
         def run(padded: AtomGraph) -> Result:
             out = self._run(self.model, padded, shape, forces=forces)
-            return (out.energy,) if out.forces is None else (out.energy, out.forces)
+            return tuple(value for value in (out.energy, out.energies, out.forces) if value is not None)
 
         padded = pad_graph(graph, shape)
         result = run(padded) if self._recorded(graph) else self._replayed(("forward", shape, forces), run, padded)
-        sizes = graph.num_structures, graph.num_atoms
-        energy, *direct = [value[:size] for value, size in zip(result, sizes, strict=False)]
-        return Output(energy=energy, forces=direct[0] if direct else None)
+        sizes = graph.num_structures, graph.num_atoms, graph.num_atoms
+        energy, energies, *direct = [value[:size] for value, size in zip(result, sizes, strict=False)]
+        return Output(energy=energy, forces=direct[0] if direct else None, energies=energies)
 
     def gradient_forces(self, graph: AtomGraph, task: int) -> Tensor:
         """Return what `ejmp.gradient_forces` returns, for forces that nobody differentiates, [N, 3]."""

@@ -280,7 +280,7 @@ class JMP(nn.Module):
             if self.config.energy_reduction == "mean":
                 energy = energy / graph.ptr.diff()[:, None]
             if not features.mlp_F:
-                return Output(energy=energy, forces=None)
+                return Output(energy=energy, forces=None, energies=per_atom)
             edges = features.mlp_F[-1].to(self.dtype)
             magnitude = torch.stack([head(edges) for head in self.output.out_forces], dim=1)
             if self.config.forces_coupled:
@@ -288,7 +288,7 @@ class JMP(nn.Module):
                 magnitude = 0.5 * (magnitude + magnitude.index_select(0, graph.main.swap))
             parts = (magnitude * graph.main.vector[:, None]).flatten(1)
             forces = sum_by_target(parts, graph.main.target, graph.main.ptr).unflatten(1, (-1, 3))
-            return Output(energy=energy, forces=forces)
+            return Output(energy=energy, forces=forces, energies=per_atom)
 
     def check_graph(self, graph: AtomGraph) -> None:
         """Raise ValueError if the model cannot run on a graph.

@@ -33,3 +33,6 @@ class Output:
     forces: Tensor | None
     """Direct forces by atom and task, [N, T, 3]; a task's force standard deviation turns them into eV/A. None without
     direct forces (use `ejmp.gradient_forces`)."""
+    energies: Tensor | None = None
+    """Contributions of the atoms to the energies, [N, T], in the same units: their sum over a structure, or their mean
+    for energy_reduction="mean", is its energy. None from a model that does not tell."""
