@@ -23,6 +23,7 @@ HEAVY = {
     "safetensors",
     "scipy",
     "torch_geometric",
+    "torch_sim",
 }
 ORDER = (
     "provenance",
