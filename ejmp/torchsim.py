@@ -88,7 +88,9 @@ class JMPModel(interface.ModelInterface):
         )
         outputs = {"energy": found.energy, "forces": found.forces}
         if found.virial is not None:
-            outputs["stress"] = found.virial / torch.linalg.det(cells).abs()[:, None, None].to(found.virial.device)
+            volume = torch.linalg.det(cells).abs()
+            volume = torch.where(volume > 0, volume, torch.nan)[:, None, None]
+            outputs["stress"] = found.virial / volume.to(found.virial.device)
         return {name: value.to(state.positions) for name, value in outputs.items() if value is not None}
 
     def _graph(self, state: Any, cells: Tensor) -> AtomGraph:
