@@ -34,7 +34,7 @@ STARTED = set()
 def ejmp_command(*arguments):
     """Run `ejmp ARGUMENTS` in a process of its own, and return what it printed."""
     words = [str(argument) for argument in arguments]
-    STARTED.add(" ".join(words[: 2 if words[0] == "data" else 1]))
+    STARTED.add(" ".join(words[: 2 if words[0] in ("config", "data") else 1]))
     variables = environment(DS_ACCELERATOR="cpu")
     done = subprocess.run(["ejmp", *words], capture_output=True, text=True, timeout=300, env=variables, check=False)  # noqa: S607
     assert done.returncode == 0, done.stderr[-3000:]
@@ -90,6 +90,10 @@ def data(folder):
 
 def test_doctor():
     assert "reference" in ejmp_command("doctor")
+
+
+def test_config_show():
+    assert "small = true" in ejmp_command("config", "show", "bench", "--small")
 
 
 def test_bench_and_report(folder, tmp_path):

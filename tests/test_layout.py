@@ -25,7 +25,7 @@ HEAVY = {
     "torch_geometric",
 }
 ORDER = (
-    "provenance",
+    ("config_file", "provenance"),
     "graph",
     "catalog",
     ("model", "data"),

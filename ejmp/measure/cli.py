@@ -141,7 +141,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         "--precision", nargs="+", choices=("fp32", "tf32", "bf16", "fp16"), help="default: all there are"
     )
     parser.add_argument("--device", help="default: cuda if there is one, or else cpu")
-    parser.add_argument("--seconds", type=float, default=100, help="go on measuring this long (at least two rounds)")
+    parser.add_argument("--seconds", type=float, default=100.0, help="go on measuring this long (at least two rounds)")
     parser.add_argument("--small", action="store_true", help="JMP-S instead of JMP-L")
     parser.add_argument("--backend", default="auto", choices=("auto", "reference", "native", "triton"))
     parser.add_argument("--compare", action="store_true", help="also time the reference backend, in the same rounds")
