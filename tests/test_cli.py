@@ -119,7 +119,8 @@ def test_bench_and_report(folder, tmp_path):
 def test_profile_and_report(folder, tmp_path, capsys):
     work = ("--structures", folder / "methanol.xyz", "--small", "--blocks", "1", "--device", "cpu", "--no-fvcore")
     result = tmp_path / "profile.json"
-    printed = ejmp_command("profile", *work, "--rounds", "1", "--output", result)
+    printed = ejmp_command("profile", *work, "--rounds", "1", "--output", result, "--trace", tmp_path / "trace.json")
+    assert '"ejmp::' in (tmp_path / "trace.json").read_text()
     assert cli.main(["report", str(result)]) == 0
     assert capsys.readouterr().out.strip() in printed
     assert cli.main(["report", str(result), "--output", "never.png"]) == 2
