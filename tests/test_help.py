@@ -58,6 +58,23 @@ def test_help_does_not_wait_for_torch():
         assert text.startswith(f"usage: ejmp {' '.join(words)} ")
 
 
+def test_training_commands_of_the_wheel():
+    """They start as a module, also when deepspeed puts its flag before the command, and the help needs no torch."""
+    code = """if True:
+        import contextlib, runpy, sys
+        for words in (["--help"], ["--local_rank=0", "finetune", "--help"]):
+            sys.argv[1:] = words
+            with contextlib.suppress(SystemExit):
+                runpy.run_module("ejmp.train", run_name="__main__", alter_sys=True)
+        print("torch" in sys.modules)
+    """
+    top, finetune = python(code).split("usage: ")[1:]
+    assert all(name in top for name in COMMANDS)
+    assert finetune.startswith("python -m ejmp.train finetune ")
+    assert "--config FILE" in finetune
+    assert finetune.endswith("False\n")
+
+
 def test_defaults_written_twice_agree():
     """The parser cannot read these where they are defined, because torch would come with them."""
     assert VERBS["data", "convert"].get_default("shard_size") == SHARD_SIZE
