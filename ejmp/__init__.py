@@ -21,16 +21,21 @@ if TYPE_CHECKING:
     from ejmp.model.jmp import JMP, Features, Output, gradient_forces
     from ejmp.model.scale_factors import fit_scale_factors
     from ejmp.model.task import Task
+    from ejmp.predict.calculator import Calculator
+    from ejmp.predict.predictor import Prediction, Predictor
 
 __version__ = "0.1.0"
 __all__ = [
     "JMP",
     "AtomGraph",
+    "Calculator",
     "EdgeSet",
     "Features",
     "GraphSettings",
     "JMPConfig",
     "Output",
+    "Prediction",
+    "Predictor",
     "Structure",
     "Task",
     "block_relevance",
@@ -56,6 +61,8 @@ _MODULES = {
     "graph.settings": ("GraphSettings",),
     "graph.structure": ("Structure",),
     "model.task": ("Task",),
+    "predict.calculator": ("Calculator",),
+    "predict.predictor": ("Prediction", "Predictor"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

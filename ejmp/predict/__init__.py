@@ -1,1 +1,1 @@
-"""Predictions in physical units: of lists of structures, and as calculators of other packages."""
+"""Predictions in physical units: of many structures, as an ASE calculator, and the commands that use them."""
