@@ -26,7 +26,7 @@ HEAVY = {
     "torch_sim",
 }
 ORDER = (
-    "provenance",
+    ("config_file", "provenance"),
     "graph",
     "catalog",
     ("model", "data"),
