@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ejmp import __version__
 from ejmp.compress import cli as compress
+from ejmp.config_file import Parser
 from ejmp.data import cli as data
 from ejmp.measure import cli as measure
 from ejmp.predict import cli as predict
@@ -17,9 +18,9 @@ _EXTRAS = {"ase": "ase", "mpi4py": "mpi", "tblite": "demo"}
 """The extra to install for a module that the command's own extra does not bring."""
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """Return the parser of the command line, whose result has the function to call as `run`."""
-    parser = argparse.ArgumentParser(prog="ejmp", description="JMP molecular foundation models: measure, prune, run.")
+    parser = Parser(prog="ejmp", description="JMP molecular foundation models: measure, prune, run.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     measure.add_bench(commands.add_parser("bench", help="throughput, FLOPs and memory by number of blocks"))
@@ -39,7 +40,17 @@ def make_parser() -> argparse.ArgumentParser:
     predict.add_predict(commands.add_parser("predict", help="energies, forces and stress of the structures of files"))
     predict.add_compare(commands.add_parser("compare", help="two models on the same structures, and on their labels"))
     measure.add_report(commands.add_parser("report", help="show a saved result again: of bench, profile or relevance"))
+    parser.take_config()
+    config = commands.add_parser("config", help="print what flags and a --config file come to")
+    show = config.add_subparsers(dest="config_command", required=True).add_parser("show", help="as TOML for --config")
+    show.add_argument("words", nargs=argparse.REMAINDER, metavar="VERB [FLAG ...]", help="as you would start the verb")
+    show.set_defaults(run=_show)
     return parser
+
+
+def _show(options: argparse.Namespace) -> int:
+    print(make_parser().show(options.words), end="")
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -34,7 +34,7 @@ STARTED = set()
 def ejmp_command(*arguments):
     """Run `ejmp ARGUMENTS` in a process of its own, and return what it printed."""
     words = [str(argument) for argument in arguments]
-    STARTED.add(" ".join(words[: 2 if words[0] == "data" else 1]))
+    STARTED.add(" ".join(words[: 2 if words[0] in ("config", "data") else 1]))
     variables = environment(DS_ACCELERATOR="cpu")
     done = subprocess.run(["ejmp", *words], capture_output=True, text=True, timeout=300, env=variables, check=False)  # noqa: S607
     assert done.returncode == 0, done.stderr[-3000:]
@@ -92,6 +92,10 @@ def test_doctor():
     assert "reference" in ejmp_command("doctor")
 
 
+def test_config_show():
+    assert "small = true" in ejmp_command("config", "show", "bench", "--small")
+
+
 def test_bench_and_report(folder, tmp_path):
     work = (
         "--structures",
@@ -115,7 +119,8 @@ def test_bench_and_report(folder, tmp_path):
 def test_profile_and_report(folder, tmp_path, capsys):
     work = ("--structures", folder / "methanol.xyz", "--small", "--blocks", "1", "--device", "cpu", "--no-fvcore")
     result = tmp_path / "profile.json"
-    printed = ejmp_command("profile", *work, "--rounds", "1", "--output", result)
+    printed = ejmp_command("profile", *work, "--rounds", "1", "--output", result, "--trace", tmp_path / "trace.json")
+    assert '"ejmp::' in (tmp_path / "trace.json").read_text()
     assert cli.main(["report", str(result)]) == 0
     assert capsys.readouterr().out.strip() in printed
     assert cli.main(["report", str(result), "--output", "never.png"]) == 2

@@ -23,9 +23,10 @@ HEAVY = {
     "safetensors",
     "scipy",
     "torch_geometric",
+    "torch_sim",
 }
 ORDER = (
-    "provenance",
+    ("config_file", "provenance"),
     "graph",
     "catalog",
     ("model", "data"),

@@ -1,20 +1,18 @@
-"""The commands of `ejmp data`: convert, stats, verify, info, fetch."""
+"""The commands of `ejmp data`: convert, stats, verify, info, fetch. Flags need no torch; the work does."""
 
 import argparse
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from ejmp.catalog import DOWNLOADS
-from ejmp.data.fetch import fetch
-from ejmp.data.info import DatasetInfo, Statistics
 from ejmp.data.progress import progress_bar
-from ejmp.data.store.conversion import SHARD_SIZE, convert
-from ejmp.data.store.dataset import open_store, verify
-from ejmp.data.store.describe import Histogram, describe
-from ejmp.data.store.writers import Writers
+
+if TYPE_CHECKING:
+    from ejmp.data.info import Statistics
+    from ejmp.data.store.describe import Histogram
 
 _BAR = 40
 
@@ -55,7 +53,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", required=True, help="oc20, ani1x, ..., ase")
     parser.add_argument("--split", help="the split all of the source goes to (default: as the dataset's rule says)")
     parser.add_argument("--licence", default="not stated", help="to be written into dataset.json")
-    parser.add_argument("--shard-size", type=int, default=SHARD_SIZE, help="structures per shard")
+    parser.add_argument("--shard-size", type=int, default=20_000, help="structures per shard (default: 20000)")
     _add_split_command(commands, "stats", _stats, "linear reference, means, deviations and histograms of one split")
     _add_split_command(commands, "verify", _verify, "check every byte of one split")
     _add_split_command(commands, "info", _info, "what dataset.json says of one split")
@@ -75,6 +73,10 @@ def _add_split_command(
 
 
 def _convert(request: ConvertRequest) -> int:
+    from ejmp.data.store.conversion import convert  # noqa: PLC0415
+    from ejmp.data.store.dataset import open_store  # noqa: PLC0415
+    from ejmp.data.store.writers import Writers  # noqa: PLC0415
+
     with progress_bar("converting", "structures") as progress:
         folders = convert(
             request.source,
@@ -92,6 +94,9 @@ def _convert(request: ConvertRequest) -> int:
 
 
 def _stats(path: Path) -> int:
+    from ejmp.data.store.dataset import open_store  # noqa: PLC0415
+    from ejmp.data.store.describe import describe  # noqa: PLC0415
+
     store = open_store(path)
     with progress_bar("reading", "structures") as progress:
         found = describe(store, progress)
@@ -106,6 +111,8 @@ def _stats(path: Path) -> int:
 
 
 def _verify(path: Path) -> int:
+    from ejmp.data.store.dataset import verify  # noqa: PLC0415
+
     problems, files = [], 0
     with progress_bar("verifying", "files") as progress:
         total = len(list(path.glob("shard-*.lmdb"))) + 3
@@ -119,8 +126,10 @@ def _verify(path: Path) -> int:
 
 
 def _info(path: Path) -> int:
+    from ejmp.data.store.dataset import open_store  # noqa: PLC0415
+
     store = open_store(path)
-    info: DatasetInfo = store.info
+    info = store.info
     print(f"{info.name}, {info.split} split: {info.count} structures, {store.num_atoms.sum(dtype=int)} atoms")
     print(f"source   {info.source} ({info.format})\nlicence  {info.licence}")
     print("units    " + ", ".join(f"{name} {unit}" for name, unit in info.units.items()))
@@ -131,6 +140,8 @@ def _info(path: Path) -> int:
 
 
 def _fetch(name: str, dest: Path) -> int:
+    from ejmp.data.fetch import fetch  # noqa: PLC0415
+
     entry, download = DOWNLOADS[name]
     print(f"{name}: licence {entry.licence}; {entry.page}", flush=True)
     for remote in download.files:
@@ -142,12 +153,12 @@ def _fetch(name: str, dest: Path) -> int:
     return 0
 
 
-def _print_statistics(statistics: Mapping[str, Statistics]) -> None:
+def _print_statistics(statistics: Mapping[str, "Statistics"]) -> None:
     for name, values in statistics.items():
         print(f"{name}: mean {values.mean:.6g}, standard deviation {values.std:.6g} {values.unit}".rstrip())
 
 
-def _print_histogram(name: str, histogram: Histogram) -> None:
+def _print_histogram(name: str, histogram: "Histogram") -> None:
     print(f"\n{name}{', ' * bool(histogram.unit)}{histogram.unit}")
     most = max(int(histogram.counts.max()), 1)
     for low, high, count in zip(histogram.edges[:-1], histogram.edges[1:], histogram.counts, strict=True):

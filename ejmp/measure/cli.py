@@ -141,7 +141,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         "--precision", nargs="+", choices=("fp32", "tf32", "bf16", "fp16"), help="default: all there are"
     )
     parser.add_argument("--device", help="default: cuda if there is one, or else cpu")
-    parser.add_argument("--seconds", type=float, default=100, help="go on measuring this long (at least two rounds)")
+    parser.add_argument("--seconds", type=float, default=100.0, help="go on measuring this long (at least two rounds)")
     parser.add_argument("--small", action="store_true", help="JMP-S instead of JMP-L")
     parser.add_argument("--backend", default="auto", choices=("auto", "reference", "native", "triton"))
     parser.add_argument("--compare", action="store_true", help="also time the reference backend, in the same rounds")
@@ -199,6 +199,8 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="passes whose median counts (default: 3)")
     parser.add_argument("--no-fvcore", action="store_true", help="leave fvcore's table out")
     parser.add_argument("--output", type=Path, metavar="JSON", help="write the results")
+    text = "write a Chrome trace of three passes (for ui.perfetto.dev); .gz at the end compresses it"
+    parser.add_argument("--trace", type=Path, metavar="FILE", help=text)
 
 
 def _profile(options: argparse.Namespace) -> int:
@@ -215,9 +217,12 @@ def _profile(options: argparse.Namespace) -> int:
         small=options.small,
         rounds=options.rounds,
         fvcore=not options.no_fvcore,
+        trace=options.trace,
     )
     result = profile.run(request)
     print(profile_report.text(result))
+    if request.trace is not None:
+        print(f"\n{request.trace}")
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from ejmp.measure.bench import FLOP_CONVENTION, make_models, workload_graph
 from ejmp.measure.flops import GraphSizes, count_macs, graph_sizes
 from ejmp.measure.rates import gemm_rates
 from ejmp.measure.timing import repeated_seconds, synchronize
+from ejmp.measure.trace import write_trace
 from ejmp.measure.workloads import Workload
 from ejmp.model.backend import Backend
 from ejmp.model.config import JMPConfig, Precision
@@ -70,6 +72,8 @@ class ProfileRequest:
     """Number of passes whose median counts."""
     fvcore: bool = True
     """Whether to make fvcore's table too, on the reference backend in fp32."""
+    trace: Path | None = None
+    """File for a Chrome trace of some passes; None: there is none."""
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -96,6 +100,8 @@ def run(request: ProfileRequest) -> dict[str, Any]:
     name = f"{'JMP-S' if request.small else 'JMP-L'} scalar, {request.blocks} blocks"
     head = {"model": name, "workload": workload.name, "provenance": provenance(device)}
     found = profile_model(model, graph, rounds=request.rounds)
+    if request.trace is not None:
+        write_trace(model, graph, request.trace)
     return head | found | {"fvcore": fvcore_table(model, graph) if request.fvcore else None}
 
 

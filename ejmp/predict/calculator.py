@@ -18,7 +18,7 @@ from ejmp.model.jmp import JMP
 from ejmp.predict.predictor import VOIGT, prepare
 from ejmp.predict.quantities import ForceKind, choose_forces, quantities
 
-ase = import_optional("ase.calculators.calculator")
+ase = import_optional("ase.calculators.calculator", extra="ase")
 
 
 class Calculator(ase.Calculator):

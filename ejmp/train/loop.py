@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -87,8 +88,9 @@ def train(run: Run, *, resume: bool = False) -> Result:
         trainer.restore(checkpoints)
     if first_rank:
         checkpoints.mkdir(parents=True, exist_ok=True)
-        _describe(run)
-    with Log(run.directory / "log.jsonl" if first_rank else None, run.config.steps, run.trackers) as log:
+    description = _describe(run) if first_rank else {}
+    path = run.directory / "log.jsonl" if first_rank else None
+    with Log(path, run.config.steps, run.trackers, description) as log:
         return trainer.go(log, checkpoints)
 
 
@@ -220,8 +222,8 @@ class _Trainer:
             self.ema.load_state_dict(restored.ema)
 
 
-def _describe(run: Run) -> None:
-    """Write run.json and deepspeed.json: what this run is, and what it runs on."""
+def _describe(run: Run) -> dict[str, Any]:
+    """Write run.json and deepspeed.json: what this run is, and what it runs on; return the contents of run.json."""
     model = run.objective.model
     description = {
         "config": run.config.to_dict(),
@@ -235,3 +237,4 @@ def _describe(run: Run) -> None:
     (run.directory / "run.json").write_text(json.dumps(description, indent=1) + "\n")
     engine = deepspeed_json(run.config, run.ranks.world_size)
     (run.directory / "deepspeed.json").write_text(json.dumps(engine, indent=1) + "\n")
+    return description

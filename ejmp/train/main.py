@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ejmp.config_file import Parser
 from ejmp.train.flags import COMMANDS, CommandName
 
 
@@ -13,8 +14,9 @@ def main(name: CommandName, arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 also when the run was told to stop (SIGTERM) and saved its state, 2 for bad input.
     """
-    parser = argparse.ArgumentParser(prog=f"{name}.py", description=COMMANDS[name].description)
+    parser = Parser(prog=f"{name}.py", description=COMMANDS[name].description)
     COMMANDS[name].add_flags(parser)
+    parser.take_config()
     return run(name, parser.parse_args(arguments))
 
 
