@@ -107,7 +107,8 @@ class Calculator(ase.Calculator):
         changes = super().check_state(atoms, tol)
         if self.atoms is not None and self.task.graph.tags == "oc20":
             old, new = (item.get_tags() if item.has("tags") else None for item in (self.atoms, atoms))
-            if (old is None) != (new is None) or (old is not None and not np.array_equal(old, new)):
+            same = old is new if old is None or new is None else np.array_equal(old, new)
+            if not same:
                 changes.append("tags")
         return changes
 
