@@ -28,6 +28,7 @@ ORDER = (
     ("config_file", "provenance"),
     "graph",
     "catalog",
+    "fetch",
     ("model", "data"),
     "compress",
     "predict",
