@@ -29,6 +29,7 @@ ORDER = (
     ("config_file", "provenance"),
     "graph",
     "catalog",
+    "fetch",
     ("model", "data"),
     "compress",
     "predict",

@@ -140,7 +140,7 @@ def _info(path: Path) -> int:
 
 
 def _fetch(name: str, dest: Path) -> int:
-    from ejmp.data.fetch import fetch  # noqa: PLC0415
+    from ejmp.fetch import fetch  # noqa: PLC0415
 
     entry, download = DOWNLOADS[name]
     print(f"{name}: licence {entry.licence}; {entry.page}", flush=True)

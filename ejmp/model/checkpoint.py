@@ -18,6 +18,7 @@ from torch import Tensor
 from ejmp.model.config import JMPConfig, Precision
 from ejmp.model.fairchem import is_fairchem, read_fairchem
 from ejmp.model.jmp import JMP
+from ejmp.model.published import resolve
 from ejmp.model.task import Task, pretrain_tasks, read_tasks, tasks_text
 
 FORMAT = "ejmp-1"
@@ -41,7 +42,8 @@ def load(
     does not say what its heads predict `model.tasks` is empty: nothing is guessed.
 
     Args:
-        path: a directory written by `save`; a .safetensors file (with config.json beside it, or sizes inferred from
+        path: the name of a published model, such as "jmp-l", or "hf://OWNER/REPO" (see `ejmp.model.published`); a
+            directory written by `save`; a .safetensors file (with config.json beside it, or sizes inferred from
             the tensors); an upstream Lightning checkpoint; or one of fairchem 1.x's GemNet-OC. EMA weights are used
             when there are any. Nothing but tensors and plain values is ever unpickled. The weights that JMP's authors
             publish are licensed CC-BY-NC, those of the Open Catalyst Project CC-BY-4.0.
@@ -51,9 +53,10 @@ def load(
 
     Raises:
         FileNotFoundError: if there is no such file.
+        OSError: if it has to be downloaded and cannot be.
         ValueError: if names or shapes do not match a JMP model, naming them.
     """
-    path = Path(path)
+    path = resolve(path)
     config, tasks = None, ()
     if path.is_dir() or (path.suffix == ".safetensors" and path.with_name("config.json").exists()):
         directory = path if path.is_dir() else path.parent

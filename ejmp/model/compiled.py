@@ -63,6 +63,10 @@ class Compilable(Protocol):
         """Run the model as it is, without what `Compiled` adds."""
         ...
 
+    def as_graph(self, given: Any) -> AtomGraph:
+        """Make a graph of structures."""
+        ...
+
     def features(self, graph: AtomGraph, *, direct_forces: bool) -> Features:
         """Run everything but the heads."""
         ...
@@ -113,8 +117,9 @@ class Compiled:
         self._locations = list(_locations(model))
         self._addresses = self._where()
 
-    def __call__(self, graph: AtomGraph, *, direct_forces: bool = True) -> Output:
+    def __call__(self, graph: Any, *, direct_forces: bool = True) -> Output:
         """Return what the model's `forward` returns."""
+        graph = self.model.as_graph(graph)
         self._prepare(graph)
         shape = self.buckets.choose(graph)
         forces = direct_forces and self.model.config.direct_forces

@@ -1,7 +1,7 @@
 """What a model is: one frozen dataclass, checked when made, and the presets of the JMP paper."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -144,3 +144,7 @@ def jmp_s(*, blocks: int = 4, scalar: bool = False) -> JMPConfig:
         emb_size_sbf=32,
         num_concat=1,
     )
+
+
+SIZES: dict[str, Callable[..., JMPConfig]] = {"jmp-l": jmp_l, "jmp-s": jmp_s}
+"""The published sizes by name."""

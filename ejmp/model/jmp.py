@@ -2,17 +2,18 @@
 
 import copy
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ejmp.graph.build import build_graph
 from ejmp.graph.graph import AtomGraph
 from ejmp.graph.padding import Buckets
 from ejmp.model.backend import Backend, Kernels, check_backend, resolve
 from ejmp.model.bases import Bases
 from ejmp.model.compiled import Compiled, Mode
-from ejmp.model.config import JMPConfig, Precision
+from ejmp.model.config import SIZES, JMPConfig, Precision
 from ejmp.model.executor import Executor
 from ejmp.model.fused_executor import FusedExecutor
 from ejmp.model.interactions import InteractionBlock, OutputBlock
@@ -84,7 +85,8 @@ class JMP(nn.Module):
     """A JMP model; its state dict has upstream's names, whatever the backend.
 
     Args:
-        config: sizes; see `jmp_s`, `jmp_l`, `JMPConfig`.
+        config: sizes; see `jmp_s`, `jmp_l`, `JMPConfig`; or "jmp-s" or "jmp-l", the sizes by name, with random weights
+            (`ejmp.load` loads trained ones).
         backend: "reference" is plain torch; "native" the C++ and CUDA kernels; "triton" those in Triton; "auto" takes
             the first that serves device and precision of: on a GPU triton, native; on the CPU native; reference. State
             dict and results (to rounding) do not depend on it.
@@ -95,21 +97,25 @@ class JMP(nn.Module):
         tasks: what the heads predict, in which units and of which graphs; `ejmp.save` keeps them with the weights.
 
     Raises:
-        ValueError: for an unknown backend or precision, or tasks that do not fit the heads; and, when called, for a
-            precision the device does not have.
+        ValueError: for an unknown size, backend or precision, or tasks that do not fit the heads; and, when called, for
+            a precision the device does not have.
         RuntimeError: for a backend that cannot be had here, with the reason; and, when called, for one that does not
             serve the device or precision.
     """
 
     def __init__(
         self,
-        config: JMPConfig,
+        config: JMPConfig | str,
         backend: Backend = "auto",
         precision: Precision = "fp32",
         *,
         tasks: Iterable[Task] = (),
     ) -> None:
         super().__init__()
+        if isinstance(config, str):
+            if config not in SIZES:
+                raise ValueError(f"config: expected a JMPConfig or one of {', '.join(SIZES)}, got {config!r}")
+            config = SIZES[config]()
         self.config = config
         self.tasks = tasks
         self.requested_backend: Backend = check_backend(backend)
@@ -208,17 +214,33 @@ class JMP(nn.Module):
         """The wrapper that `compile` made, or None."""
         return cast("Compiled | None", self._compiled_call_impl)
 
-    def forward(self, graph: AtomGraph, *, direct_forces: bool = True) -> Output:
+    def forward(self, graph: Any, *, direct_forces: bool = True) -> Output:
         """Predict energies and, if the model has them, direct forces.
 
         Args:
-            graph: a batch whose dtype and device are the model's.
+            graph: a batch whose dtype and device are the model's; or ase.Atoms, an `ejmp.Structure` or a list of them,
+                for a model with one task, whose graph settings make the graph.
             direct_forces: False skips the force branch of a model that has one.
 
         Raises:
-            ValueError: if the graph's dtype or device is not the model's.
+            ValueError: if the graph's dtype or device is not the model's; for structures that no graph can be made of,
+                or given to a model that does not have exactly one task.
         """
+        graph = self.as_graph(graph)
         return self.heads(self.features(graph, direct_forces=direct_forces), graph)
+
+    def as_graph(self, given: Any) -> AtomGraph:
+        """Return a graph as it is, and one of structures as the model's only task makes it. Raises as `forward`."""
+        if isinstance(given, AtomGraph):
+            return given
+        if len(self.tasks) != 1:
+            names = ", ".join(task.name for task in self.tasks) or "none"
+            raise ValueError(
+                f"graph: expected an AtomGraph, got {type(given).__name__}, and the model's tasks ({names}) do not say "
+                "which graph to make of it; use ejmp.build_graph(structures, settings=...), or ejmp.Predictor(model, "
+                "task=...) for results in eV"
+            )
+        return build_graph(given, settings=self.tasks[0].graph, device=self.device, dtype=self.dtype)
 
     def features(self, graph: AtomGraph, *, direct_forces: bool = True) -> Features:
         """Run everything but the heads; `heads` turns the result into an `Output`. Arguments as for `forward`."""

@@ -12,7 +12,7 @@ from ejmp.compress.pruning import prune
 from ejmp.data import convert
 from ejmp.data.store.writers import Writers
 from ejmp.model.checkpoint import load
-from ejmp.model.config import JMPConfig, Precision, jmp_l, jmp_s
+from ejmp.model.config import SIZES, JMPConfig, Precision
 from ejmp.model.jmp import JMP
 from ejmp.train.config import TrainConfig
 from ejmp.train.demo import demo_config, demo_teacher
@@ -70,7 +70,7 @@ def pretrain(request: PretrainRequest, ranks: Ranks) -> str:
 
 
 def _sizes(model: ModelSize, blocks: int | None) -> JMPConfig:
-    make = {"demo": demo_config, "jmp-s": jmp_s, "jmp-l": jmp_l}[model]
+    make = {"demo": demo_config, **SIZES}[model]
     return make(blocks=blocks) if blocks else make()
 
 

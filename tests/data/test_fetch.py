@@ -11,7 +11,7 @@ import pytest
 from ejmp import cli
 from ejmp.catalog import CATALOG, Download, RemoteFile
 from ejmp.data import cli as commands
-from ejmp.data.fetch import fetch
+from ejmp.fetch import fetch
 
 DATA = bytes(range(256)) * 20_000
 HASH = "sha256:" + hashlib.sha256(DATA).hexdigest()
