@@ -33,7 +33,8 @@ EXAMPLES = {
     for i, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
 }
 PRINTED = {
-    "README.md-0": ["torch.Size([9, 3])"],
+    "README.md-0": ["(9, 3)"],
+    "docs/prediction.md-0": ["(9, 3) ['eV', 'eV']"],
     "docs/training.md-0": ["torch.Size([2, 4]) torch.Size([12, 4, 3])", "27082752 18558464"],
     "docs/data.md-0": ["[8 1 1] (3, 3)"],
 }
@@ -126,7 +127,7 @@ def test_all_kinds_of_commands_are_found():
     verbs = {command[1] for command in COMMANDS if command[0] == "ejmp"}
     assert verbs == {
         "bench", "profile", "report", "doctor", "data", "prune", "relevance",
-        "pretrain", "distill", "finetune", "evaluate",
+        "pretrain", "distill", "finetune", "evaluate", "relax", "md", "predict", "compare", "config", "export",
     }  # fmt: skip
     assert {command[0] for command in COMMANDS} == {"ejmp", "python", "pytest", "make"}
     assert COMMANDS["ejmp", "bench"] >= {"--structures", "--select", "--compare", "--seconds"}
