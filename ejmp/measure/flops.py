@@ -80,10 +80,10 @@ def count_macs(config: JMPConfig, sizes: GraphSizes, *, direct_forces: bool = Tr
     parts |= {name: blocks * value for name, value in _block(config, sizes).items()}
     parts["output_blocks"] = (blocks + 1) * _output_block(config, sizes, forces=forces)
     parts["final_mlp"] = _final_mlp(config, config.emb_size_atom) * sizes.atoms
-    parts["heads"] = config.num_tasks * _head(config.emb_size_atom) * sizes.atoms
+    parts["heads"] = config.num_tasks * _head(config, config.emb_size_atom) * sizes.atoms
     if forces:
         parts["final_mlp"] += _final_mlp(config, config.emb_size_edge) * sizes.edges
-        parts["heads"] += config.num_tasks * _head(config.emb_size_edge) * sizes.edges
+        parts["heads"] += config.num_tasks * _head(config, config.emb_size_edge) * sizes.edges
     return parts
 
 
@@ -151,5 +151,5 @@ def _final_mlp(c: JMPConfig, size: int) -> int:
     return (c.blocks + 1) * size * size + 2 * c.num_global_out_layers * size * size
 
 
-def _head(size: int) -> int:
-    return 4 * size * size + size
+def _head(c: JMPConfig, size: int) -> int:
+    return size if c.head == "linear" else 4 * size * size + size

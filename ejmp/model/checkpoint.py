@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -224,17 +224,50 @@ def _read_safetensors(path: Path) -> State:
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the contents of a file that `torch.save` wrote, tensors and plain values only."""
+    """Return the contents of a file that `torch.save` wrote, tensors and plain values only.
+
+    Objects of other kinds, which an optimiser or a log in a checkpoint of fairchem may hold, are left out of it.
+    """
     try:
-        with torch.serialization.safe_globals(_harmless()):
-            checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint: Any = _load_plain(path)
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint of plain tensors ({error})") from error
+        checkpoint = _load_without_objects(path)
+        if not isinstance(checkpoint, dict) or not is_fairchem(checkpoint):
+            raise ValueError(f"{path}: not a checkpoint of plain tensors ({error})") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError(f"{path}: expected a checkpoint of JMP or fairchem, a dict with a state_dict")  # noqa: TRY004
     return checkpoint
+
+
+def _load_plain(path: Path, more: Iterable[Any] = ()) -> Any:
+    with torch.serialization.safe_globals([*_harmless(), *more]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class _NotRead:
+    """What stands for an object of an unknown kind: it takes whatever the file gives it, and keeps nothing."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _load_without_objects(path: Path) -> Any:
+    """Load a file with an empty object for each of an unknown kind; None if that is not possible.
+
+    Nothing that the file names is imported or called.
+    """
+    try:
+        with torch.serialization.safe_globals(_harmless()):
+            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        # torch tells allowed classes from others by type, so each name needs a class of its own
+        return _load_plain(path, [(type(name, (_NotRead,), {}), name) for name in unknown])
+    except Exception:  # noqa: BLE001 - whatever it is, the first error is the one to show
+        return None
 
 
 def _harmless() -> list[Any]:

@@ -87,7 +87,7 @@ def read_fairchem(path: Path, checkpoint: Mapping[str, Any]) -> tuple[JMPConfig,
         _use_ema(state, checkpoint.get("ema"), config)
         _use_scales(state, checkpoint.get("scale_dict"))
         task = _task(checkpoint, arguments, graph)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: not a checkpoint of fairchem 1.x: {type(error).__name__} {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

@@ -41,7 +41,9 @@ def for_finetuning(
     """
     if direct_forces and not model.config.direct_forces:
         raise ValueError("direct_forces: the model has no force branch")
-    config = dataclasses.replace(model.config, num_tasks=1, direct_forces=direct_forces, energy_reduction=reduction)
+    config = dataclasses.replace(
+        model.config, num_tasks=1, head="mlp", direct_forces=direct_forces, energy_reduction=reduction
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         new = JMP(config, model.requested_backend, model.precision).to(model.device, model.dtype)

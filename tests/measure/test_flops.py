@@ -15,7 +15,15 @@ from ejmp.measure.profile import ByNumbers
 
 
 @pytest.mark.parametrize("workload", [workloads.slab, workloads.molecules])
-@pytest.mark.parametrize("options", [{}, {"blocks": 1, "direct_forces": False, "num_tasks": 1}, {"num_concat": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"blocks": 1, "direct_forces": False, "num_tasks": 1},
+        {"num_concat": 0},
+        {"blocks": 1, "head": "linear", "forces_coupled": True},
+    ],
+)
 @torch.no_grad()
 def test_count_equals_both_counters(tiny_config, workload, options):
     """On the reference backend, which computes every place of its padded tables."""

@@ -1,8 +1,10 @@
 """Checkpoints of fairchem 1.x: files in its layout load to models with its outputs, on every backend."""
 
+import collections
 import copy
 import dataclasses
 import json
+import shutil
 from collections import OrderedDict
 
 import numpy as np
@@ -15,6 +17,7 @@ from support.tolerances import assert_close, relative_error
 import ejmp
 from ejmp import GraphSettings
 from ejmp.model.fairchem import parameter_order
+from ejmp.train.start import for_finetuning
 
 CASES = ("triclinic", "slab", "oxide", "batch", "cutoffs", "crystal_not_strict")
 
@@ -216,6 +219,64 @@ def test_gradient_forces_and_unknown_references(write, weights):
     graph, out = outputs(model, values)
     assert_close(out.energy[:, 0], values["energy"])
     assert_close(ejmp.gradient_forces(model, graph), values["gradient_forces"])
+
+
+@pytest.fixture
+def marker(tmp_path):
+    """A class whose pickle, if it is run, makes a file."""
+    made = tmp_path / "made"
+
+    class Runs:
+        def __reduce__(self):
+            return shutil.copy, (__file__, str(made))
+
+    return Runs, made
+
+
+def test_unknown_objects_are_left_out_and_not_run(write, marker, tmp_path):
+    runs, made = marker
+    expected = ejmp.load(write())
+    assert (
+        ejmp.load(write(amp=runs(), optimizer={"state": [runs(), collections.Counter("ab")]})).tasks == expected.tasks
+    )
+    with pytest.raises(ValueError, match=r"checkpoint.pt: not a checkpoint of fairchem 1.x: AttributeError"):
+        ejmp.load(write(normalizers=runs()))
+    torch.save({"state_dict": {}, "hyper_parameters": runs()}, tmp_path / "lightning.ckpt")
+    with pytest.raises(ValueError, match="not a checkpoint of plain tensors"):
+        ejmp.load(tmp_path / "lightning.ckpt")
+    assert not made.exists()
+    torch.load(tmp_path / "lightning.ckpt", weights_only=False)
+    assert made.exists(), "the marker shows nothing"
+
+
+def test_the_main_edges_are_those_of_fairchem(write):
+    """Of every case; fairchem counts cells in the other direction."""
+    for case in CASES:
+        values = golden_values(case)
+        task = ejmp.load(write(case)).task()
+        main = ejmp.build_graph(list(structures_of(values)), settings=task.graph, dtype=torch.float64).main
+        ours = sorted(zip(main.source.tolist(), main.target.tolist(), (-main.offset).tolist(), strict=True))
+        offset = values["main_cell_offset"].astype(int).tolist()
+        assert ours == sorted(zip(*values["main_edge_index"].tolist(), offset, strict=True))
+
+
+def test_compiled_and_finetuned(write, backend):
+    """Padding changes neither coupled forces nor means; a new head for fine-tuning is one of JMP's."""
+    values = golden_values("cutoffs")
+    model = ejmp.load(write("cutoffs")).double().on(backend=backend)
+    graph, expected = outputs(model, values)
+    gradient = ejmp.gradient_forces(model, graph)
+    model.compile(compiler=None)
+    with torch.no_grad():
+        out = model(graph)
+    assert_close(out.energy, expected.energy.detach().numpy())
+    assert_close(out.forces, expected.forces.detach().numpy())
+    assert_close(ejmp.gradient_forces(model, graph), gradient.numpy())
+    tuned = for_finetuning(model, direct_forces=True)
+    assert (tuned.config.head, tuned.config.forces_coupled, tuned.config.rbf_cutoffs) == (
+        "mlp", True, model.config.rbf_cutoffs,
+    )  # fmt: skip
+    assert tuned(graph).forces.shape == (graph.num_atoms, 1, 3)
 
 
 def test_scale_factors_of_the_file_win(write):
