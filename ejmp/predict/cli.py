@@ -154,7 +154,9 @@ def _predict(options: argparse.Namespace) -> int:
         precision=options.precision,
     )
     with ExitStack() as stack:
-        output = stack.enter_context(files.ResumableFrames(options.output, _asked(options), fresh=options.overwrite))
+        output = stack.enter_context(
+            files.ResumableFrames(options.output, _asked(options), overwrite=options.overwrite)
+        )
         show = stack.enter_context(progress_bar("predict", "structures"))
         frames = files.read_frames(options.files)
         for number in range(output.done):
@@ -172,12 +174,11 @@ def _predict(options: argparse.Namespace) -> int:
 
 def _asked(options: argparse.Namespace) -> dict[str, Any]:
     """Return what a run is asked, as far as its results depend on it."""
-    stats = {str(path): path.stat() for path in options.files}
-    model = options.model / "model.safetensors" if options.model.is_dir() else options.model
+    model = sorted(options.model.iterdir()) if options.model.is_dir() else [options.model]
     names = ("task", "forces", "stress", "precision")
     return {name: getattr(options, name) for name in names} | {
-        "model": [str(options.model.resolve()), model.stat().st_mtime_ns],
-        "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()],
+        name: [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+        for name, paths in (("model", model), ("files", options.files))
     }
 
 

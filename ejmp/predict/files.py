@@ -126,13 +126,13 @@ class ResumableFrames:
     Args:
         path: the finished file.
         asked: what the run is asked, ready for JSON.
-        fresh: begin anew, whatever is there.
+        overwrite: begin anew after a run that was asked something else.
 
     Raises:
         ValueError: if a run that was asked something else was interrupted there, or one is running.
     """
 
-    def __init__(self, path: Path, asked: Mapping[str, Any], *, fresh: bool = False) -> None:
+    def __init__(self, path: Path, asked: Mapping[str, Any], *, overwrite: bool = False) -> None:
         self.path = path
         self.part, self._note = (path.with_name(path.name + ending) for ending in (".part", ".part.json"))
         text = json.dumps(asked, indent=1, sort_keys=True) + "\n"
@@ -142,15 +142,16 @@ class ResumableFrames:
         except OSError as error:
             self._file.close()
             raise ValueError(f"--output: another run is writing {self.part}") from error
-        if fresh:
+        same = self._note.exists() and self._note.read_text() == text
+        if not same:
+            if self._file.seek(0, os.SEEK_END) and not overwrite:
+                self._file.close()
+                raise ValueError(
+                    f"--output: {self.part} is of an interrupted run that was asked something else; "
+                    "--overwrite begins anew, or give another name"
+                )
             self._file.truncate(0)
-        elif self._file.seek(0, os.SEEK_END) and (not self._note.exists() or self._note.read_text() != text):
-            self._file.close()
-            raise ValueError(
-                f"--output: {self.part} is of an interrupted run that was asked something else; "
-                "--overwrite begins anew, or give another name"
-            )
-        self._note.write_text(text)
+            self._note.write_text(text)
         self.done = self._keep_whole_frames()
         """Number of frames that are there."""
 

@@ -119,8 +119,8 @@ def test_predict(folder, capsys):
     assert "results.extxyz exists; --overwrite replaces it" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("torn", [0, 1, 30])
-def test_predict_goes_on(folder, torn, monkeypatch, capsys):
+@pytest.mark.parametrize(("torn", "more"), [(0, ()), (1, ("--overwrite",)), (30, ())])
+def test_predict_goes_on(folder, torn, more, monkeypatch, capsys):
     """Interrupted after any frame, or within one (the last bytes are lost): nothing is lost, nothing comes twice."""
     append, written = files.ResumableFrames.append, []
 
@@ -145,8 +145,15 @@ def test_predict_goes_on(folder, torn, monkeypatch, capsys):
     monkeypatch.setattr(files.ResumableFrames, "append", counted)
     assert run(*(word for word in predict_words(folder) if word != "--stress")) == 2
     assert "asked something else" in capsys.readouterr().err
-    assert run(*predict_words(folder)) == 0
+    assert run(*predict_words(folder, *more)) == 0
     assert len(written) == 8 + bool(torn)
+    check_results(folder)
+
+
+def test_overwrite_begins_anew_after_another_run(folder):
+    (folder / "results.extxyz.part").write_text("what another run wrote\n")
+    assert run(*predict_words(folder)) == 2
+    assert run(*predict_words(folder, "--overwrite")) == 0
     check_results(folder)
 
 
