@@ -10,10 +10,11 @@ from ejmp.compress import cli as compress
 from ejmp.config_file import Parser
 from ejmp.data import cli as data
 from ejmp.measure import cli as measure
+from ejmp.predict import cli as predict
 from ejmp.train import main as training_main
 from ejmp.train.flags import COMMANDS
 
-_EXTRAS = {"mpi4py": "mpi", "tblite": "demo"}
+_EXTRAS = {"ase": "ase", "mpi4py": "mpi", "tblite": "demo"}
 """The extra to install for a module that the command's own extra does not bring."""
 
 
@@ -34,6 +35,10 @@ def make_parser() -> Parser:
         training = commands.add_parser(name, help=command.description, description=command.description)
         command.add_flags(training)
         training.set_defaults(run=functools.partial(training_main.run, name))
+    predict.add_relax(commands.add_parser("relax", help="relax a structure"))
+    predict.add_md(commands.add_parser("md", help="molecular dynamics of a structure"))
+    predict.add_predict(commands.add_parser("predict", help="energies, forces and stress of the structures of files"))
+    predict.add_compare(commands.add_parser("compare", help="two models on the same structures, and on their labels"))
     measure.add_report(commands.add_parser("report", help="show a saved result again: of bench, profile or relevance"))
     parser.take_config()
     config = commands.add_parser("config", help="print what flags and a --config file come to")

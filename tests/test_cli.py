@@ -227,6 +227,31 @@ def test_evaluate(folder, data, tmp_path):
     assert errors[str(pruned)] == errors[str(model)]
 
 
+def test_predict(folder, tmp_path):
+    asked = ("predict", folder / "val.xyz", folder / "test.xyz", "--model", folder / "model", "--device", "cpu")
+    assert "8 structures" in ejmp_command(*asked, "-o", tmp_path / "results.extxyz")
+    assert len(ase.io.read(tmp_path / "results.extxyz", ":")) == 8
+
+
+def test_relax(folder, tmp_path):
+    asked = ("relax", folder / "methanol.xyz", "--model", folder / "model", "--fmax", "1e3", "--device", "cpu")
+    assert "relaxed" in ejmp_command(*asked, "-o", tmp_path / "relaxed.extxyz")
+    assert len(ase.io.read(tmp_path / "relaxed.extxyz")) == 6
+
+
+def test_md(folder, tmp_path):
+    asked = ("md", folder / "methanol.xyz", "--model", folder / "model", "--steps", "2", "--every", "1")
+    assert "total energy drifts by" in ejmp_command(*asked, "--device", "cpu", "-o", tmp_path / "moved.traj")
+    assert len(ase.io.read(tmp_path / "moved.traj", ":")) == 3
+
+
+def test_compare(folder, tmp_path):
+    ejmp.save(ejmp.prune(ejmp.load(folder / "model"), blocks=1), tmp_path / "small")
+    asked = ("compare", tmp_path / "small", folder / "model", folder / "val.xyz", "--device", "cpu")
+    assert "| labels |" in ejmp_command(*asked, "-o", tmp_path / "page.png")
+    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+
+
 def verbs(parser):
     """Yield the verbs of a parser, and those of `data` with their own."""
     for action in parser._subparsers._group_actions:

@@ -90,6 +90,10 @@ REQUIRED = {
     ("data", "convert"): ("a.xyz", "b", "--format", "ase"),
     ("data", "fetch"): ("qmof", "."),
     ("prune",): ("a", "b", "--keep", "0,1"),
+    ("relax",): ("a.xyz", "--model", "m", "-o", "b.xyz"),
+    ("md",): ("a.xyz", "--model", "m", "-o", "b.traj"),
+    ("predict",): ("a.xyz", "b.xyz", "--model", "m", "-o", "c.extxyz"),
+    ("compare",): ("small", "full", "a.xyz", "-o", "page.png"),
 }
 """Arguments that verbs cannot do without; others have at most positional ones, which are given a name each."""
 

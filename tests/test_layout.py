@@ -23,6 +23,7 @@ HEAVY = {
     "safetensors",
     "scipy",
     "torch_geometric",
+    "torch_sim",
 }
 ORDER = (
     ("config_file", "provenance"),
@@ -32,7 +33,7 @@ ORDER = (
     ("model", "data"),
     "compress",
     "predict",
-    ("pyg", "torchsim"),
+    ("pyg", "torchsim", "export"),
     "train",
     "measure",
     "cli",

@@ -2,21 +2,19 @@
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from ejmp.catalog import DOWNLOADS
+from ejmp.data.progress import progress_bar
 
 if TYPE_CHECKING:
     from ejmp.data.info import Statistics
     from ejmp.data.store.describe import Histogram
 
 _BAR = 40
-_SECONDS_BETWEEN_LINES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +77,7 @@ def _convert(request: ConvertRequest) -> int:
     from ejmp.data.store.dataset import open_store  # noqa: PLC0415
     from ejmp.data.store.writers import Writers  # noqa: PLC0415
 
-    with _progress("converting", "structures") as progress:
+    with progress_bar("converting", "structures") as progress:
         folders = convert(
             request.source,
             request.dest,
@@ -100,7 +98,7 @@ def _stats(path: Path) -> int:
     from ejmp.data.store.describe import describe  # noqa: PLC0415
 
     store = open_store(path)
-    with _progress("reading", "structures") as progress:
+    with progress_bar("reading", "structures") as progress:
         found = describe(store, progress)
     reference = found.tally.linear_reference()
     print("element     atoms   least squares of this split's energies, eV")
@@ -116,7 +114,7 @@ def _verify(path: Path) -> int:
     from ejmp.data.store.dataset import verify  # noqa: PLC0415
 
     problems, files = [], 0
-    with _progress("verifying", "files") as progress:
+    with progress_bar("verifying", "files") as progress:
         total = len(list(path.glob("shard-*.lmdb"))) + 3
         for files, (_, found) in enumerate(verify(path), 1):
             problems += found
@@ -149,7 +147,7 @@ def _fetch(name: str, dest: Path) -> int:
     for remote in download.files:
         checked = "checked against " + remote.hash.split(":")[0] if remote.hash else "no published hash to check"
         print(f"{remote.url} ({remote.size}; {checked})", flush=True)
-        with _progress(remote.name, "bytes") as progress:
+        with progress_bar(remote.name, "bytes") as progress:
             print(fetch(remote, dest, progress))
     print(f"unpack it if it is an archive, then: ejmp data convert SOURCE DEST --format {download.format}")
     return 0
@@ -165,47 +163,3 @@ def _print_histogram(name: str, histogram: "Histogram") -> None:
     most = max(int(histogram.counts.max()), 1)
     for low, high, count in zip(histogram.edges[:-1], histogram.edges[1:], histogram.counts, strict=True):
         print(f"{low:10.4g} to {high:<10.4g} {count:10d} {'#' * round(_BAR * int(count) / most)}".rstrip())
-
-
-@contextmanager
-def _progress(title: str, unit: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Yield a function that shows progress when it is called with the number done and the number of all.
-
-    It draws a bar with rate and time left on a terminal, and writes lines elsewhere. Ranks other than 0 never call it.
-    """
-    if not sys.stderr.isatty():
-        yield _lines(title, unit)
-        return
-    from rich import progress as rich  # noqa: PLC0415
-    from rich.console import Console  # noqa: PLC0415
-
-    columns = [
-        rich.TextColumn("{task.description}"),
-        rich.BarColumn(),
-        rich.MofNCompleteColumn(),
-        rich.TextColumn(unit),
-    ]
-    rate = rich.TextColumn("{task.fields[rate]}")
-    with rich.Progress(*columns, rate, rich.TimeRemainingColumn(), console=Console(stderr=True)) as bars:
-        task, start = bars.add_task(title, total=None, rate="", visible=False), time.monotonic()
-
-        def show(done: int, total: int | None) -> None:
-            rate = f"{done / max(time.monotonic() - start, 1e-9):.0f}/s"
-            bars.update(task, completed=done, total=total, rate=rate, visible=True)
-
-        yield show
-
-
-def _lines(title: str, unit: str) -> Callable[[int, int | None], None]:
-    start = last = time.monotonic()
-
-    def show(done: int, total: int | None) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last < _SECONDS_BETWEEN_LINES and done != total:
-            return
-        last, rate = now, done / max(now - start, 1e-9)
-        left = "" if total is None or not rate else f", {(total - done) / rate:.0f} s left"
-        sys.stderr.write(f"{title}: {done} of {total or '?'} {unit}, {rate:.0f}/s{left}\n")
-
-    return show

@@ -18,7 +18,7 @@ from ejmp.model.jmp import JMP
 from ejmp.predict.predictor import VOIGT, prepare
 from ejmp.predict.quantities import ForceKind, choose_forces, quantities
 
-ase = import_optional("ase.calculators.calculator")
+ase = import_optional("ase.calculators.calculator", extra="ase")
 
 
 class Calculator(ase.Calculator):
@@ -62,6 +62,7 @@ class Calculator(ase.Calculator):
         known = ["energy", "free_energy", "energies", *(["forces"] if self.forces else []), "stress"]
         self.implemented_properties = known
         self._said: set[str] = set()
+        self._stress = False
         if compile:
             self.model = self.model.on()  # the caller's stays as it is
             self.model.compile()
@@ -74,23 +75,42 @@ class Calculator(ase.Calculator):
     ) -> None:
         """Compute the energy with its parts and the forces, and the stress if it is asked for; ASE calls this.
 
+        Once the stress was asked for, it is computed with the forces of every periodic structure, so that a relaxation
+        of the cell takes one pass per step.
+
         Raises:
             ValueError: for what `build_graph` refuses.
             ase.calculators.calculator.PropertyNotImplementedError: for the stress of a structure that is not periodic
                 in three directions.
         """
         super().calculate(atoms, properties, system_changes)
-        stress = "stress" in properties
-        if stress and not self.atoms.pbc.all():
+        periodic = bool(self.atoms.pbc.all())
+        if "stress" in properties and not periodic:
             raise ase.PropertyNotImplementedError("stress: the structure is not periodic in three directions")
+        self._stress |= "stress" in properties
         graph = self.graph(self.atoms)
-        found = quantities(self.model, graph, self.task, forces=self.forces, virial=stress)
+        found = quantities(self.model, graph, self.task, forces=self.forces, virial=self._stress and periodic)
         energy = float(found.energy[0])
         self.results = {"energy": energy, "free_energy": energy, "energies": found.energies.cpu().numpy()}
         if found.forces is not None:
             self.results["forces"] = found.forces.cpu().numpy()
         if found.virial is not None:
             self.results["stress"] = found.virial[0].cpu().numpy()[VOIGT] / self.atoms.get_volume()
+
+    def check_state(self, atoms: Any, tol: float = 1e-15) -> list[str]:
+        """Return what differs from the last call; ASE itself does not look at tags.
+
+        Args:
+            atoms: an ase.Atoms.
+            tol: largest difference of numbers that counts as none.
+        """
+        changes = super().check_state(atoms, tol)
+        if self.atoms is not None and self.task.graph.tags == "oc20":
+            old, new = (item.get_tags() if item.has("tags") else None for item in (self.atoms, atoms))
+            same = old is new if old is None or new is None else np.array_equal(old, new)
+            if not same:
+                changes.append("tags")
+        return changes
 
     def graph(self, atoms: Any) -> AtomGraph:
         """Return the graph that the model gets of some atoms."""

@@ -125,6 +125,34 @@ def test_it_says_what_tags_it_takes(model):
         assert same == (tag == 2)
 
 
+def test_other_tags_are_another_structure(model, crystal):
+    """ASE does not count tags among what can change; results of the old ones must not stay."""
+    crystal.set_tags(2)
+    crystal.calc = ejmp.Calculator(model, "oc20")
+    adsorbate = crystal.get_potential_energy()
+    crystal.set_tags(0)
+    bulk = crystal.get_potential_energy()
+    assert bulk != adsorbate
+    assert ejmp.Calculator(model, "oc20").get_potential_energy(crystal) == bulk
+
+
+def test_the_stress_comes_along_once_asked_for(model, crystal, monkeypatch):
+    calls = []
+    calculator = crystal.calc = ejmp.Calculator(model, "gradient")
+    build = calculator.graph
+    crystal.get_forces()
+    assert "stress" not in calculator.results
+    crystal.get_stress()
+    monkeypatch.setattr(calculator, "graph", lambda atoms: calls.append(1) or build(atoms))
+    crystal.positions[0, 0] += 0.1
+    crystal.get_forces()
+    crystal.get_stress()
+    assert len(calls) == 1
+    water = molecule("H2O")
+    water.calc = calculator
+    assert water.get_forces().shape == (3, 3)
+
+
 def test_it_says_that_a_shell_was_cut(model):
     crystal = bulk("NaCl", "rocksalt", a=5.64, cubic=True)
     cut = dataclasses.replace(TASKS[1], graph=dataclasses.replace(SHORT, max_neighbors=9))

@@ -34,16 +34,20 @@ def reading(path: Path, where: str = "") -> Iterator[None]:
         raise SourceError(path, where, problem.strip()[:500]) from error
 
 
-def import_optional(name: str) -> Any:
+def import_optional(name: str, extra: str = "data") -> Any:
     """Import a package that is not needed by the rest of ejmp.
 
+    Args:
+        name: name of the module.
+        extra: extra of ejmp that brings it.
+
     Raises:
-        ImportError: naming the extra that brings it.
+        ImportError: naming the extra.
     """
     try:
         return import_module(name)
     except ImportError as error:
-        raise ImportError(f"{name.partition('.')[0]} is missing: pip install ejmp[data] brings it") from error
+        raise ImportError(f"{name.partition('.')[0]} is missing: pip install ejmp[{extra}] brings it") from error
 
 
 def cached_by_file(load: Callable[[Path], T]) -> Callable[[Path], T]:
