@@ -64,4 +64,5 @@ use_ninja = "MAX_JOBS" in os.environ
 setup(
     ext_modules=choices[:1],
     cmdclass={"build_ext": OptionalBuild.with_options(use_ninja=use_ninja, no_python_abi_suffix=True)},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

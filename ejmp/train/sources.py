@@ -42,7 +42,11 @@ class TaskData:
             ValueError: if there is none of that name.
         """
         if name not in self.splits:
-            raise ValueError(f"{self.name}: there is no split {name!r}, only {', '.join(self.splits)}")
+            known = ", ".join(self.splits)
+            raise ValueError(
+                f"{self.name}: there is no split {name!r}, only {known}; `ejmp data convert --split {name}` makes it, "
+                f"`ejmp evaluate --split {next(iter(self.splits))}` takes another"
+            )
         return self.splits[name]
 
 
@@ -93,6 +97,8 @@ def from_stores(
         if not found or not name or not folder:
             raise ValueError(f"data: expected NAME=FOLDER,..., got {spec!r}")
         paths = [path for path in sorted(Path(folder).glob("*")) if (path / "dataset.json").exists()]
+        if (Path(folder) / "dataset.json").exists():
+            raise ValueError(f"data: {folder} is one split; expected the folder of all of them, {Path(folder).parent}")
         if not paths:
             raise ValueError(f"data: {folder}: no split with a dataset.json; `ejmp data convert` writes them")
         splits = {path.name: open_store(path) for path in paths}

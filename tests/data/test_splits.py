@@ -129,7 +129,7 @@ def test_given_splits():
 @pytest.mark.parametrize(
     ("kind", "name", "total", "message"),
     [
-        ("oc20", "file.npz", 10, "does not say what split file.npz:0-1000 belongs to; name one"),
+        ("oc20", "file.npz", 10, "does not say what split file.npz:0-1000 belongs to; say --split"),
         ("rmd17", "x.npz", 999, "needs 1000 structures, got 999"),
         ("qm9", "x", 20_000, "needs 20001 structures, got 20000"),
         ("md22", "md22_water.npz", 10_000, "expected md22_MOLECULE.npz, MOLECULE one of Ac-Ala3-NHMe"),

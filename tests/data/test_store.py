@@ -299,7 +299,7 @@ def problems_of_index(path, name):
 
 def test_bad_calls(copied, tmp_path):
     with pytest.raises(ValueError, match=r"no dataset\.json: not a dataset, or its conversion has not"):
-        open_store(tmp_path)
+        open_store(tmp_path / "none")
     with pytest.raises(ValueError, match='on_error: expected "raise" or "skip", got'):
         open_store(copied, on_error="ignore")
     os.truncate(copied / "places.npy", 500)

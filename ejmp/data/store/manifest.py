@@ -46,6 +46,9 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / FILE_NAME
     if not path.is_file():
+        splits = ", ".join(str(path.parent) for path in sorted(folder.glob(f"*/{FILE_NAME}")))
+        if splits:
+            raise ValueError(f"{folder}: no {FILE_NAME}: expected the folder of one split, one of {splits}")
         raise ValueError(f"{folder}: no {FILE_NAME}: not a dataset, or its conversion has not come to its end")
     try:
         contents = json.loads(path.read_bytes())

@@ -117,7 +117,7 @@ def choose_groups(formulas: Sequence[str], parts: Sequence[Part], source_name: s
         split = next((name for name in ("val", "test") if len(numbers[name]) < len(formulas) // 10), "train")
         numbers[split] += members[group]
     if not numbers["train"]:
-        raise ValueError(f"{source_name}: too few groups of frames to divide; name a split for each file")
+        raise ValueError(f"{source_name}: too few groups of frames to divide; say --split for each file")
     return {split: _locate(parts, np.array(found)) for split, found in numbers.items()}
 
 
@@ -130,7 +130,9 @@ def _as_published(parts: Sequence[Part], source_name: str) -> dict[str, list[Cho
     chosen: dict[str, list[Chosen]] = {}
     for part in parts:
         if part.split is None:
-            raise ValueError(f"split: {source_name} does not say what split {part.name} belongs to; name one")
+            raise ValueError(
+                f"split: {source_name} does not say what split {part.name} belongs to; say --split train, val or test"
+            )
         if part.count:
             chosen.setdefault(part.split, []).append(Chosen(part=part, indices=range(part.count)))
     return chosen
@@ -183,7 +185,9 @@ def _sizes(rule: FileSplit | MoleculeSplit | FractionSplit | HeldOutSplit, total
 
 def _need(least: int, total: int, source_name: str) -> None:
     if total < least:
-        raise ValueError(f"{source_name}: its split rule needs {least} structures, got {total}; name a split for all")
+        raise ValueError(
+            f"{source_name}: its split rule needs {least} structures, got {total}; say --split, which all of it goes to"
+        )
 
 
 def _by_formula(parts: Sequence[Part], rule: FormulaSplit) -> dict[str, list[Chosen]]:
