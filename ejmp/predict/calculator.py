@@ -88,8 +88,9 @@ class Calculator(ase.Calculator):
         if "stress" in properties and not periodic:
             raise ase.PropertyNotImplementedError("stress: the structure is not periodic in three directions")
         self._stress |= "stress" in properties
-        graph = self.graph(self.atoms)
-        found = quantities(self.model, graph, self.task, forces=self.forces, virial=self._stress and periodic)
+        with torch.inference_mode(mode=False):  # gradients are needed, whatever surrounds the call
+            graph = self.graph(self.atoms)
+            found = quantities(self.model, graph, self.task, forces=self.forces, virial=self._stress and periodic)
         energy = float(found.energy[0])
         self.results = {"energy": energy, "free_energy": energy, "energies": found.energies.cpu().numpy()}
         if found.forces is not None:

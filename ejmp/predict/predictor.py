@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ from ejmp.model.jmp import JMP
 from ejmp.model.task import Task
 from ejmp.predict.quantities import ForceKind, Quantities, choose_forces, quantities
 
-FIRST_EDGES = 20_000
-"""Main edges per batch to begin with, if nobody says."""
+MOST_EDGES = 20_000
+"""Most main edges per batch if nobody says; larger batches are no faster."""
+VALUES_PER_EDGE = 40
+"""Roughly how many tensors as wide as an edge's features a forward pass holds at once."""
 VOIGT = ((0, 1, 2, 1, 0, 0), (0, 1, 2, 2, 2, 1))
 """Rows and columns of xx, yy, zz, yz, xz, xy, ASE's order."""
 
@@ -90,7 +93,8 @@ class Predictor:
         forces: "direct" by the force branch, "gradient" of the energy, None for no forces; "auto": as the task was
             trained.
         stress: whether to predict the stress of structures that are periodic in three directions.
-        max_edges: most main edges in a batch, as estimated; "auto": 20,000. It is halved when memory runs out.
+        max_edges: most main edges in a batch, as estimated; "auto": what fits into half of the free memory, at most
+            20,000. It is halved when memory runs out.
         device: where the model runs; None: where it is, or for a file a GPU if there is one.
         precision: as for `JMP`, or "fp64"; None: as it is.
 
@@ -116,7 +120,8 @@ class Predictor:
         if stress and self.task.target != "energy":
             raise ValueError(f"stress: task {self.task.name} predicts {self.task.target}, which has none")
         self.stress = stress
-        self.max_edges = FIRST_EDGES if max_edges == "auto" else max_edges
+        gradient = stress or self.forces == "gradient"
+        self.max_edges = automatic_edges(self.model, gradient=gradient) if max_edges == "auto" else max_edges
 
     def __call__(self, structures: Any) -> list[Prediction]:
         """Return a prediction for each structure, in order.
@@ -146,6 +151,8 @@ class Predictor:
                     raise RuntimeError(f"structure {first}: {atoms} atoms alone do not fit into memory") from error
                 self.max_edges = max(1, sum(map(self._edges, listed[first : first + count])) // 2)
                 continue
+            except ValueError as error:
+                raise ValueError(_renumbered(str(error), first)) from error
             yield from found
             first += count
 
@@ -166,8 +173,9 @@ class Predictor:
 
     def _batch(self, structures: Sequence[Any]) -> list[Prediction]:
         model = self.model
-        graph = build_graph(structures, settings=self.task.graph, device=model.device, dtype=model.dtype)
-        found = quantities(model, graph, self.task, forces=self.forces, virial=self.stress)
+        with torch.inference_mode(mode=False):  # gradients are needed, whatever surrounds the call
+            graph = build_graph(structures, settings=self.task.graph, device=model.device, dtype=model.dtype)
+            found = quantities(model, graph, self.task, forces=self.forces, virial=self.stress)
         return list(_divided(found, graph, self.task.unit))
 
 
@@ -190,6 +198,30 @@ def _stresses(virial: Tensor, graph: AtomGraph) -> Iterator[np.ndarray[Any, Any]
     volumes = torch.linalg.det(graph.cell).abs()  # zero where a direction is not periodic
     for one, volume in zip(virial.cpu(), volumes.tolist(), strict=True):
         yield (one[VOIGT] / volume).numpy() if volume else None
+
+
+def automatic_edges(model: JMP, *, gradient: bool) -> int:
+    """Return how many main edges of a batch fit into half of the memory that is free, roughly.
+
+    Args:
+        model: the model, on its device.
+        gradient: whether the energy is differentiated, for which all blocks keep what they computed.
+    """
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        try:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, ValueError, OSError):  # not on every system
+            free = 1 << 30
+    layers = model.config.blocks + 1 if gradient else 1
+    edge = VALUES_PER_EDGE * layers * model.config.emb_size_edge * model.dtype.itemsize
+    return max(1, min(MOST_EDGES, free // (2 * edge)))
+
+
+def _renumbered(text: str, first: int) -> str:
+    """Return a message about a structure of a batch with its number among all."""
+    return re.sub(r"\bstructure (\d+)", lambda match: f"structure {int(match[1]) + first}", text)
 
 
 def _out_of_memory(error: BaseException) -> bool:

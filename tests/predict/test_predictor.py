@@ -153,6 +153,29 @@ def test_what_cannot_be_predicted_is_refused(model, tiny):
         ejmp.Predictor(model, "direct")(ejmp.Structure(numbers=[10], positions=[[0, 0, 0.0]]))
 
 
+def test_a_refused_structure_has_its_number_among_all(model, structures):
+    nowhere = structures[1].copy()
+    nowhere.positions[0] = np.nan
+    with pytest.raises(ValueError, match="structure 5: positions"):
+        ejmp.Predictor(model, "direct", max_edges=70)([*structures, nowhere])
+
+
+def test_inside_inference_mode(model, structures):
+    (expected,) = ejmp.Predictor(model, "gradient")(structures[1])
+    with torch.inference_mode():
+        (found,) = ejmp.Predictor(model, "gradient")(structures[1])
+    assert np.array_equal(found.forces, expected.forces)
+
+
+def test_batches_fit_into_memory(model):
+    """A JMP-L keeps more per edge with gradients than without; no estimate is above the limit."""
+    with torch.device("meta"):
+        large = ejmp.JMP(ejmp.jmp_l(scalar=True))
+    edges = {gradient: module.automatic_edges(large, gradient=gradient) for gradient in (False, True)}
+    assert 1 <= edges[True] <= edges[False] <= module.MOST_EDGES
+    assert module.automatic_edges(model, gradient=True) == module.MOST_EDGES
+
+
 def test_an_unknown_reference_is_said(model):
     with pytest.warns(UserWarning, match="task unknown: the model's file does not say which energy per element"):
         predict = ejmp.Predictor(model, "unknown", forces=None)
