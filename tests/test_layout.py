@@ -32,7 +32,7 @@ ORDER = (
     ("model", "data"),
     "compress",
     "predict",
-    ("pyg", "torchsim"),
+    ("pyg", "torchsim", "export"),
     "train",
     "measure",
     "cli",
