@@ -30,7 +30,7 @@ def make_parser() -> Parser:
     )
     data.add_commands(commands.add_parser("data", help="convert, check and describe datasets"))
     compress.add_prune(commands.add_parser("prune", help="keep some interaction blocks of a model"))
-    add_export(commands.add_parser("export", help="write a model as safetensors, or as a package that needs only torch"))
+    add_export(commands.add_parser("export", help="write a model as safetensors or as a package for torch alone"))
     measure.add_relevance(commands.add_parser("relevance", help="how much each block's output matters, by dataset"))
     for name, command in COMMANDS.items():
         training = commands.add_parser(name, help=command.description, description=command.description)

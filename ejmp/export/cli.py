@@ -10,7 +10,9 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="what ejmp.load reads")
     parser.add_argument("out", type=Path, help="NAME.pt2 for an AOTInductor package, else a directory of safetensors")
     parser.add_argument("--task", help="name of one of the model's tasks (default: the only one)")
-    parser.add_argument("--forces", default="auto", choices=("auto", "direct", "gradient", "none"), help="default: auto")
+    parser.add_argument(
+        "--forces", default="auto", choices=("auto", "direct", "gradient", "none"), help="default: auto"
+    )
     parser.add_argument("--device", default="cpu", help="what the package is for: cpu or cuda (default: cpu)")
     parser.add_argument("--atoms", type=int, nargs="+", default=[3, 12, 40], help="sizes to verify (default: 3 12 40)")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at OUT")
