@@ -149,7 +149,8 @@ class Package:
         path: file written by `write_package`.
 
     Raises:
-        ValueError: if the file is not such a package.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not such a package.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
