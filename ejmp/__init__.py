@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ejmp import data as data
+    from ejmp import export as export
     from ejmp import pyg as pyg
     from ejmp import train as train
     from ejmp.compress.pruning import prune
@@ -68,7 +69,7 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("data", "pyg", "train"):
+    if name in ("data", "export", "pyg", "train"):
         return importlib.import_module(f"ejmp.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'ejmp' has no attribute {name!r}")
@@ -78,4 +79,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__", "data", "pyg", "train"]
+    return [*__all__, "__version__", "data", "export", "pyg", "train"]

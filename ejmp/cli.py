@@ -9,6 +9,7 @@ from ejmp import __version__
 from ejmp.compress import cli as compress
 from ejmp.config_file import Parser
 from ejmp.data import cli as data
+from ejmp.export.cli import add_export
 from ejmp.measure import cli as measure
 from ejmp.predict import cli as predict
 from ejmp.train import main as training_main
@@ -30,6 +31,7 @@ def make_parser() -> Parser:
     )
     data.add_commands(commands.add_parser("data", help="convert, check and describe datasets"))
     compress.add_prune(commands.add_parser("prune", help="keep some interaction blocks of a model"))
+    add_export(commands.add_parser("export", help="write a model as safetensors or as a package for torch alone"))
     measure.add_relevance(commands.add_parser("relevance", help="how much each block's output matters, by dataset"))
     for name, command in COMMANDS.items():
         training = commands.add_parser(name, help=command.description, description=command.description)

@@ -168,4 +168,4 @@ class ReferenceExecutor(Executor):
 
     def sum_by_target(self, x: Tensor, target: Tensor, ptr: Tensor) -> Tensor:
         """Sum rows by target, [E, ...] to [N, ...]. index_add on CUDA is not deterministic."""
-        return specification.segment_sum(x, target, len(ptr) - 1)
+        return specification.segment_sum(x, target, ptr.shape[0] - 1)
