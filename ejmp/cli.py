@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options)
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get(error.name or "", "data" if options.command == "data" else "bench")
-        print(f"ejmp {options.command}: {error}; pip install ejmp[{extra}] brings it", file=sys.stderr)
+        advice = "" if "pip install" in str(error) else f"; pip install ejmp[{extra}] brings it"
+        print(f"ejmp {options.command}: {error}{advice}", file=sys.stderr)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"ejmp {options.command}: {error}", file=sys.stderr)
     return 2

@@ -3,7 +3,6 @@
 make demo, or: python launch/demo.py [--run runs/demo] [--steps 150]
 """
 
-import argparse
 import dataclasses
 import json
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from ejmp.compress.config import parse_terms
 from ejmp.compress.pruning import prune
+from ejmp.config_file import Parser
 from ejmp.measure import report
 from ejmp.model.checkpoint import load
 from ejmp.model.jmp import JMP
@@ -68,9 +68,10 @@ def finetuned(start: JMP, folder: Path, ranks: Ranks, *, scratch: bool) -> Error
 
 def main() -> None:
     """Run all parts of the demo and print their tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/demo"))
     parser.add_argument("--steps", type=int, default=150, help="steps of each distillation (default: 150)")
+    parser.take_config()
     options = parser.parse_args()
     start = time.time()
     shutil.rmtree(options.run, ignore_errors=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import ejmp
+from ejmp import cli
 from ejmp.model import published
 from ejmp.train.demo import demo_config
 
@@ -133,3 +134,12 @@ def test_errors_of_the_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install ejmp\[hf\]"):
         ejmp.load("hf://me/mine")
+
+
+def test_missing_package_on_the_command_line(monkeypatch, capsys, tmp_path):
+    """A message that names the extra gets no other one added."""
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert cli.main(["prune", "hf://me/mine", str(tmp_path / "out"), "--keep", "0"]) == 2
+    error = capsys.readouterr().err
+    assert "hf://me/mine: " in error
+    assert re.findall(r"ejmp\[\w+\]", error) == ["ejmp[hf]"]
