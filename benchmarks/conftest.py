@@ -46,7 +46,8 @@ def workload(request):
 def models(request):
     """A scalar model with random weights and its prunings, by number of blocks."""
     small = request.config.getoption("small")
-    return bench.make_models((4, 3, 2) if small else (6, 5, 4, 3, 2), small=small)
+    blocks = (4, 3, 2) if small else (6, 5, 4, 3, 2)
+    return bench.make_models(blocks, bench.random_model(max(blocks), small=small))
 
 
 @pytest.fixture

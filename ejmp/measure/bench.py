@@ -58,6 +58,8 @@ class BenchRequest:
     """Seed of the random weights."""
     small: bool = False
     """Whether to use JMP-S instead of JMP-L."""
+    model: JMP | None = None
+    """Model to prune and measure; None: JMP-L or JMP-S with random weights, scalar."""
     backend: Backend = "auto"
     """Backend that is measured."""
     compare: bool = False
@@ -88,7 +90,8 @@ def run(request: BenchRequest, report: Callable[[str], None] = lambda _line: Non
     if graph.main.num_edges == 0:
         raise ValueError(f"{workload.name}: no two atoms are within {workload.cutoff} A: nothing to measure")
     report(f"{workload.name}: {graph.num_atoms} atoms, {graph.main.num_edges} edges; making the model")
-    models = make_models(request.blocks, small=request.small, seed=request.seed, device=device, backend=request.backend)
+    full = request.model or random_model(max(request.blocks), small=request.small, seed=request.seed)
+    models = make_models(request.blocks, full.on(backend=request.backend).to(device))
     gates = {b: check_model(model, request.precisions, models[max(models)]) for b, model in models.items()}
     report("every model passes its check; measuring memory and warming up")
     backends: list[Backend] = [request.backend, "reference"] if request.compare else [request.backend]
@@ -106,10 +109,10 @@ def run(request: BenchRequest, report: Callable[[str], None] = lambda _line: Non
         if request.compare:
             row |= _compared(times[case], times[b, p, "reference"], memory[b, p, "reference"])
         rows.append(row)
-    _add_ratios(rows, published=not request.small)
+    _add_ratios(rows, published=not request.small and request.model is None)
     return {
         "benchmark": "blocks",
-        "model": f"{'JMP-S' if request.small else 'JMP-L'} scalar, backend {models[max(models)].backend}",
+        "model": f"{model_name(request.model, small=request.small)}, backend {models[max(models)].backend}",
         "workload": {"name": workload.name, "cutoff": workload.cutoff, "sizes": asdict(sizes)}
         | {"max_neighbors": sorted(set(workload.max_neighbors)), "structures": graph.num_structures},
         "convention": FLOP_CONVENTION,
@@ -120,18 +123,27 @@ def run(request: BenchRequest, report: Callable[[str], None] = lambda _line: Non
     }
 
 
-def make_models(
-    blocks: Sequence[int],
-    *,
-    small: bool = False,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    backend: Backend = "auto",
-) -> dict[int, JMP]:
-    """Return a scalar model with random weights and its prunings to fewer blocks, by number of blocks."""
+def random_model(blocks: int, *, small: bool = False, seed: int = 0) -> JMP:
+    """Return JMP-L's scalar model, or JMP-S's, with random weights."""
     torch.manual_seed(seed)
     preset = ejmp.jmp_s if small else ejmp.jmp_l
-    full = JMP(preset(blocks=max(blocks), scalar=True), backend).to(device).eval()
+    return JMP(preset(blocks=blocks, scalar=True))
+
+
+def model_name(model: JMP | None, *, small: bool) -> str:
+    """Return what results call a model: a preset's name, or for a model of somebody's its size."""
+    if model is None:
+        return f"{'JMP-S' if small else 'JMP-L'} scalar"
+    return f"given model of {sum(p.numel() for p in model.parameters()):,} parameters"
+
+
+def make_models(blocks: Sequence[int], full: JMP) -> dict[int, JMP]:
+    """Return a model and its prunings to fewer blocks, by number of blocks.
+
+    Raises:
+        ValueError: if it has not that many blocks.
+    """
+    full = full.eval()
     return {b: full if b == full.config.blocks else prune(full, blocks=b) for b in blocks}
 
 

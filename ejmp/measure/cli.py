@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ejmp.measure.workloads import Workload
+    from ejmp.model.jmp import JMP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,13 +137,14 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `ejmp bench` to its parser."""
     parser.set_defaults(run=_bench)
     _add_workload(parser)
-    parser.add_argument("--blocks", type=int, nargs="+", help="default: 6 5 4 3 2, for JMP-S 4 3 2")
+    parser.add_argument("--blocks", type=int, nargs="+", help="default: all down to 2")
     parser.add_argument(
         "--precision", nargs="+", choices=("fp32", "tf32", "bf16", "fp16"), help="default: all there are"
     )
     parser.add_argument("--device", help="default: cuda if there is one, or else cpu")
     parser.add_argument("--seconds", type=float, default=100.0, help="go on measuring this long (at least two rounds)")
     parser.add_argument("--small", action="store_true", help="JMP-S instead of JMP-L")
+    parser.add_argument("--model", type=Path, metavar="PATH", help="or what ejmp.load reads, with its own graphs")
     parser.add_argument("--backend", default="auto", choices=("auto", "reference", "native", "triton"))
     parser.add_argument("--compare", action="store_true", help="also time the reference backend, in the same rounds")
     parser.add_argument("--output", type=Path, metavar="JSON", help="write the results, and a picture beside them")
@@ -164,13 +166,16 @@ def _bench(options: argparse.Namespace) -> int:
     from ejmp.measure.rates import precisions_of  # noqa: PLC0415
 
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = _model(options)
+    most = model.config.blocks if model is not None else 4 if options.small else 6
     request = bench.BenchRequest(
-        workload=_workload(options),
-        blocks=tuple(options.blocks or ((4, 3, 2) if options.small else (6, 5, 4, 3, 2))),
+        workload=_workload(options, model),
+        blocks=tuple(options.blocks or range(most, min(most, 2) - 1, -1)),
         precisions=tuple(options.precision or precisions_of(device)),
         device=str(device),
         rounds=dataclasses.replace(bench.ROUNDS, seconds=options.seconds),
         small=options.small,
+        model=model,
         backend=options.backend,
         compare=options.compare,
     )
@@ -195,6 +200,7 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16", "fp16"), help="default: fp32")
     parser.add_argument("--device", help="default: cuda if there is one, or else cpu")
     parser.add_argument("--small", action="store_true", help="JMP-S instead of JMP-L")
+    parser.add_argument("--model", type=Path, metavar="PATH", help="or what ejmp.load reads, with its own graphs")
     parser.add_argument("--backend", default="auto", choices=("auto", "reference", "native", "triton"))
     parser.add_argument("--rounds", type=int, default=3, help="passes whose median counts (default: 3)")
     parser.add_argument("--no-fvcore", action="store_true", help="leave fvcore's table out")
@@ -208,13 +214,15 @@ def _profile(options: argparse.Namespace) -> int:
 
     from ejmp.measure import profile, profile_report  # noqa: PLC0415
 
+    model = _model(options)
     request = profile.ProfileRequest(
-        workload=_workload(options),
+        workload=_workload(options, model),
         blocks=options.blocks,
         precision=options.precision,
         device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         backend=options.backend,
         small=options.small,
+        model=model,
         rounds=options.rounds,
         fvcore=not options.no_fvcore,
         trace=options.trace,
@@ -241,7 +249,29 @@ def _doctor(_options: argparse.Namespace) -> int:
     return 0
 
 
-def _workload(options: argparse.Namespace) -> "Workload":
+def _model(options: argparse.Namespace) -> "JMP | None":
+    """Return the model that is to be measured, or None for one with random weights."""
+    if options.model is None:
+        return None
+    import ejmp  # noqa: PLC0415
+
+    if options.small:
+        raise ValueError("--model and --small exclude each other")
+    return ejmp.load(options.model)
+
+
+def _workload(options: argparse.Namespace, model: "JMP | None") -> "Workload":
+    """Return the structures to measure on, with the graphs of the model if all its tasks have the same."""
+    found = _structures(options)
+    graphs = {task.graph for task in model.tasks} if model is not None else set()
+    if len(graphs) != 1:
+        return found
+    (graph,) = graphs
+    neighbors = [graph.neighbors_of(len(item.numbers)) for item in found.structures]
+    return dataclasses.replace(found, cutoff=graph.cutoff, max_neighbors=neighbors)
+
+
+def _structures(options: argparse.Namespace) -> "Workload":
     from ejmp.measure import workloads  # noqa: PLC0415
 
     if options.structures is not None:

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ejmp.graph.graph import AtomGraph
 from ejmp.measure import datasheets
-from ejmp.measure.bench import FLOP_CONVENTION, make_models, workload_graph
+from ejmp.measure.bench import FLOP_CONVENTION, make_models, model_name, random_model, workload_graph
 from ejmp.measure.flops import GraphSizes, count_macs, graph_sizes
 from ejmp.measure.rates import gemm_rates
 from ejmp.measure.timing import repeated_seconds, synchronize
@@ -68,6 +68,8 @@ class ProfileRequest:
     """Backend that is profiled."""
     small: bool = False
     """Whether to use JMP-S instead of JMP-L."""
+    model: JMP | None = None
+    """Model to prune and profile; None: JMP-L or JMP-S with random weights, scalar."""
     rounds: int = 3
     """Number of passes whose median counts."""
     fvcore: bool = True
@@ -83,7 +85,7 @@ class ProfileRequest:
 
 
 def run(request: ProfileRequest) -> dict[str, Any]:
-    """Profile a scalar model with random weights; return everything found, ready for JSON.
+    """Profile a model; return everything found, ready for JSON.
 
     Raises:
         ModuleNotFoundError: if fvcore's table is wanted and fvcore is not installed.
@@ -95,9 +97,10 @@ def run(request: ProfileRequest) -> dict[str, Any]:
     graph = workload_graph(workload, device=device)
     if graph.main.num_edges == 0:
         raise ValueError(f"{workload.name}: no two atoms are within {workload.cutoff} A: nothing to profile")
-    models = make_models([request.blocks], small=request.small, device=device, backend=request.backend)
-    model = models[request.blocks].on(precision=request.precision)
-    name = f"{'JMP-S' if request.small else 'JMP-L'} scalar, {request.blocks} blocks"
+    full = request.model or random_model(request.blocks, small=request.small)
+    model = make_models([request.blocks], full)[request.blocks]
+    model = model.on(backend=request.backend, precision=request.precision).to(device)
+    name = f"{model_name(request.model, small=request.small)}, {request.blocks} blocks"
     head = {"model": name, "workload": workload.name, "provenance": provenance(device)}
     found = profile_model(model, graph, rounds=request.rounds)
     if request.trace is not None:

@@ -163,7 +163,7 @@ def test_command_line(tmp_path, capsys):
 def test_a_missing_package_is_named_before_measuring(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "fvcore", None)
     monkeypatch.setitem(sys.modules, "fvcore.nn", None)
-    monkeypatch.setattr(profile, "make_models", None)  # nothing is made
+    monkeypatch.setattr(profile, "random_model", None)  # nothing is made
     assert cli.main(["profile", "--small", "--workload", "rocksalt"]) == 2
     assert "pip install ejmp[bench]" in capsys.readouterr().err
 

@@ -7,15 +7,17 @@ import json
 import shutil
 from collections import OrderedDict
 
+import ase.io
 import numpy as np
 import pytest
 import torch
+from ase.build import fcc111
 from safetensors.torch import load_file
 from support.inputs import require_triton, shared_file
 from support.tolerances import assert_close, relative_error
 
 import ejmp
-from ejmp import GraphSettings
+from ejmp import GraphSettings, cli
 from ejmp.model.fairchem import parameter_order
 from ejmp.train.start import for_finetuning
 
@@ -332,3 +334,19 @@ def test_models_made_of_it(write, tmp_path):
     assert small.task() == model.task()
     scores = ejmp.block_relevance(small, [outputs(small, values)[0]])
     assert scores.combined.shape == (3,)
+
+
+def test_bench_and_profile_take_it(write, tmp_path, capsys):
+    """Pruned to fewer blocks, on its own graphs."""
+    ase.io.write(tmp_path / "slab.xyz", fcc111("Cu", (1, 1, 2), vacuum=5.0))
+    given = ("--model", str(write("cutoffs")), "--structures", str(tmp_path / "slab.xyz"), "--device", "cpu")
+    for verb in (("bench", "--seconds", "0"), ("profile", "--blocks", "2", "--no-fvcore", "--rounds", "1")):
+        result = tmp_path / f"{verb[0]}.json"
+        assert cli.main([*verb, *given, "--precision", "fp32", "--output", str(result)]) == 0
+        assert "given model of" in json.loads(result.read_text())["model"]
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["blocks"] for row in found["rows"]] == [3, 2]
+    assert found["workload"]["cutoff"] == 6.0
+    assert found["workload"]["max_neighbors"] == [14]
+    assert cli.main(["bench", *given, "--small"]) == 2
+    assert "exclude each other" in capsys.readouterr().err
