@@ -147,6 +147,12 @@ def test_prune(folder, tmp_path):
     assert ejmp.load(tmp_path / "small").config.kept_blocks == (1,)
 
 
+def test_export(folder, tmp_path):
+    """As a bundle; packages take minutes to compile, and are made by tests/test_export.py with `make slow`."""
+    assert "safetensors" in ejmp_command("export", folder / "model", tmp_path / "bundle")
+    assert ejmp.load(tmp_path / "bundle").tasks == ejmp.load(folder / "model").tasks
+
+
 def test_relevance_and_report(folder, data, tmp_path, capsys):
     result = tmp_path / "relevance.json"
     asked = ("relevance", folder / "model", "--data", data, "--structures", "2", "--labels")
@@ -195,6 +201,20 @@ def test_finetune(folder, data, tmp_path):
     assert not model.config.direct_forces
     assert model.task().forces == "gradient"
     assert model.task().graph == start.task().graph
+    assert_calculator_errors(tmp_path / "run" / "final", folder, data, tmp_path / "errors.json")
+
+
+def assert_calculator_errors(model, folder, data, output):
+    """The calculator on a trained model has the errors that `ejmp evaluate` says it has."""
+    ejmp_command("evaluate", model, "--data", data, "--device", "cpu", "--split", "test", "--output", output)
+    errors = json.loads(output.read_text())[str(model)]["methanol"]
+    calculator, energy, forces = ejmp.Calculator(model), [], []
+    for labelled in ase.io.read(folder / "test.xyz", ":"):
+        atoms = ase.Atoms(labelled.numbers, labelled.positions, calculator=calculator)
+        energy.append(abs(atoms.get_potential_energy() - labelled.get_potential_energy()))
+        forces.append(np.abs(atoms.get_forces() - labelled.get_forces()).mean())
+    assert 1000 * np.mean(energy) == pytest.approx(errors["energy_meV"], rel=1e-4)
+    assert 1000 * np.mean(forces) == pytest.approx(errors["forces_meV_per_A"], rel=1e-4)
 
 
 def test_finetune_own_frames(folder, tmp_path):

@@ -48,8 +48,9 @@ def test_reads_both_layouts_of_pyg(layout, protocol):
     positions, energy, forces = truth()
     record = oc_record(1, layout, protocol)
     assert b"torch_geometric" in record
-    assert "torch_geometric" not in sys.modules
+    before = sys.modules.get("torch_geometric")  # other tests of this process may have imported it
     values = fields(loads(record))
+    assert sys.modules.get("torch_geometric") is before
     np.testing.assert_array_equal(values["pos"], positions[1].astype(np.float32))
     np.testing.assert_array_equal(values["force"], forces[1].astype(np.float32))
     np.testing.assert_array_equal(values["atomic_numbers"], NUMBERS)

@@ -60,12 +60,14 @@ def pyg_modules(layout):
         setattr(module, name, cls)
     names = ("torch_geometric", "torch_geometric.data")
     modules = {name: types.ModuleType(name) for name in names} | {data.__name__: data, storage.__name__: storage}
+    before = {name: sys.modules[name] for name in modules if name in sys.modules}
     sys.modules.update(modules)
     try:
         yield data.Data
     finally:
         for name in modules:
             del sys.modules[name]
+        sys.modules.update(before)
 
 
 def oc_record(k=0, layout="2.x", protocol=-1, **changes):

@@ -58,8 +58,14 @@ def load_pt(path: Path) -> Any:
     """
     # torch tells allowed classes from others by type, so each name needs a class of its own.
     stand_ins: list[Any] = [(type(name, (PyGObject,), {}), f"{module}.{name}") for module, name in PYG_CLASSES]
-    with torch.serialization.safe_globals(stand_ins):
-        return weights_only(path)
+    registered = torch.serialization.get_safe_globals()  # PyG registers its own classes when it is imported
+    torch.serialization.clear_safe_globals()
+    try:
+        with torch.serialization.safe_globals(stand_ins):
+            return weights_only(path)
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(registered)
 
 
 def loads(data: bytes) -> Any:
