@@ -133,10 +133,15 @@ class Calculator(ase.Calculator):
         return graph
 
     def _tags(self, atoms: Any) -> np.ndarray[Any, Any] | None:
-        """Return tags 0, 1, 2 (bulk, surface, adsorbate) if the atoms have such; say once what is done if not."""
+        """Return tags 0, 1, 2 (bulk, surface, adsorbate) if the atoms have such; say once what is done if not.
+
+        A molecule without tags has the right ones anyway.
+        """
         tags = atoms.get_tags() if atoms.has("tags") else None
         if tags is not None and np.isin(tags, TAGS).all():
             return tags
+        if tags is None and not atoms.pbc.any():
+            return None
         if "tags" not in self._said:
             self._said.add("tags")
             have = "no tags" if tags is None else "tags other than 0, 1, 2"

@@ -106,10 +106,17 @@ def test_dynamics_conserve_the_energy_and_leak_nothing(model):
 
 
 def test_it_says_what_tags_it_takes(model):
-    methanol = molecule("CH3OH")
+    molecules = molecule("CH3OH", vacuum=6.0)  # far from each other, in periodic cells or alone
+    molecules.calc = ejmp.Calculator(model, "oc20")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        energy = molecules.get_potential_energy()
+    methanol = molecules.copy()
+    methanol.pbc = True
     methanol.calc = ejmp.Calculator(model, "oc20")
     with pytest.warns(UserWarning, match="have no tags, so each counts as an adsorbate's"):
-        energy = methanol.get_potential_energy()
+        assert methanol.get_potential_energy() == pytest.approx(energy, rel=1e-12)
+    energy = methanol.get_potential_energy()
     layers = methanol.copy()
     layers.set_tags([5, 4, 3, 2, 1, 0])
     layers.calc = ejmp.Calculator(model, "oc20")
