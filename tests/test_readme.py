@@ -321,6 +321,14 @@ def test_distillation_helps():
         assert errors["teacher, 6 blocks"][name]["forces_meV_per_A"] < errors["untrained"][name]["forces_meV_per_A"]
 
 
+def test_calculator_figures():
+    ratios = {row["case"]: row["ratio"] for row in result("calculator_cpu")["rows"]}
+    words = WORDS["docs/prediction.md"]
+    assert f"{ratios['demo direct']:.2f} (direct) or {ratios['demo gradient']:.2f} (gradient) times" in words
+    assert f"{ratios['jmp-l direct']:.2f} times what JMP-L takes on a slab" in words
+    assert all(row["ratio"] <= row["limit"] for row in result("calculator_cpu")["rows"])
+
+
 def test_compiled_kernels():
     found = result("triton_compile")
     kernels, words = found["kernels"], WORDS["docs/backends.md"]
