@@ -337,7 +337,7 @@ class JMP(nn.Module):
 
 
 def gradient_forces(model: JMP, graph: AtomGraph, task: int = 0, *, create_graph: bool = False) -> Tensor:
-    """Return forces as the negative gradient of one task's energy, [N, 3] in eV/A.
+    """Return the negative gradient of one task's raw energy, [N, 3]; times the task's std they are forces in eV/A.
 
     Args:
         model: any JMP model; its direct-force branch is not run.
