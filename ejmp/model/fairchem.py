@@ -251,6 +251,8 @@ def _reference(checkpoint: Mapping[str, Any]) -> dict[int, float] | None:
     references = checkpoint.get("elementrefs") or {}
     energy = references.get("energy", references.get("target"))
     if energy is not None:
+        if isinstance(energy, Mapping) and "element_references" not in energy:
+            return {int(number): float(value) for number, value in energy.items()}
         values = energy["element_references"] if isinstance(energy, Mapping) else energy
         return {number: value for number, value in enumerate(torch.as_tensor(values).double().tolist()) if number > 0}
     datasets = checkpoint["config"].get("dataset") or {}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -118,6 +119,9 @@ def finetune(request: FinetuneRequest, ranks: Ranks) -> str:
     source = with_graph(
         _finetuning_data(request), cutoff=request.cutoff, max_neighbors=request.max_neighbors, start=start
     )
+    if ranks.rank == 0:
+        graph = source.task.graph
+        sys.stderr.write(f"graphs of {source.name}: {graph.cutoff:g} A, {graph.max_neighbors} neighbours\n")
     run = request.run
     if request.data:
         epoch = max(1, len(source.split("train")) // (run.config.batch_size * ranks.world_size))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from ejmp.catalog import CATALOG, GraphSettings
@@ -118,7 +119,8 @@ def with_graph(
     """Return a source with the graphs that a model which starts from another one should be trained on.
 
     They are those of the model that it starts from, if all its tasks have the same; or else the paper's for a dataset
-    of that name. What is given here replaces their numbers.
+    of that name; or else, of the start model's, those of its catalysts (tasks with tags) for periodic data and of its
+    molecules for others, as JMP has two kinds. What is given here replaces their numbers.
 
     Args:
         source: dataset with its task.
@@ -131,7 +133,12 @@ def with_graph(
     """
     own = {task.graph for task in start.tasks} if start is not None else set()
     entry = CATALOG.get(source.name)
-    graph = own.pop() if len(own) == 1 else entry.graph if entry is not None else None
+    if len(own) == 1:
+        (graph,) = own
+    elif entry is not None:
+        graph = entry.graph
+    else:
+        graph = _of_its_kind(source, own)
     if graph is None:
         if cutoff is None or max_neighbors is None:
             raise ValueError(
@@ -144,6 +151,15 @@ def with_graph(
     if max_neighbors is not None:
         graph = dataclasses.replace(graph, max_neighbors=max_neighbors, fewer_above=())
     return dataclasses.replace(source, task=dataclasses.replace(source.task, graph=graph))
+
+
+def _of_its_kind(source: TaskData, graphs: set[GraphSettings]) -> GraphSettings | None:
+    """Return the one kind of graphs that is for structures like the first training structure; None if it is not one."""
+    if not graphs or "train" not in source.splits:
+        return None
+    tags = "oc20" if np.any(source.splits["train"][0].pbc) else "none"
+    found = [graph for graph in graphs if graph.tags == tags]
+    return dataclasses.replace(found[0], tags="none") if len(found) == 1 else None
 
 
 def loader_of(

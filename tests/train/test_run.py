@@ -296,6 +296,10 @@ def test_graphs_of_training(sources, teacher):
     )
     given = with_graph(mine, start=one, cutoff=4.0, max_neighbors=9).task.graph
     assert given == ejmp.GraphSettings(cutoff=4.0, max_neighbors=9, tags="none")
+    periodic, molecules = sources[0].splits, sources[2].splits  # oc20 and ani1x
+    for splits, expected in ((periodic, CATALOG["oc20"].graph), (molecules, CATALOG["ani1x"].graph)):
+        found = with_graph(TaskData(splits=splits, task=mine.task), start=one).task.graph
+        assert found == dataclasses.replace(expected, tags="none")
     for start in (None, one):
         with pytest.raises(ValueError, match=r"graphs of mine is not known.*say --cutoff and --max-neighbors"):
             with_graph(mine, start=start, cutoff=4.0)
