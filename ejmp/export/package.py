@@ -14,6 +14,7 @@ Inputs are plain tensors that C++ makes as well: see `INPUTS`, `EDGE_INPUTS`.
 
 import copy
 import dataclasses
+import itertools
 import json
 import os
 import tempfile
@@ -206,7 +207,8 @@ def write_package(
         path: the file, .pt2.
         task: name of one of its tasks; None is enough if there is only one.
         forces: "direct", "gradient", None for none; "auto": as the task was trained.
-        atoms: numbers of atoms of the structures on which both are compared, with and without periodicity.
+        atoms: numbers of atoms of the structures on which both are compared, with and without periodicity, in batches
+            of 5, 1, 2, 5, ...
         overwrite: whether to replace a file.
 
     Returns:
@@ -233,7 +235,7 @@ def write_package(
     chosen = model.task(task)
     kind = choose_forces(model, chosen, forces)
     plain = copy.deepcopy(model.on(backend="reference")).requires_grad_(requires_grad=False).eval()
-    graphs = [_example(plain, chosen, n) for n in atoms]
+    graphs = [_example(plain, chosen, n, count) for n, count in zip(atoms, itertools.cycle((5, 1, 2)))]
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         new = Path(scratch, "new.pt2")
         _compile(Packaged(plain, chosen, kind), inputs_of(graphs[-1]), new, _about(plain, chosen, kind))
@@ -263,14 +265,15 @@ def _about(model: JMP, task: Task, forces: ForceKind | None) -> dict[str, Any]:
     }
 
 
-def _example(model: JMP, task: Task, num_atoms: int) -> AtomGraph:
-    """Return a graph of two structures of the task's elements, a crystal and a cluster on a shaken cubic lattice."""
+def _example(model: JMP, task: Task, num_atoms: int, count: int) -> AtomGraph:
+    """Return a graph of crystals and clusters of the task's elements by turns, on a shaken cubic lattice."""
     random = torch.Generator().manual_seed(num_atoms)
     known = [z for z in (task.linear_reference or (1, 6, 8)) if z <= model.config.num_elements]
     side = next(n for n in range(1, num_atoms + 1) if n**3 >= num_atoms)
     lattice = torch.cartesian_prod(*[torch.arange(side)] * 3).reshape(-1, 3)[:num_atoms] * 1.8
     structures = []
-    for periodic in (True, False):
+    for number in range(count):
+        periodic = number % 2 == 0
         shaken = lattice + 0.3 * torch.rand(num_atoms, 3, generator=random, dtype=torch.float64)
         numbers = torch.tensor(known)[torch.randint(len(known), (num_atoms,), generator=random)]
         cell = (1.8 * side + 1) * torch.eye(3, dtype=torch.float64) + 0.1 if periodic else torch.zeros(3, 3)
@@ -280,11 +283,14 @@ def _example(model: JMP, task: Task, num_atoms: int) -> AtomGraph:
 
 
 def _compile(function: Packaged, inputs: tuple[Tensor, ...], path: Path, about: dict[str, Any]) -> None:
-    from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415 - a second of imports
+    from torch.fx.experimental import _config  # noqa: PLC0415 - a second of imports
+    from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415
 
     traced: nn.Module = function
     if function.forces == "gradient":  # torch.export does not differentiate; this writes the derivative out
-        traced = make_fx(function.forward, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)
+        settings: Any = _config  # its functions are made at run time
+        with settings.patch(use_duck_shape=False):  # sizes that are equal in the example need not be so elsewhere
+            traced = make_fx(function.forward, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)
     sizes = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
     with torch.set_grad_enabled(function.forces == "gradient"):
         nested = (sizes,) if traced is function else sizes  # the one takes *inputs, the other has a name for each
