@@ -66,10 +66,7 @@ class Packaged(nn.Module):
     def __init__(self, model: JMP, task: Task, forces: ForceKind | None) -> None:
         super().__init__()
         self.model, self.task, self.forces = model, task, forces
-        table = torch.full((121,), torch.nan if task.linear_reference else 0.0, dtype=torch.float64)
-        for number, energy in (task.linear_reference or {}).items():
-            table[number] = energy
-        self.register_buffer("reference", table.to(model.device))
+        self.register_buffer("reference", torch.tensor(task.reference_row(), dtype=torch.float64, device=model.device))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Predict; see `INPUTS` and `EDGE_INPUTS` for the inputs."""

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, Self
 
 from ejmp.catalog import CATALOG, FINETUNING
 from ejmp.graph.settings import GraphSettings
+from ejmp.graph.structure import MAX_ATOMIC_NUMBER
 from ejmp.model.config import JMPConfig
 
 FORCE_WEIGHT = 100.0
@@ -86,6 +87,12 @@ class Task:
                 f'Task {self.name}: forces: expected "direct" or "gradient" (None only with force_weight 0), '
                 f"got {self.forces!r}"
             )
+
+    def reference_row(self) -> list[float]:
+        """Return the reference energy by atomic number, [121], eV: NaN for elements it lacks, 0 if there is none."""
+        reference = self.linear_reference or {}
+        lacking = float("nan") if reference else 0.0
+        return [reference.get(number, lacking) for number in range(MAX_ATOMIC_NUMBER + 1)]
 
     @classmethod
     def from_info(

@@ -140,7 +140,7 @@ class Predictor:
         listed = to_list(structures)
         first = 0
         while first < len(listed):
-            count = self._fitting(listed[first:])
+            count = self._fitting(listed, first)
             try:
                 found = self._batch(listed[first : first + count])
             except (RuntimeError, MemoryError) as error:
@@ -162,14 +162,14 @@ class Predictor:
         most = self.task.graph.neighbors_of(atoms)
         return atoms * (most if np.any(getattr(structure, "pbc", False)) else min(most, atoms - 1)) + 1
 
-    def _fitting(self, structures: Sequence[Any]) -> int:
-        """Return how many of the next structures make a batch, at least one."""
+    def _fitting(self, structures: Sequence[Any], first: int) -> int:
+        """Return how many structures from the first on make a batch, at least one."""
         total = 0
-        for count, structure in enumerate(structures):
-            total += self._edges(structure)
-            if total > self.max_edges and count:
-                return count
-        return len(structures)
+        for number in range(first, len(structures)):
+            total += self._edges(structures[number])
+            if total > self.max_edges and number > first:
+                return number - first
+        return len(structures) - first
 
     def _batch(self, structures: Sequence[Any]) -> list[Prediction]:
         model = self.model

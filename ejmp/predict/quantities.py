@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ejmp.graph.graph import AtomGraph
-from ejmp.graph.structure import MAX_ATOMIC_NUMBER
 from ejmp.model.jmp import JMP
 from ejmp.model.task import Task
 
@@ -98,10 +97,7 @@ def _reference(graph: AtomGraph, task: Task) -> Tensor:
     """Return the reference energy of each atom, [N] float64, eV."""
     if not task.linear_reference:
         return torch.zeros(graph.num_atoms, dtype=torch.float64, device=graph.device)
-    table = torch.full((MAX_ATOMIC_NUMBER + 1,), torch.nan, dtype=torch.float64)
-    for number, energy in task.linear_reference.items():
-        table[number] = energy
-    found = table.to(graph.device)[graph.atomic_numbers]
+    found = torch.tensor(task.reference_row(), dtype=torch.float64, device=graph.device)[graph.atomic_numbers]
     if found.isnan().any():
         missing = sorted(set(graph.atomic_numbers[found.isnan()].tolist()))
         raise ValueError(f"task {task.name}: no reference energy of the elements with atomic numbers {missing}")

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ejmp.data.sampling.batch import Batch
-from ejmp.graph.structure import MAX_ATOMIC_NUMBER
 from ejmp.model.task import Task, finetune_task, pretrain_tasks
 
 __all__ = ["Task", "Tasks", "finetune_task", "pretrain_tasks"]
@@ -112,15 +111,9 @@ class Tasks(Sequence[Task]):
                 for name in ("mean", "std", "force_std", "energy_weight", "force_weight")
             }
             rows["raw_force"] = [task.std if task.forces == "gradient" else task.force_std for task in tasks]
-            rows["reference"] = [_reference_row(task) for task in tasks]
+            rows["reference"] = [task.reference_row() for task in tasks]
             table = {name: torch.tensor(row, dtype=torch.float64, device=device) for name, row in rows.items()}
             table["head"] = torch.tensor([task.head for task in tasks], device=device)
             table["column"] = torch.tensor([self.targets.index(task.target) for task in tasks], device=device)
             self._tables[device] = table
         return self._tables[device]
-
-
-def _reference_row(task: Task) -> list[float]:
-    reference = task.linear_reference or {}
-    unknown = float("nan") if reference else 0.0
-    return [reference.get(number, unknown) for number in range(MAX_ATOMIC_NUMBER + 1)]
