@@ -17,7 +17,15 @@ dropped: Counter[str] = Counter()
 """Number of structures that got no label, by reason."""
 
 
-def label(atoms: Any, method: Method, name: str, *, forces: bool = True, gap: bool = False) -> Structure | None:
+def label(
+    atoms: Any,
+    method: Method,
+    name: str,
+    *,
+    forces: bool = True,
+    gap: bool = False,
+    max_force: float = MAX_FORCE,
+) -> Structure | None:
     """Round positions to float32 and label a structure; return None if the labels are not sane.
 
     Args:
@@ -26,6 +34,7 @@ def label(atoms: Any, method: Method, name: str, *, forces: bool = True, gap: bo
         name: the structure's id.
         forces: whether forces are kept.
         gap: whether the HOMO-LUMO gap, eV, becomes the target "gap" (xTB only).
+        max_force: largest component of a force, eV/A; a structure with a larger one is dropped.
     """
     positions = atoms.positions.astype(np.float32).astype(np.float64)
     rounded = atoms.copy()
@@ -34,8 +43,8 @@ def label(atoms: Any, method: Method, name: str, *, forces: bool = True, gap: bo
     if values is None:
         return None
     energy, gradient_forces, homo_lumo = values
-    if not np.isfinite(energy) or not np.abs(gradient_forces).max() <= MAX_FORCE:
-        dropped["force beyond 50 eV/A"] += 1
+    if not np.isfinite(energy) or not np.abs(gradient_forces).max() <= max_force:
+        dropped[f"force beyond {max_force:g} eV/A"] += 1
         return None
     return Structure(
         numbers=atoms.numbers,
