@@ -1,28 +1,19 @@
-"""A small teacher for users who have none yet: pre-trained once on the demo mix, then kept.
+"""The small teacher that ships with the package: JMP's six blocks and heads at a fraction of the widths.
 
-It has JMP's six blocks and heads at a fraction of the widths, so that pre-training, pruning and distilling it take
-minutes on two cores. Nothing measured with it says anything about JMP-L.
+It was pre-trained on the demo mix, by `python -m ejmp.train.make_teacher`, so that pruning and distilling can be tried
+in minutes on two cores. Nothing measured with it says anything about JMP-L.
 """
 
-import dataclasses
-import shutil
-import tempfile
+import json
 from pathlib import Path
 
-from torch import distributed as dist
-
-from ejmp.data.store.durable import hash_file, hash_text
+from ejmp.data.store.durable import hash_file
 from ejmp.model.config import JMPConfig
-from ejmp.train import presets
-from ejmp.train.distributed import Ranks
-from ejmp.train.loop import FINAL, Run, train
-from ejmp.train.objective import Supervised
-from ejmp.train.sources import demo_mix, tasks_of
-from ejmp.train.start import new_model
-from ejmp_kernels.cache import cache_root
 
-CONFIG = presets.demo("pretrain")
-"""Settings the teacher is pre-trained with."""
+TEACHER = Path(__file__).parent / "teacher"
+"""Folder of the teacher: the model as `ejmp.load` reads it, its recipe with the hash of its weights, and its log."""
+RECIPE = "recipe.json"
+"""File that says how the teacher was made."""
 
 
 def demo_config(*, blocks: int = 6) -> JMPConfig:
@@ -54,56 +45,20 @@ def demo_config(*, blocks: int = 6) -> JMPConfig:
     )
 
 
-def cache_folder() -> Path:
-    """Return the folder where the teacher is kept, whose name has a hash of its sizes, settings and data."""
-    counts = [len(source.split("train")) for source in demo_mix()]
-    recipe = f"{demo_config()} {CONFIG} {counts}"
-    return cache_root() / f"demo-teacher-{hash_text(recipe)}"
+def demo_teacher(folder: Path = TEACHER) -> Path:
+    """Return the folder of the demo teacher, after comparing its weights with their hash.
 
-
-def demo_teacher(ranks: Ranks) -> Path:
-    """Return the folder of the demo teacher, which the first call pre-trains: some minutes on two cores.
+    Args:
+        folder: where it is.
 
     Raises:
-        ValueError: if the kept teacher is damaged, naming its folder.
-        SystemExit: if this process is told to stop (SIGTERM) meanwhile.
+        ValueError: if the teacher is damaged or not there, naming its folder.
     """
-    folder = cache_folder()
-    whole = folder.exists()
-    dist.barrier()
-    if whole:
-        check_teacher(folder)
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".demo-teacher-")) if ranks.rank == 0 else folder
-    sources = demo_mix()
-    model = new_model(demo_config(), sources, seed=CONFIG.seed)
-    config = dataclasses.replace(CONFIG, batch_size=max(1, CONFIG.batch_size // ranks.world_size))
-    objective = Supervised(model, tasks_of(sources))
     try:
-        result = train(Run(objective=objective, sources=sources, config=config, directory=scratch, ranks=ranks))
-        if not result.finished:
-            raise SystemExit(0)
-        if ranks.rank == 0:
-            (scratch / FINAL / "checksum").write_text(checksum(scratch / FINAL))
-            (scratch / FINAL).rename(folder)
-    finally:
-        if ranks.rank == 0:
-            shutil.rmtree(scratch)
-    dist.barrier()
+        expected = json.loads((folder / RECIPE).read_text())["hash"]
+        found = hash_file(folder / "model.safetensors")
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"demo teacher: {folder} is not whole ({error}); install ejmp again") from error
+    if found != expected:
+        raise ValueError(f"demo teacher: {folder} is damaged: its weights have hash {found}; install ejmp again")
     return folder
-
-
-def checksum(folder: Path) -> str:
-    """Return the hash of a saved model's weights."""
-    return hash_file(folder / "model.safetensors")
-
-
-def check_teacher(folder: Path) -> None:
-    """Raise ValueError if the kept teacher is not as it was written."""
-    try:
-        good = (folder / "checksum").read_text() == checksum(folder)
-    except OSError as error:
-        raise ValueError(f"demo teacher: {folder} is not whole ({error}); remove it to make it again") from error
-    if not good:
-        raise ValueError(f"demo teacher: {folder} is damaged; remove it to make it again")

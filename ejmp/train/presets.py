@@ -26,6 +26,23 @@ def finetune() -> TrainConfig:
     return TrainConfig(lr=8e-5, clip_kind="value", warmup_start=0.1, early_stop=50, plateau_patience=3)
 
 
+def teacher() -> TrainConfig:
+    """Return settings for the demo teacher that ships, an hour of one core; see `ejmp.train.make_teacher`."""
+    return TrainConfig(
+        steps=9000,
+        batch_size=16,
+        lr=3e-3,
+        weight_decay=0.01,
+        clip=10.0,
+        warmup_steps=300,
+        cosine_end=0.02,
+        ema=0.995,
+        validate_every=1500,
+        checkpoint_every=500,
+        log_every=100,
+    )
+
+
 def demo(command: Literal["pretrain", "distill", "finetune"]) -> TrainConfig:
     """Return settings for the demo model on the demo data: minutes on two cores."""
     small = TrainConfig(

@@ -16,8 +16,10 @@ from ejmp.model.checkpoint import TASKS
 from ejmp.model.jmp import JMP
 from ejmp.train.task import Task, Tasks
 
-DEMO_GRAPH = GraphSettings(cutoff=5.0, max_neighbors=14)
-"""How graphs are made of the demo data: small as everything there."""
+DEMO_MOLECULES = GraphSettings(cutoff=3.2, max_neighbors=8, tags="none")
+"""How graphs are made of the demo data's molecules: small as everything there."""
+DEMO_SOLIDS = GraphSettings(cutoff=4.0, max_neighbors=10)
+"""How graphs are made of the demo data's slabs and, but for the tags, of its frameworks."""
 DEMO_FORCE_WEIGHT = 10.0
 Split = Literal["train", "val", "test"]
 
@@ -74,8 +76,14 @@ def _demo(name: str, *, head: int, forces: Literal["direct", "gradient"]) -> Tas
     info = splits["train"].info
     target = "gap" if name in ("qm9", "qmof") else "energy"
     weight = DEMO_FORCE_WEIGHT if forces == "direct" else 100.0
-    task = Task.from_info(info, head=head, target=target, forces=forces, force_weight=weight, graph=DEMO_GRAPH)
+    task = Task.from_info(info, head=head, target=target, forces=forces, force_weight=weight, graph=_demo_graph(name))
     return TaskData(splits=splits, task=task)
+
+
+def _demo_graph(name: str) -> GraphSettings:
+    if name in ("oc20", "oc22"):
+        return DEMO_SOLIDS
+    return dataclasses.replace(DEMO_SOLIDS, tags="none") if name == "qmof" else DEMO_MOLECULES
 
 
 def from_stores(
