@@ -24,7 +24,7 @@ from ejmp.train.evaluate import evaluate
 from ejmp.train.faults import session
 from ejmp.train.loop import FINAL, Run, train
 from ejmp.train.objective import Supervised
-from ejmp.train.sources import DEMO_GRAPH, TaskData, tasks_of
+from ejmp.train.sources import DEMO_MOLECULES, TaskData, tasks_of
 from ejmp.train.start import for_finetuning, new_model
 from ejmp.train.task import Task
 
@@ -37,7 +37,7 @@ class Frames:
     def __init__(self, frames, split):
         self.frames = frames
         self.num_atoms = np.array([len(frame.numbers) for frame in frames])
-        self.num_edges = self.num_atoms * DEMO_GRAPH[1]
+        self.num_edges = self.num_atoms * DEMO_MOLECULES[1]
         count = {"name": "aspirin", "format": "rmd17", "split": split, "count": len(frames)}
         statistics = {
             "energy": Statistics(mean=_mean(frames), std=float(np.std([f.energy for f in frames])), unit="eV"),
@@ -72,12 +72,12 @@ def main():
     parser.add_argument("--steps", type=int, default=150)
     options = parser.parse_args()
     splits = splits_of(options.frames)
-    task = Task.from_info(splits["train"].info, forces="gradient", graph=DEMO_GRAPH)
+    task = Task.from_info(splits["train"].info, forces="gradient", graph=DEMO_MOLECULES)
     source = TaskData(splits=splits, task=task)
     settings = dataclasses.replace(presets.demo("finetune"), steps=options.steps, validate_every=options.steps // 3)
     found = {}
     with session("cpu") as ranks, tempfile.TemporaryDirectory() as scratch:
-        start = for_finetuning(load(demo_teacher(ranks)))
+        start = for_finetuning(load(demo_teacher()))
         models = {"demo teacher": start, "from scratch": new_model(start.config, [source], seed=0)}
         for name, model in models.items():
             before = evaluate(model, [source], ranks, split="test")["aspirin"]

@@ -77,7 +77,7 @@ def _sizes(model: ModelSize, blocks: int | None) -> JMPConfig:
 
 def distill(request: DistillRequest, ranks: Ranks) -> str:
     """Teach a pruned student what its teacher makes of the mix."""
-    path = request.teacher or demo_teacher(ranks)
+    path = request.teacher or demo_teacher()
     teacher = load(path)
     sources = with_tasks_of(path, from_stores(request.data) if request.data else demo_mix(), teacher)
     config = request.run.config
@@ -115,7 +115,7 @@ def finetune(request: FinetuneRequest, ranks: Ranks) -> str:
     """Fine-tune a model on one dataset."""
     if request.frames is not None:
         _convert(request.frames, request.run.directory / "data", ranks)
-    start = load(request.start or demo_teacher(ranks))
+    start = load(request.start or demo_teacher())
     source = with_graph(
         _finetuning_data(request), cutoff=request.cutoff, max_neighbors=request.max_neighbors, start=start
     )
@@ -186,7 +186,7 @@ def _in_epochs(run: RunRequest, epoch: int) -> TrainConfig:
 def evaluate(request: EvaluateRequest, ranks: Ranks) -> str:
     """Measure errors of saved models."""
     rows = {}
-    for path in request.models or [demo_teacher(ranks)]:
+    for path in request.models or [demo_teacher()]:
         model = load(path).to(ranks.device)
         if request.data:
             sources = from_stores(request.data)

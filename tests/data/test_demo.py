@@ -59,7 +59,7 @@ def test_all_of_it_is_small():
 def test_sizes_and_shapes(name):
     train = demo(name, "train")
     total = sum(len(demo(name, split)) for split in splits(name))
-    assert (450 if name in DEMO_MIX else 400) <= total <= 2500
+    assert (950 if name in DEMO_MIX else 400) <= total <= 4000
     assert len(train) >= 0.65 * total
     for split in splits(name):
         part = demo(name, split)
@@ -138,13 +138,13 @@ def test_values_are_in_the_range_of_ev_and_angstrom(name):
     for item in found[::10]:
         distance = np.linalg.norm(item.positions[:, None] - item.positions, axis=-1)
         nearest.append((distance + 9 * np.eye(len(distance))).min())
-    assert min(nearest) > 0.5
+    assert min(nearest) > 0.35  # molecules at 2000 K
     assert 0.7 < np.median(nearest) < 2.9
     per_atom = [item.energy / len(item.numbers) for item in found]
     assert (max(per_atom) < 3) if name == "oc20" else (-200 < min(per_atom) < max(per_atom) < -10)
     if name != "qm9":
         largest = [np.abs(item.forces).max() for item in found]
-        assert max(largest) <= 50
+        assert max(largest) <= (5 if name == "oc20" else 50)
         assert 0.1 < np.median(largest) < 10
 
 
@@ -372,7 +372,7 @@ def test_a_set_is_made_again_from_its_seed(tmp_path):
     with np.load(tmp_path / "oc20.npz", allow_pickle=False) as file:
         made = dict(zip(file["id"].tolist(), file["energy"].tolist(), strict=True))
     shipped = {item.id: item.energy for item in everything("oc20")}
-    assert len(made) == 20
+    assert len(made) == 30
     for name, energy in made.items():
         assert shipped[name] == pytest.approx(energy, abs=1e-3)
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.few import few
 from support.launching import environment
 
 import ejmp
@@ -24,7 +26,7 @@ from ejmp.train import faults
 from ejmp.train import main as launch
 from ejmp.train.commands import fastest_precision
 from ejmp.train.config import TrainConfig
-from ejmp.train.demo import check_teacher, checksum, demo_config
+from ejmp.train.demo import demo_config, demo_teacher
 from ejmp.train.evaluate import evaluate, score, table
 from ejmp.train.faults import session
 from ejmp.train.loop import FINAL, Run, train
@@ -45,27 +47,6 @@ SHORT = ejmp.GraphSettings(cutoff=6.0, max_neighbors=12)
 CONFIG = TrainConfig(
     steps=6, batch_size=4, lr=3e-3, warmup_steps=2, validate_every=3, checkpoint_every=2, log_every=1, zero_stage=0
 )
-
-
-class Few:
-    """Takes the first structures of a dataset."""
-
-    def __init__(self, dataset, count):
-        self.dataset, self.info = dataset, dataset.info
-        self.num_atoms, self.num_edges = dataset.num_atoms[:count], dataset.num_edges[:count]
-
-    def __len__(self):
-        return len(self.num_atoms)
-
-    def __getitem__(self, index):
-        return self.dataset[index]
-
-
-def few(sources, count=8):
-    return [
-        dataclasses.replace(source, splits={name: Few(split, count) for name, split in source.splits.items()})
-        for source in sources
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -305,17 +286,18 @@ def test_graphs_of_training(sources, teacher):
             with_graph(mine, start=start, cutoff=4.0)
 
 
-def test_damaged_teacher(tmp_path, teacher):
-    save(teacher, tmp_path / "teacher")
-    with pytest.raises(ValueError, match="is not whole"):
-        check_teacher(tmp_path / "teacher")
-    (tmp_path / "teacher" / "checksum").write_text(checksum(tmp_path / "teacher"))
-    check_teacher(tmp_path / "teacher")
-    with (tmp_path / "teacher" / "model.safetensors").open("r+b") as file:
+def test_damaged_teacher(tmp_path):
+    folder = tmp_path / "teacher"
+    shutil.copytree(demo_teacher(), folder)
+    assert demo_teacher(folder) == folder
+    with (folder / "model.safetensors").open("r+b") as file:
         file.seek(-3, os.SEEK_END)
         file.write(b"x")
     with pytest.raises(ValueError, match="is damaged"):
-        check_teacher(tmp_path / "teacher")
+        demo_teacher(folder)
+    (folder / "recipe.json").unlink()
+    with pytest.raises(ValueError, match="is not whole"):
+        demo_teacher(folder)
 
 
 @pytest.mark.parametrize("command", ["pretrain", "distill", "finetune", "evaluate"])

@@ -3,18 +3,18 @@
 There are four sets to pre-train on and five to fine-tune on, like the real ones but small enough to train on in
 minutes. Labels are real physics, not those of the real sets: GFN-xTB (tblite) and effective medium theory (ASE's EMT).
 Energies are total energies in eV, forces their negative gradients in eV/A, of exactly the positions that are stored
-(rounded to float32 first). Where self-consistency fails or a force is beyond 50 eV/A the structure is dropped and
-counted.
+(rounded to float32 first). Where self-consistency fails or a force is beyond 50 eV/A (5 eV/A of EMT, whose crude
+adsorbates would else set the whole loss) the structure is dropped and counted.
 
 | set | like | what | labels |
 | --- | --- | --- | --- |
-| oc20 | OC20 S2EF | slabs of one or two of Al, Ni, Cu, Pd, Ag, Pt, Au with an adsorbate of H, C, N, O: steps of a \
-relaxation, and frames with heat (100 to 1000 K) and lateral strain (3%) | EMT |
+| oc20 | OC20 S2EF | slabs of one or two of Al, Ni, Cu, Pd, Ag, Pt, Au with an adsorbate of H, C, N, O: two steps of a \
+relaxation, and a frame with heat (100 to 1000 K) and lateral strain (3%) | EMT |
 | oc22 | OC22 S2EF | slabs of 14 oxides (rocksalt, rutile, fluorite, wurtzite), with swapped cations, vacancies, \
-adsorbates: the same kinds of frames | GFN1-xTB |
-| ani1x | ANI-1x | random molecules of H, C, N, O in 8 frames from 50 to 2000 K | GFN2-xTB |
-| transition1x | Transition-1x | hydrogen shifts (images of nudged elastic bands at their start and after 10 steps), \
-bonds pulled apart by up to 1.8 A, groups turned by up to 180 degrees | GFN2-xTB |
+adsorbates: two steps and two frames of the same kinds | GFN1-xTB |
+| ani1x | ANI-1x | random molecules of H, C, N, O in 4 frames from 50 to 2000 K | GFN2-xTB |
+| transition1x | Transition-1x | 4 images of a hydrogen shift (a nudged elastic band at its start and after 10 steps), 4 \
+of a bond pulled apart by up to 1.8 A or a group turned by up to 180 degrees | GFN2-xTB |
 | rmd17 | rMD17 aspirin | frames 20 fs apart of Langevin dynamics at 500 K | GFN2-xTB |
 | qm9 | QM9 | relaxed molecules; energy, target "gap" (HOMO-LUMO, eV), no forces | GFN2-xTB |
 | spice | SPICE | a molecule with 2 to 5 waters in 4 frames from 200 to 800 K | GFN2-xTB |
@@ -33,5 +33,5 @@ with RandomState(42) as those of rMD17 and MD22 are, 70/10/20. The linear refere
 the training split; "forces" in the statistics is the root mean square of the free atoms' components.
 
 Everything is seeded. What ASE computes repeats to rounding. What tblite computes repeats on the same machine; on others
-the dynamics drift apart. All nine sets take some 20 minutes of one core.
+the dynamics drift apart. All nine sets take some 60 minutes of one core.
 """
