@@ -13,8 +13,8 @@ relaxation, and a frame with heat (100 to 1000 K) and lateral strain (3%) | EMT 
 | oc22 | OC22 S2EF | slabs of 14 oxides (rocksalt, rutile, fluorite, wurtzite), with swapped cations, vacancies, \
 adsorbates: two steps and two frames of the same kinds | GFN1-xTB |
 | ani1x | ANI-1x | random molecules of H, C, N, O in 4 frames from 50 to 2000 K | GFN2-xTB |
-| transition1x | Transition-1x | 4 images of a hydrogen shift (a nudged elastic band at its start and after 10 steps), 4 \
-of a bond pulled apart by up to 1.8 A or a group turned by up to 180 degrees | GFN2-xTB |
+| transition1x | Transition-1x | 4 images of a hydrogen shift (elastic bands at their start and after 10 steps), 4 of \
+a bond pulled apart by up to 1.8 A or a group turned by up to 180 degrees | GFN2-xTB |
 | rmd17 | rMD17 aspirin | frames 20 fs apart of Langevin dynamics at 500 K | GFN2-xTB |
 | qm9 | QM9 | relaxed molecules; energy, target "gap" (HOMO-LUMO, eV), no forces | GFN2-xTB |
 | spice | SPICE | a molecule with 2 to 5 waters in 4 frames from 200 to 800 K | GFN2-xTB |
