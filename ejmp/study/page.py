@@ -134,9 +134,9 @@ def _table2(part: Part) -> Iterable[str]:
     groups = [("structures/s", 2), ("work", 3), ("parameters", 2)]
     yield table(caption, ["blocks", *titles], rows, groups=groups)
     yield paragraph(
-        "Ours is work per structure, in both conventions: multiply-adds (GMAC), and operations, two of which make a multiply-add "
-        "(GFLOP). The published column is called GFlops there; we read it as 10^12 multiply-adds per batch of about "
-        "four structures, so that only its ratios compare.",
+        "Our work is that of one structure, in both conventions: multiply-adds (GMAC), and operations, two of which "
+        "make a multiply-add (GFLOP). The published column is called GFlops there; we read it as 10^12 multiply-adds "
+        "per batch of about four structures, so that only its ratios compare.",
         "note",
     )
 
