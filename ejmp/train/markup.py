@@ -213,17 +213,17 @@ def draw(name: str, alt: str, plot: Callable[[Any], None], *, size: tuple[float,
 
 def _inline(text: str, name: str, alt: str) -> str:
     """Return an SVG file as part of a page: without what only a file needs, and with ids that no other one has."""
-    text = text[text.index("<svg") :]
     text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
+    text = text[text.index("<svg") :]
     box = re.search(r'viewBox="[^"]*"', text)
     assert box is not None
-    text = re.sub(r"<svg[^>]*>", f'<svg {box[0]} role="img" aria-label="{html.escape(alt)}">', text, count=1)
+    begin = f'<svg {box[0]} role="img" aria-label="{html.escape(alt)}">'
 
     def own(tag: re.Match[str]) -> str:
         found = tag[0].replace("xlink:href=", "href=").replace(INK, "currentColor")
         return re.sub(r'( id="| href="#|url\(#)', rf"\g<1>{name}-", found)
 
-    return re.sub(r"<(?!svg)[^>]*>", own, text).strip()
+    return begin + re.sub(r"<[^>]*>", own, text[text.index(">") + 1 :]).strip()
 
 
 def log_axis(axes: Any, which: Literal["x", "y"], values: Iterable[float]) -> None:
