@@ -244,7 +244,7 @@ def compare(model: JMP, source: TaskData, split: Split) -> dict[str, Pair]:
             free = batch.has_forces & ~batch.fixed
             found["forces"].append((batch.forces[free].double().flatten(), mine[free].flatten()))
     joined = {
-        name: [torch.cat(side).cpu().numpy() for side in zip(*parts, strict=True)]
+        name: [torch.cat(side).detach().cpu().numpy() for side in zip(*parts, strict=True)]
         for name, parts in found.items()
         if parts
     }
