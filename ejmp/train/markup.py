@@ -66,7 +66,7 @@ th[scope=row] {{ white-space: normal; min-width: 6.5rem; max-width: 11rem; overf
 @media (max-width: 36rem) {{ th[scope=row] {{ max-width: 6.5rem }} }}
 th[scope=row], th.first {{ text-align: left; font-weight: 600; position: sticky; left: 0; background: var(--paper) }}
 figure {{ margin: 1rem 0 }}
-.panels {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 1.25rem }}
+.panels {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)); gap: 1.25rem }}
 .panel {{ max-width: 30rem; min-width: 0 }}
 svg {{ display: block; width: 100%; height: auto }} svg * {{ stroke-linejoin: round; stroke-linecap: butt }}
 svg text {{ font-family: system-ui, sans-serif !important }}
