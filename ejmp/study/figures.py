@@ -1,4 +1,4 @@
-"""Figures 2, 3 and 4 of Ghunaim et al. (arXiv 2504.19538) from the numbers of a study, as inline SVG."""
+"""Table 1 drawn, and Figures 2, 3 and 4 of Ghunaim et al. (arXiv 2504.19538), as inline SVG."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +18,10 @@ STRATEGIES = {
 """Strategies of a study, and what tables and legends call them."""
 CONTROLS = ("zero", "mean")
 """Strategies without a model: their errors are beyond the others', and stand above a panel."""
+PRUNED = ("br", "br_random", "br_kd")
+"""Strategies that are the teacher itself where nothing is removed."""
+DRAWN = tuple(name for name in STRATEGIES if name not in CONTROLS)
+"""Strategies that have a line, each with the same colour and marker in all figures."""
 NAMES = {
     "oc20": "OC20",
     "oc22": "OC22",
@@ -30,6 +34,8 @@ NAMES = {
     "qmof": "QMOF",
 }
 """Datasets, and what their papers call them."""
+Points = dict[str, list[tuple[int, float]]]
+"""Number of blocks and value of each point of a line, by strategy."""
 
 
 def strategy(name: str) -> str:
@@ -48,6 +54,61 @@ def _looks(names: Iterable[str], known: Sequence[str]) -> dict[str, tuple[str, s
     markers = list(GLYPHS)
     found = {name: (COLORS[i % len(COLORS)], markers[i % len(markers)]) for i, name in enumerate(order)}
     return {name: found[name] for name in order if name in set(names)}
+
+
+def ratios(part: Mapping[str, Any]) -> str:
+    """Return Table 1 as panels, one per dataset: errors over the teacher's, ours and published; empty without both."""
+    whole = next((row for row in part["rows"] if row["strategy"] == "teacher"), None)
+    rows = [row for row in part["rows"] if row["strategy"] not in CONTROLS and row["blocks"]]
+    if whole is None or len(rows) < 2:
+        return ""
+    looks = _looks([row["strategy"] for row in rows], DRAWN)
+    lines = {strategy(name): look for name, look in looks.items() if name != "teacher"}
+    panels: list[tuple[Cell, str]] = []
+    for i, column in enumerate(part["columns"]):
+        ours, published = _ratios(rows, whole, column)
+        panels.append((str(NAMES.get(column, column)), _ratio_panel(f"table1-{i}", ours, published, looks)))
+    caption = (
+        "Error over the teacher's against the number of interaction blocks. Full lines are ours; broken lines with "
+        "open markers are published. The teacher is at 1."
+    )
+    return figure(panels, caption, legend((name, *look) for name, look in lines.items()))
+
+
+def _ratios(rows: Sequence[Mapping[str, Any]], whole: Mapping[str, Any], column: str) -> tuple[Points, Points]:
+    """Return our and the published ratios to the whole model's error, as points by strategy."""
+    found: tuple[Points, Points] = ({}, {})
+    for row in sorted(rows, key=lambda row: row["blocks"]):
+        ours = [(each["values"].get(column) or {}).get("mean") for each in (row, whole)]
+        theirs = [(each.get("published") or {}).get(column) for each in (row, whole)]
+        for points, (value, of) in zip(found, (ours, theirs), strict=True):
+            if row["strategy"] != "teacher" and value is not None and of:
+                points.setdefault(row["strategy"], []).append((row["blocks"], value / of))
+    for points in found:
+        for kind in points.keys() & set(PRUNED):
+            points[kind].append((whole["blocks"], 1.0))
+    return found
+
+
+def _ratio_panel(name: str, ours: Points, published: Points, looks: Mapping[str, tuple[str, str]]) -> str:
+    def plot(axes: Any) -> None:
+        for points, style in (
+            (ours, {}),
+            (published, {"linestyle": "--", "markerfacecolor": "none", "linewidth": 0.9}),
+        ):
+            for kind, line in points.items():
+                color, marker = looks[kind]
+                axes.plot(*zip(*line, strict=True), color=color, marker=marker, **style)
+        every = [point for points in (ours, published) for line in points.values() for point in line]
+        axes.set(xlabel="interaction blocks", ylabel="error over the teacher's", xticks=sorted({n for n, _ in every}))
+        log_axis(axes, "y", [ratio for _, ratio in every])
+
+    told = "; ".join(
+        f"{who}, {strategy(kind)}: " + ", ".join(f"{blocks} blocks {ratio:.2f}" for blocks, ratio in line)
+        for who, points in (("ours", ours), ("published", published))
+        for kind, line in points.items()
+    )
+    return draw(name, f"Error over the teacher's by number of blocks. {told}", plot)
 
 
 def relevance(part: Mapping[str, Any]) -> str:
@@ -80,9 +141,8 @@ def relevance(part: Mapping[str, Any]) -> str:
 
 def downstream(tasks: Sequence[Mapping[str, Any]]) -> str:
     """Return Figure 3: a panel per task, its error against the number of blocks, a line per strategy."""
-    drawn = [name for name in STRATEGIES if name not in CONTROLS]
     looks = _looks(
-        [row["strategy"] for task in tasks for row in task["rows"] if row["strategy"] not in CONTROLS], drawn
+        [row["strategy"] for task in tasks for row in task["rows"] if row["strategy"] not in CONTROLS], DRAWN
     )
     panels = [(_title(task), _downstream(f"fig3-{i}", task, looks)) for i, task in enumerate(tasks)]
     key = legend((strategy(name), *look) for name, look in looks.items())

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ejmp.study.figures import NAMES, convergence, dataset, downstream, relevance, strategy
-from ejmp.train.markup import Cell, code, document, facts, folded, heading, number, paragraph, table
+from ejmp.study.figures import NAMES, convergence, dataset, downstream, ratios, relevance, strategy
+from ejmp.train.markup import Cell, code, document, facts, folded, heading, need_matplotlib, number, paragraph, table
 
 TITLE = "ejmp: pruning and distilling JMP, measured"
 Part = Mapping[str, Any]
@@ -26,15 +26,21 @@ def write_study_page(folder: Path) -> Path:
         FileNotFoundError: if the folder has no study.json.
         ModuleNotFoundError: if matplotlib is not installed.
     """
+    need_matplotlib()
     study = json.loads((folder / "study.json").read_text(encoding="utf-8"))
     parts = {"table1": _table1, "table2": _table2, "fig2": _figure2, "fig3": _figure3, "fig4": _figure4, "runs": _runs}
     body = [heading(TITLE, 1), *_introduction(study)]
     for name, make in parts.items():
-        if study.get(name):
+        if _holds(study.get(name)):
             body += [f'<section id="{name}">', *make(study[name]), "</section>"]
     path = folder / "index.html"
     path.write_text(document(TITLE, body), encoding="utf-8")
     return path
+
+
+def _holds(part: Any) -> bool:
+    """Return whether a part of a study has something to show yet: no list of it is empty."""
+    return bool(part) and not (isinstance(part, Mapping) and [] in part.values())
 
 
 def _introduction(study: Part) -> Iterable[str]:
@@ -105,6 +111,7 @@ def _table1(part: Part) -> Iterable[str]:
     )
     groups = [(title, 2) for title in titles]
     yield table(caption, ["strategy", *["ours", "published"] * len(columns)], rows, groups=groups)
+    yield ratios(part)
     if any(any(cells[1:]) for cells in seeds):
         yield folded("each seed", table(f"Table 1 by seed, {unit}.", ["strategy", *titles], seeds))
 
@@ -146,7 +153,9 @@ def _speed(row: Part, most: Part) -> list[Cell]:
     ours = (("structures_per_s", number), ("gmacs", number), ("gflops", number), ("parameters", _count))
     theirs = (("throughput", _published), ("gflops", _published), ("parameters", _count))
     published, published_most = row.get("published") or {}, most.get("published") or {}
-    rate, gmacs, gflops, parameters = (_pair(show(row[name]), _ratio(row[name], most[name])) for name, show in ours)
+    rate, gmacs, gflops, parameters = (
+        _pair(show(row.get(name)), _ratio(row.get(name), most.get(name))) for name, show in ours
+    )
     their_rate, their_gflops, their_parameters = (
         _pair(show(published.get(name)), _ratio(published.get(name), published_most.get(name))) for name, show in theirs
     )

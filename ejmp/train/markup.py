@@ -4,6 +4,7 @@ Texts come in from outside, such as names of datasets; every function here escap
 """
 
 import html
+import importlib
 import io
 import math
 import re
@@ -186,6 +187,18 @@ def figure(panels: Iterable[tuple[Cell, str]], caption: str, key: str = "") -> s
     return f'<figure>{key}<div class="panels">{inside}</div><figcaption>{html.escape(caption)}</figcaption></figure>'
 
 
+def need_matplotlib() -> None:
+    """Raise before the work that a page takes, not after it, if its figures cannot be drawn.
+
+    Raises:
+        ModuleNotFoundError: if matplotlib is not installed; it says what brings it.
+    """
+    try:
+        importlib.import_module("matplotlib")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}; pip install ejmp[bench] brings it", name=error.name) from error
+
+
 def draw(name: str, alt: str, plot: Callable[[Any], None], *, size: tuple[float, float] = (3.7, 2.7)) -> str:
     """Return a drawing of matplotlib as inline SVG, which has the colour of the text around it.
 
@@ -198,6 +211,7 @@ def draw(name: str, alt: str, plot: Callable[[Any], None], *, size: tuple[float,
     Raises:
         ModuleNotFoundError: if matplotlib is not installed.
     """
+    need_matplotlib()
     import matplotlib as mpl  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 

@@ -26,6 +26,7 @@ from ejmp.train.markup import (
     heading,
     legend,
     log_axis,
+    need_matplotlib,
     number,
     paragraph,
     table,
@@ -52,7 +53,7 @@ def report_page(folder: Path, made: str, model: JMP, sources: Sequence[TaskData]
     try:
         path = write_page(folder, made, model, sources, rows)
     except ModuleNotFoundError as error:
-        return f"\nno page of it: {error}; pip install ejmp[bench] brings it"
+        return f"\nno page of it: {error}"
     return f"\nits page: {path}"
 
 
@@ -69,8 +70,7 @@ def write_page(folder: Path, made: str, model: JMP, sources: Sequence[TaskData],
     Raises:
         ModuleNotFoundError: if matplotlib is not installed.
     """
-    import matplotlib as mpl  # noqa: F401, PLC0415 - before the time that predictions take
-
+    need_matplotlib()
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     described = json.loads((folder / "run.json").read_text())
     split: Split = "test" if all("test" in source.splits for source in sources) else "val"

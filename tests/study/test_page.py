@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import sys
 
 import pytest
 from support.pages import Page
@@ -152,10 +153,12 @@ def test_what_is_said(page):
     links = {found["href"] for found in page.named("a")}
     assert links == {"study.json", "study.csv"}
     alts = [found["aria-label"] for found in page.named("svg")]
-    assert len(alts) == 4
-    assert "block 0 58.8" in alts[0]
-    assert "QM9 U0, error in meV" in alts[3]
-    assert "from 900.5 to 33.25 in 321.7 s" in alts[3]
+    assert len(alts) == 6
+    assert "ours, BR (sliced): 4 blocks 2.05, 6 blocks 1.00; published, BR (sliced): 4 blocks 3.84, 6" in alts[0]
+    assert "ours, BR (sliced): 4 blocks 2.00, 6 blocks 1.00; published, BR (sliced): 4 blocks 19.71, 6" in alts[1]
+    assert "block 0 58.8" in alts[2]
+    assert "QM9 U0, error in meV" in alts[5]
+    assert "from 900.5 to 33.25 in 321.7 s" in alts[5]
     assert "interaction blocks" in page.texts  # text of a drawing stays text
     assert page.text.count("predicting zero: 40.50 meV/A") == 1
 
@@ -201,6 +204,33 @@ def test_hostile_texts(tmp_path):
     assert found.text.count(HOSTILE) > 20
     assert all(HOSTILE in alt for alt in [found.named("svg")[i]["aria-label"] for i in (0, 1, 3)])
     assert any(HOSTILE in text and text.startswith("error, ") for text in found.texts)  # a label inside a drawing
+
+
+@pytest.mark.parametrize("name", ["table1", "table2", "fig3", "fig4"])
+def test_what_is_not_measured_yet(tmp_path, name):
+    """Of a study that is under way, a part can be there without a row or a task; rows can lack values."""
+    study = copy.deepcopy(STUDY)
+    part = study[name]
+    for key in part.keys() & {"rows", "tasks"}:
+        part[key] = []
+    found = write(tmp_path, study)
+    assert {"table1": "Table 1", "table2": "Table 2", "fig3": "Figure 3", "fig4": "Figure 4"}[name] not in found.text
+    assert "How each number was made" in found.text
+    study = copy.deepcopy(STUDY)
+    for row in study["table1"]["rows"]:
+        row["values"] = {}
+    for row in study["table2"]["rows"]:
+        row.update(gmacs=None, published=None)
+    for row in study["fig3"]["tasks"][0]["rows"]:
+        row["mean"] = None
+    assert "65.3\nx 3.84" in write(tmp_path, study).cells
+
+
+def test_without_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (tmp_path / "study.json").write_text(json.dumps(STUDY))
+    with pytest.raises(ModuleNotFoundError, match=r"matplotlib.*pip install ejmp\[bench\] brings it"):
+        write_study_page(tmp_path)
 
 
 def test_missing_study(tmp_path):
