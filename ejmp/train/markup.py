@@ -52,7 +52,7 @@ body {{ margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 s
   overflow-wrap: anywhere }}
 main {{ max-width: 68rem; margin: 0 auto; padding: 1rem 1rem 4rem }}
 h1 {{ font-size: 1.6rem; line-height: 1.25 }} h2 {{ font-size: 1.25rem; margin: 2.5rem 0 0.5rem }}
-h3 {{ font-size: 0.95rem; margin: 0 0 0.25rem }} h3 small {{ font-weight: 400 }}
+h3 {{ font-size: 0.95rem; margin: 0 0 0.25rem }} h3 small, th small {{ font-weight: 400 }}
 a {{ color: var(--link) }} p {{ max-width: 46rem }} small, figcaption, .note {{ color: var(--faint) }}
 figcaption, .note {{ font-size: 0.875rem; max-width: 46rem }}
 .scroll {{ overflow-x: auto; margin: 1rem 0; overflow-wrap: normal }}

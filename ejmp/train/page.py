@@ -162,10 +162,11 @@ def _curve_panel(name: str, label: str, curves: dict[str, Pair]) -> str:
 
     def plot(axes: Any) -> None:
         for i, (x, y) in enumerate(curves.values()):
-            color, marker = _look(i)
+            color, marker = _look(i) if name.startswith("validation") else (INK, "o")
             axes.plot(x, y, color=color, marker=marker if len(x) <= 40 else None, markersize=3.5, gid=f"curve-{i}")
         axes.set(xlabel="step", ylabel=label)
         axes.ticklabel_format(axis="y", useOffset=False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if name != "lr":
             log_axis(axes, "y", np.concatenate([y for _, y in curves.values()]).tolist())
 
