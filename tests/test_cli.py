@@ -1,10 +1,8 @@
 """Every verb of `ejmp`, started the way a user does, with the smallest work it can be given."""
 
 import argparse
-import base64
 import dataclasses
 import json
-import re
 import subprocess
 from pathlib import Path
 
@@ -229,10 +227,8 @@ def test_finetune_own_frames(folder, tmp_path):
     assert len({store[i].id for store in stores.values() for i in range(len(store))}) == 12
     assert ejmp.load(run / "final").task("my_frames").graph == ejmp.load(folder / "model").task().graph
     page = (run / "page.html").read_text()
-    assert "<td>after, on the test split</td>" in page
+    assert '<th scope="col">after, on the test split</th>' in page
     assert str(run / "final") in page
-    picture = re.search(r"data:image/png;base64,([^\"]+)", page)[1]
-    assert base64.b64decode(picture).startswith(b"\x89PNG")
 
 
 def test_evaluate(folder, data, tmp_path):

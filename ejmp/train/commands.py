@@ -23,7 +23,7 @@ from ejmp.train.evaluate import evaluate as errors_of
 from ejmp.train.groups import LayerFactors
 from ejmp.train.loop import FINAL, Result, Run, train
 from ejmp.train.objective import Distillation, Objective, Supervised, freeze_blocks
-from ejmp.train.page import write_page
+from ejmp.train.page import report_page
 from ejmp.train.requests import (
     DistillRequest,
     EvaluateRequest,
@@ -144,16 +144,8 @@ def finetune(request: FinetuneRequest, ranks: Ranks) -> str:
     best = _ready(load(run.directory / FINAL), config.precision, ranks)
     if "test" in source.splits:
         rows["after, on the test split"] = errors_of(best, [source], ranks, split="test")
-    return _report(run, result, rows) + (_page(request, best, source, rows, ranks) if ranks.rank == 0 else "")
-
-
-def _page(request: FinetuneRequest, model: JMP, source: TaskData, rows: dict[str, Errors], ranks: Ranks) -> str:
-    split = "test" if "test" in source.splits else "val"
-    try:
-        path = write_page(request.run.directory, model, source, split, rows, ranks.device)
-    except ModuleNotFoundError as error:
-        return f"\nno page of it: {error}; pip install ejmp[bench] brings it"
-    return f"\nits page: {path}"
+    page = report_page(run.directory, "Fine-tuned", best, [source], rows) if ranks.rank == 0 else ""
+    return _report(run, result, rows) + page
 
 
 def _convert(frames: Path, store: Path, ranks: Ranks) -> None:

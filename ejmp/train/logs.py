@@ -1,15 +1,19 @@
-"""The log of a run: JSON lines for programs, a progress bar for people, tensorboard and wandb if asked for."""
+"""The log of a run: JSON lines for programs, progress for people, tensorboard and wandb if asked for."""
 
 import importlib
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Self
 
 Tracker = Literal["tensorboard", "wandb"]
 """Service that gets the numbers of the log as well."""
+SECONDS_BETWEEN_LINES = {"terminal": 5.0, "file": 120.0}
+"""Shortest time between two lines of progress: on a terminal without rich, and in the files of batch systems."""
 
 
 class _Tensorboard:
@@ -47,14 +51,77 @@ class _Wandb:
 _SERVICES = {"tensorboard": _Tensorboard, "wandb": _Wandb}
 
 
+class Pace:
+    """Says how long a run still takes, from what its last steps and its last validation took.
+
+    Args:
+        steps: number of steps of the run.
+        validate_every: number of steps between two validations; None: there are none.
+        now: time at which the run begins, s.
+    """
+
+    def __init__(self, steps: int, validate_every: int | None, now: float) -> None:
+        self._steps, self._every = steps, validate_every
+        self._marks: deque[tuple[int, float]] = deque(maxlen=20)  # step, and seconds spent on steps until then
+        self._last: tuple[int | None, float] = (None, now)  # step and time of the last call
+        self._validation = self._validating = 0.0  # seconds of the last validation, and of all
+        self._validated: int | None = None
+
+    def stepped(self, step: int, now: float) -> None:
+        """Note that so many steps are done."""
+        self._marks.append((step, now - self._validating))
+        self._last = (step, now)
+
+    def validated(self, step: int, now: float) -> None:
+        """Note that the validation after so many steps is done."""
+        last, since = self._last
+        if last is not None or step == 0:  # what a resumed run has done before is not known
+            steps = 0.0 if last is None else (step - last) * (self._seconds_per_step() or 0.0)
+            self._validation = max(0.0, now - since - steps)
+            self._validating += self._validation
+        self._marks.append((step, now - self._validating))
+        self._last, self._validated = (step, now), step
+
+    def left(self, step: int) -> float | None:
+        """Return how long the steps and validations after a step take, s; None as long as that is not known."""
+        seconds = self._seconds_per_step()
+        if seconds is None:
+            return None
+        return (self._steps - step) * seconds + self._validations_after(step) * self._validation
+
+    def _seconds_per_step(self) -> float | None:
+        if len(self._marks) < 2 or self._marks[0][0] == self._marks[-1][0]:
+            return None
+        (first, begin), (last, end) = self._marks[0], self._marks[-1]
+        return (end - begin) / (last - first)
+
+    def _validations_after(self, step: int) -> int:
+        """Return the number of validations that are not done: one every so many steps, and one at the end."""
+        if self._every is None:
+            return 0
+        done = step if self._validated is None else self._validated
+        ragged = self._steps % self._every != 0 and done < self._steps
+        return self._steps // self._every - done // self._every + ragged
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the units that people use for one so long."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
 class Log:
     """Writes lines of JSON to a file, their numbers to trackers, and the progress to the terminal.
 
     Args:
         path: file, which is appended to; None (on all ranks but 0): nothing is written or shown.
-        steps: number of steps of the run, for the progress bar.
+        steps: number of steps of the run, for the progress.
         trackers: services that get the numbers and the configuration as well.
         config: what the run is, as JSON can write it.
+        validate_every: number of steps between two validations, for the time left; None: there are none.
 
     Raises:
         ModuleNotFoundError: if a tracker is not installed.
@@ -66,12 +133,15 @@ class Log:
         steps: int,
         trackers: tuple[Tracker, ...] = (),
         config: Mapping[str, Any] | None = None,
+        validate_every: int | None = None,
     ) -> None:
         self._file = None if path is None else path.open("a", buffering=1)
         self._trackers: list[_Tensorboard | _Wandb] = []
         self._bar: Any = None
         self._task: Any = None
         self._steps = steps
+        self._pace = Pace(steps, validate_every, time.monotonic())
+        self._due = 0.0
         if path is None:
             return
         for name in trackers:
@@ -82,11 +152,11 @@ class Log:
                 raise ModuleNotFoundError(text, name=error.name) from error
 
     def __enter__(self) -> Self:
-        if self._file is not None and sys.stderr.isatty():
+        if self._file is not None and sys.stderr.isatty() and find_spec("rich") is not None:
             from rich.console import Console  # noqa: PLC0415
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn  # noqa: PLC0415
 
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
             self._bar = Progress(*columns, console=Console(stderr=True))
             self._task = self._bar.add_task("", total=self._steps)
             self._bar.start()
@@ -104,6 +174,8 @@ class Log:
         """Write a line that says what happened, at which step, with which values."""
         if self._file is None:
             return
+        if event == "validation":
+            self._pace.validated(step, time.monotonic())
         line = {"event": event, "step": step, "time": round(time.time(), 3), **values}
         self._file.write(json.dumps(line) + "\n")
         numbers = dict(_numbers(event, values))
@@ -111,11 +183,19 @@ class Log:
             tracker.log(numbers, step)
 
     def show(self, step: int, text: str) -> None:
-        """Move the progress bar; without a terminal, write a line to stderr."""
+        """Show how far the run is, a text, and the time left: in the bar on a terminal, in a line now and then else."""
+        if self._file is None:
+            return
+        now = time.monotonic()
+        self._pace.stepped(step, now)
+        left = self._pace.left(step)
+        if left is not None:
+            text = f"{text}  {duration(left)} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
-        elif self._file is not None:
-            sys.stderr.write(f"{step}/{self._steps} {text}\n")
+        elif now >= self._due or step >= self._steps:
+            self._due = now + SECONDS_BETWEEN_LINES["terminal" if sys.stderr.isatty() else "file"]
+            sys.stderr.write(f"step {step} of {self._steps}  {text}\n")
             sys.stderr.flush()
 
 

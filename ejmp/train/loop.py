@@ -90,7 +90,7 @@ def train(run: Run, *, resume: bool = False) -> Result:
         checkpoints.mkdir(parents=True, exist_ok=True)
     description = _describe(run) if first_rank else {}
     path = run.directory / "log.jsonl" if first_rank else None
-    with Log(path, run.config.steps, run.trackers, description) as log:
+    with Log(path, run.config.steps, run.trackers, description, run.config.validate_every) as log:
         return trainer.go(log, checkpoints)
 
 
