@@ -29,10 +29,10 @@ QUICK := -k "not triton" tests/model/test_golden.py tests/kernels/test_ops.py te
 .PHONY: test quick slow fuzz bench demo gpu gpu-dry $(GPU_STEPS) lint format clean
 # A file of tests per process, as many at a time as there are cores, with one thread each.
 test: .venv/built
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
 quick: .venv/built
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile $(QUICK)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder $(QUICK)
 
 slow: .venv/built
 	$(BIN)/python -m pytest -m slow

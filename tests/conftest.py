@@ -14,6 +14,12 @@ from support.interpreter import patch_once
 import ejmp
 
 patch_once()
+LONGEST = ("test_triton_compile", "test_gpu_campaign", "test_run", "test_cli", "test_distributed", "test_compile")
+"""Files of tests that take longest. They start first, so that no core is idle at the end while another has one."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture(scope="session")
