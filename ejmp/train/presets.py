@@ -29,7 +29,7 @@ def finetune() -> TrainConfig:
 def teacher() -> TrainConfig:
     """Return settings for the demo teacher that ships, an hour of one core; see `ejmp.train.make_teacher`."""
     return TrainConfig(
-        steps=9000,
+        steps=5000,
         batch_size=16,
         lr=3e-3,
         weight_decay=0.01,
@@ -37,7 +37,7 @@ def teacher() -> TrainConfig:
         warmup_steps=300,
         cosine_end=0.02,
         ema=0.995,
-        validate_every=1500,
+        validate_every=1000,
         checkpoint_every=500,
         log_every=100,
     )
