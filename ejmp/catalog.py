@@ -8,6 +8,7 @@ imports nothing that needs torch.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ejmp.graph.settings import GraphSettings
 
@@ -124,18 +125,40 @@ class Pretraining:
 
 @dataclass(frozen=True, kw_only=True)
 class Finetuning:
-    """Normalisation of one of JMP's fine-tuning tasks."""
+    """JMP's recipe for a fine-tuning task, as far as it is not that of all tasks (`ejmp.train.presets.finetune`).
+
+    The numbers are those of the configuration with which JMP's authors run all targets (learning rate 8e-5).
+    """
 
     task: str
     """Name of the task."""
     target: str = "energy"
-    """What is learned: "energy", or the name of one of the structures' targets."""
+    """What is learned: "energy", or the name that the dataset's reader gives to a target."""
+    unit: str = "eV"
+    """Unit of the target."""
     mean: float
-    """Mean of the target after its linear reference, eV."""
+    """Mean of the target after its linear reference, in its unit."""
     std: float
-    """Standard deviation of the target after its linear reference, eV."""
+    """Standard deviation of the target after its linear reference, in its unit. Not used if forces alone are trained:
+    they are compared in units of `force_std`, and the energy is their potential."""
+    has_reference: bool = False
+    """Whether a linear reference, which comes with the data, is subtracted from the target."""
     force_std: float | None = None
     """Standard deviation of the force components, eV/A; None if the task has no forces."""
+    energy_weight: float = 1.0
+    """Weight of the target's error in the loss."""
+    force_weight: float = 0.0
+    """Weight of the forces' error in the loss."""
+    reduction: Literal["sum", "mean"] = "sum"
+    """How atoms' outputs make a structure's."""
+    batch_size: int
+    """Structures per step."""
+    plateau_patience: int = 3
+    """Epochs without a better validation after which the learning rate falls, once the cosine has ended."""
+    early_stop: int = 50
+    """Epochs without a better validation after which training ends."""
+    epochs: int = 500
+    """Most epochs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +180,9 @@ class DatasetEntry:
     pretraining: Pretraining | None = None
     """JMP's pre-training task on it; None if JMP is not pre-trained on it."""
     finetuning: tuple[Finetuning, ...] = ()
-    """JMP's fine-tuning tasks on it that are known here."""
+    """JMP's fine-tuning tasks on it that are known here; the first is the one of Ghunaim et al. 2025."""
+    referenced: tuple[str, ...] = ()
+    """Targets, beside the energy, from which JMP subtracts a linear reference before it learns them."""
     demo: bool = False
     """Whether the embedded demo mix has a small dataset like it."""
 
@@ -238,7 +263,20 @@ _ROWS = (
         downloads=_whole("rmd17", _file(f"{_FIGSHARE}/files/23950376", "rmd17.tar.bz2")),
         split=FileSplit(train=950, val=50),
         graph=GraphSettings(cutoff=7.0, max_neighbors=100, tags="none"),
-        finetuning=(Finetuning(task="aspirin", mean=-17617.379355234374, std=0.2673998440577667, force_std=1.2733363),),
+        finetuning=(
+            Finetuning(
+                task="aspirin",
+                mean=-17617.379355234374,
+                std=0.2673998440577667,
+                force_std=1.2733363,
+                energy_weight=0.0,
+                force_weight=10.0,
+                batch_size=1,
+                plateau_patience=10,
+                early_stop=1000,
+                epochs=100_000,
+            ),
+        ),
     ),
     DatasetEntry(
         name="qm9",
@@ -252,7 +290,8 @@ _ROWS = (
         ),
         split=HeldOutSplit(val=10_000, test=10_000),
         graph=GraphSettings(cutoff=8.0, tags="none"),
-        finetuning=(Finetuning(task="qm9_u0", mean=0.0028667436, std=1.0965848),),
+        finetuning=(Finetuning(task="qm9_u0", mean=0.0028667436, std=1.0965848, has_reference=True, batch_size=48),),
+        referenced=("U0", "U", "H", "G", "Cv", "zpve"),
     ),
     DatasetEntry(
         name="spice",
@@ -262,7 +301,17 @@ _ROWS = (
         downloads=_whole("spice", _file("https://zenodo.org/records/8222043/files/SPICE-1.1.4.hdf5")),
         split=FractionSplit(train=0.8, test=0.1),
         graph=GraphSettings(cutoff=12.0, tags="none"),
-        finetuning=(Finetuning(task="solvated_amino_acids", mean=-60673.68, std=3310.6692, force_std=0.81945145),),
+        finetuning=(
+            Finetuning(
+                task="solvated_amino_acids",
+                mean=-60673.68,
+                std=3310.6692,
+                force_std=0.81945145,
+                energy_weight=0.0,
+                force_weight=100.0,
+                batch_size=2,
+            ),
+        ),
     ),
     DatasetEntry(
         name="md22",
@@ -272,7 +321,17 @@ _ROWS = (
         downloads=_whole("md22", *(_file(f"{_MD22}/md22_{molecule}.npz") for molecule in _MD22_SIZES)),
         split=MoleculeSplit(sizes=_MD22_SIZES, val=0.05),
         graph=GraphSettings(cutoff=12.0, tags="none"),
-        finetuning=(Finetuning(task="ac_ala3_nhme", mean=-26913.953, std=0.35547638, force_std=1.1291506),),
+        finetuning=(
+            Finetuning(
+                task="ac_ala3_nhme",
+                mean=-26913.953,
+                std=0.35547638,
+                force_std=1.1291506,
+                energy_weight=0.0,
+                force_weight=100.0,
+                batch_size=2,
+            ),
+        ),
     ),
     DatasetEntry(
         name="qmof",
@@ -282,7 +341,16 @@ _ROWS = (
         downloads=_whole("qmof", _file(f"{_FIGSHARE}/articles/13147324/versions/14", "qmof.zip")),
         split=FractionSplit(train=0.8, test=0.1),
         graph=GraphSettings(cutoff=19.0, fewer_above=((200, 10), (300, 5)), tags="none"),
-        finetuning=(Finetuning(task="qmof_gap", target="gap", mean=2.1866251527, std=1.175752521125648),),
+        finetuning=(
+            Finetuning(
+                task="qmof_gap",
+                target="bandgap",
+                mean=2.1866251527,
+                std=1.175752521125648,
+                reduction="mean",
+                batch_size=4,
+            ),
+        ),
     ),
 )
 

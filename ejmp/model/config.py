@@ -9,6 +9,8 @@ from ejmp.model.upstream import sizes_from_upstream
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 """Type of the linear maps; see `ejmp.JMP`."""
+HEADS = ("mlp", "mlp-no-bias", "linear")
+"""Kinds of heads; see `JMPConfig.head`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +29,9 @@ class JMPConfig:
     """Whether the model has the edge branch that predicts forces without a gradient."""
     energy_reduction: Literal["sum", "mean"] = "sum"
     """How atoms make a structure's value: "sum", or "mean" for intensive targets (QMOF, Matbench)."""
-    head: Literal["mlp", "linear"] = "mlp"
-    """What turns features into a task's energies and forces: "mlp" is JMP's five layers, "linear" the one map without
-    bias of fairchem 1.x."""
+    head: Literal["mlp", "mlp-no-bias", "linear"] = "mlp"
+    """What turns features into a task's energies and forces: "mlp" is JMP's five layers, "mlp-no-bias" these without
+    biases (JMP's energy head for fine-tuning on forces), "linear" the one map without bias of fairchem 1.x."""
     forces_coupled: bool = False
     """Whether the direct forces along an edge and its counter-edge are averaged (fairchem 1.x)."""
     kept_blocks: tuple[int, ...] | None = None
@@ -91,7 +93,7 @@ class JMPConfig:
         for edges, cutoff in self.rbf_cutoffs.items():
             if not isinstance(cutoff, int | float) or not 0 < cutoff < float("inf"):
                 raise ValueError(f"JMPConfig.rbf_cutoff: expected a positive number for {edges}, got {cutoff!r}")
-        for name, choices in {"energy_reduction": ("sum", "mean"), "head": ("mlp", "linear")}.items():
+        for name, choices in {"energy_reduction": ("sum", "mean"), "head": HEADS}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"JMPConfig.{name}: expected one of {choices}, got {getattr(self, name)!r}")
         kept = self.kept_blocks

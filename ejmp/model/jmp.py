@@ -67,7 +67,7 @@ def _head(size: int, kind: str) -> nn.Sequential:
     if kind == "linear":
         return nn.Sequential(nn.Linear(size, 1, bias=False))
     for _ in range(4):
-        layers += [nn.Linear(size, size), ScaledSiLU()]
+        layers += [nn.Linear(size, size, bias=kind == "mlp"), ScaledSiLU()]
     return nn.Sequential(*layers, nn.Linear(size, 1, bias=False))
 
 

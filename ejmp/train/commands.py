@@ -5,17 +5,18 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import distributed as dist
 
+from ejmp.catalog import FINETUNING
 from ejmp.compress.pruning import prune
 from ejmp.data import convert
 from ejmp.data.store.writers import Writers
 from ejmp.model.checkpoint import load
 from ejmp.model.config import SIZES, JMPConfig, Precision
 from ejmp.model.jmp import JMP
-from ejmp.train.config import TrainConfig
 from ejmp.train.demo import demo_config, demo_teacher
 from ejmp.train.distributed import Ranks
 from ejmp.train.evaluate import Errors, table
@@ -24,6 +25,7 @@ from ejmp.train.groups import LayerFactors
 from ejmp.train.loop import FINAL, Result, Run, train
 from ejmp.train.objective import Distillation, Objective, Supervised, freeze_blocks
 from ejmp.train.page import report_page
+from ejmp.train.recipes import finetuning_data, pretraining_data, recipe_graph, recipe_of, weighted
 from ejmp.train.requests import (
     DistillRequest,
     EvaluateRequest,
@@ -33,7 +35,17 @@ from ejmp.train.requests import (
     Request,
     RunRequest,
 )
-from ejmp.train.sources import TaskData, demo_downstream, demo_mix, from_stores, tasks_of, with_graph, with_tasks_of
+from ejmp.train.sources import (
+    Splits,
+    TaskData,
+    at_most,
+    demo_downstream,
+    demo_mix,
+    from_stores,
+    tasks_of,
+    with_graph,
+    with_tasks_of,
+)
 from ejmp.train.start import for_finetuning, new_model
 
 
@@ -61,13 +73,15 @@ def pretrain(request: PretrainRequest, ranks: Ranks) -> str:
     sources = demo_mix()
     if request.data:
         given = {"cutoff": request.cutoff, "max_neighbors": request.max_neighbors}
-        sources = [with_graph(source, **given) for source in from_stores(request.data)]
+        stores = enumerate(from_stores(request.data))
+        sources = [with_graph(pretraining_data(data, head), **given) for head, data in stores]
     config = request.run.config
     sizes = dataclasses.replace(_sizes(request.model, request.blocks), num_tasks=len(sources))
     model = _ready(new_model(sizes, sources, seed=config.seed), config.precision, ranks)
     objective = Supervised(model, tasks_of(sources), edge_dropout=config.edge_dropout)
     result = _train(request.run, objective, sources, ranks)
-    return _report(request.run, result, {"untrained": result.before, "trained": result.after})
+    rows = {"untrained": result.before, "trained": result.after}
+    return _report(request.run, result, rows) + _page(request.run, "Pre-trained", result, sources, rows, ranks)
 
 
 def _sizes(model: ModelSize, blocks: int | None) -> JMPConfig:
@@ -79,7 +93,7 @@ def distill(request: DistillRequest, ranks: Ranks) -> str:
     """Teach a pruned student what its teacher makes of the mix."""
     path = request.teacher or demo_teacher()
     teacher = load(path)
-    sources = with_tasks_of(path, from_stores(request.data) if request.data else demo_mix(), teacher)
+    sources = with_tasks_of(path, _mix(request.data), teacher)
     config = request.run.config
     student = _ready(_student(request, teacher), config.precision, ranks)
     teacher_precision = request.teacher_precision or fastest_precision(ranks.device, config.precision)
@@ -89,13 +103,19 @@ def distill(request: DistillRequest, ranks: Ranks) -> str:
     objective = Distillation(student, teacher, tasks_of(sources), request.terms)
     result = _train(request.run, objective, sources, ranks)
     kept = student.config.kept_blocks or tuple(range(student.config.blocks))
-    of_teacher = errors_of(teacher, sources, ranks) if result.finished else {}
+    validation = [at_most(source, "val", config.val_structures, seed=config.seed) for source in sources]
+    of_teacher = errors_of(teacher, validation, ranks) if result.finished else {}
     rows = {
         f"teacher, {teacher.config.blocks} blocks": of_teacher,
         f"blocks {','.join(map(str, kept))}: BR": result.before,
         f"blocks {','.join(map(str, kept))}: BR+KD": result.after,
     }
-    return _report(request.run, result, rows)
+    return _report(request.run, result, rows) + _page(request.run, "Distilled", result, validation, rows, ranks)
+
+
+def _mix(data: str | None) -> Sequence[Splits]:
+    """Return the record stores that were given, or the demo mix."""
+    return from_stores(data) if data else demo_mix()
 
 
 def _student(request: DistillRequest, teacher: JMP) -> JMP:
@@ -116,21 +136,16 @@ def finetune(request: FinetuneRequest, ranks: Ranks) -> str:
     if request.frames is not None:
         _convert(request.frames, request.run.directory / "data", ranks)
     start = load(request.start or demo_teacher())
-    source = with_graph(
-        _finetuning_data(request), cutoff=request.cutoff, max_neighbors=request.max_neighbors, start=start
-    )
+    source = _finetuning_data(request, start)
     if ranks.rank == 0:
         graph = source.task.graph
         sys.stderr.write(f"graphs of {source.name}: {graph.cutoff:g} A, {graph.max_neighbors} neighbours\n")
-    run = request.run
-    if request.data:
-        epoch = max(1, len(source.split("train")) // (run.config.batch_size * ranks.world_size))
-        run = dataclasses.replace(run, config=_in_epochs(run, epoch))
-    config = run.config
+    run, config = request.run, request.run.config
     model = for_finetuning(
         start,
         direct_forces=source.task.forces == "direct",
-        reduction=request.reduction,
+        reduction=request.reduction or _reduction(request, source),
+        biases=source.task.forces is None,
         seed=config.seed,
     )
     if request.scratch:
@@ -155,24 +170,29 @@ def _convert(frames: Path, store: Path, ranks: Ranks) -> None:
     dist.barrier()
 
 
-def _finetuning_data(request: FinetuneRequest) -> TaskData:
-    if not request.data:
-        return demo_downstream(request.demo)
-    sources = from_stores(request.data, target=request.target, forces=request.forces)
-    if len(sources) != 1:
-        raise ValueError(f"data: expected one NAME=FOLDER, got {len(sources)}")
-    return sources[0]
+def _finetuning_data(request: FinetuneRequest, start: JMP) -> TaskData:
+    """Return what is trained on, with its losses, normalisation and graphs."""
+    recipe = FINETUNING[request.recipe] if request.recipe else None
+    if request.data:
+        stores = from_stores(request.data)
+        if len(stores) != 1:
+            raise ValueError(f"data: expected one NAME=FOLDER, got {len(stores)}")
+        source = finetuning_data(stores[0], target=request.target, forces=request.forces, recipe=recipe)
+    else:
+        source = demo_downstream(request.demo)
+    source = dataclasses.replace(source, task=weighted(source.task, request.energy_weight, request.force_weight))
+    return with_graph(
+        source,
+        cutoff=request.cutoff,
+        max_neighbors=request.max_neighbors,
+        start=start,
+        known=recipe_graph(recipe) if recipe else None,
+    )
 
 
-def _in_epochs(run: RunRequest, epoch: int) -> TrainConfig:
-    """Return JMP's recipe in steps, where no flag says otherwise: warm-up 5 epochs, cosine 32, a validation each.
-
-    Args:
-        run: what was asked.
-        epoch: number of steps in an epoch of the data.
-    """
-    recipe = {"warmup_steps": 5 * epoch, "cosine_steps": 32 * epoch, "validate_every": epoch}
-    return dataclasses.replace(run.config, **{name: n for name, n in recipe.items() if name not in run.given})
+def _reduction(request: FinetuneRequest, source: TaskData) -> Literal["sum", "mean"]:
+    recipe = FINETUNING[request.recipe] if request.recipe else recipe_of(source.name)
+    return recipe.reduction if recipe else "sum"
 
 
 def evaluate(request: EvaluateRequest, ranks: Ranks) -> str:
@@ -180,11 +200,8 @@ def evaluate(request: EvaluateRequest, ranks: Ranks) -> str:
     rows = {}
     for path in request.models or [demo_teacher()]:
         model = load(path).to(ranks.device)
-        if request.data:
-            sources = from_stores(request.data)
-        else:
-            sources = [demo_downstream(request.demo)] if request.demo else demo_mix()
-        sources = with_tasks_of(path, sources, model)
+        data = [demo_downstream(request.demo)] if request.demo and not request.data else _mix(request.data)
+        sources = with_tasks_of(path, data, model)
         rows[str(path)] = errors_of(model, sources, ranks, split=request.split, batch_size=request.batch_size)
     if request.output is not None and ranks.rank == 0:
         request.output.write_text(json.dumps(rows, indent=1) + "\n")
@@ -216,6 +233,16 @@ def _train(
 def _ready(model: JMP, precision: Precision, ranks: Ranks) -> JMP:
     """Return the model on this rank's device at a precision."""
     return model.on(precision=precision).to(ranks.device)
+
+
+def _page(
+    run: RunRequest, made: str, result: Result, sources: Sequence[TaskData], rows: dict[str, Errors], ranks: Ranks
+) -> str:
+    """Write the page of a finished run, on rank 0, and return the line that says where it is."""
+    if not result.finished or ranks.rank != 0:
+        return ""
+    best = _ready(load(run.directory / FINAL), run.config.precision, ranks)
+    return report_page(run.directory, made, best, sources, rows)
 
 
 def _report(request: RunRequest, result: Result, rows: dict[str, Errors]) -> str:

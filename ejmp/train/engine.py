@@ -7,7 +7,7 @@ differently by stage and precision (finite checks, clipping, loss scaling) is do
 import logging
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +86,7 @@ class Engine:
 
     Args:
         objective: what to minimise; `objective.model` holds all that is trained.
-        groups: parameter groups as torch.optim takes them, with a learning rate each, which `set_lr` multiplies.
+        groups: parameter groups as torch.optim takes them, with the largest learning rate of each; see `set_lr`.
         config: settings of the run.
         ranks: this process among all, from `start`.
 
@@ -101,7 +101,7 @@ class Engine:
         deepspeed = _deepspeed()
         self.objective, self.config, self.ranks = objective, config, ranks
         groups = _checked_groups(objective, groups)
-        self.base_lrs = [group["lr"] for group in groups]
+        self.largest_lrs = [group["lr"] for group in groups]
         self.parameters: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
         self._forward = _Forward(objective)
         self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
@@ -113,10 +113,10 @@ class Engine:
         self.skipped = 0
         self.skipped_in_row = 0
 
-    def set_lr(self, factor: float) -> None:
-        """Set each group's learning rate to its own times a factor."""
-        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = base * factor
+    def set_lr(self, rate: Callable[[float], float]) -> None:
+        """Set each group's learning rate to what a function makes of its largest one."""
+        for group, largest in zip(self.optimizer.param_groups, self.largest_lrs, strict=True):
+            group["lr"] = rate(largest)
 
     def step(self, batch: Batch) -> StepResult:
         """Differentiate the objective on this rank's batch and change the weights by the mean over ranks.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ejmp.catalog import CATALOG, FINETUNING
 from ejmp.compress.config import parse_blocks, parse_terms
 from ejmp.train import presets
 from ejmp.train.config import TrainConfig
@@ -70,14 +71,12 @@ def _add_run(parser: argparse.ArgumentParser, name: TrainingName) -> None:
     add_settings(parser, PRESETS[name](), presets.demo(name))
 
 
-def _run_request(options: argparse.Namespace, name: TrainingName) -> RunRequest:
-    config, given = read_settings(options, PRESETS[name]() if options.data else presets.demo(name))
+def _run_request(options: argparse.Namespace, defaults: TrainConfig) -> RunRequest:
     return RunRequest(
         directory=options.directory,
         resume=options.resume,
         trackers=tuple(options.track),
-        config=config,
-        given=given,
+        config=read_settings(options, defaults),
     )
 
 
@@ -94,7 +93,7 @@ def _pretrain_request(options: argparse.Namespace) -> PretrainRequest:
     return PretrainRequest(
         device=options.device,
         data=options.data,
-        run=_run_request(options, "pretrain"),
+        run=_run_request(options, presets.pretrain() if options.data else presets.demo("pretrain")),
         model=options.model,
         blocks=options.blocks,
         cutoff=options.cutoff,
@@ -131,7 +130,7 @@ def _distill_request(options: argparse.Namespace) -> DistillRequest:
     return DistillRequest(
         device=options.device,
         data=options.data,
-        run=_run_request(options, "distill"),
+        run=_run_request(options, presets.distill() if options.data else presets.demo("distill")),
         teacher=options.teacher,
         teacher_precision=options.teacher_precision,
         blocks=options.blocks,
@@ -149,15 +148,23 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("frames", nargs="?", type=Path, metavar="FRAMES", help=text)
     parser.add_argument("--data", metavar="NAME=FOLDER", help="or a record store with splits train, val and test")
     parser.add_argument("--demo", default="rmd17", metavar="NAME", help="or a demo set: rmd17, qm9, spice, md22, qmof")
-    parser.add_argument("--target", help='"energy" or a label of the data; default: the demo set\'s, or energy')
+    text = "JMP's settings, normalisation and graphs for a task; default: the settings for the data's name"
+    parser.add_argument("--recipe", choices=tuple(FINETUNING), help=text)
+    parser.add_argument("--target", help='"energy" or a label of the data; default: the recipe\'s, or energy')
     parser.add_argument("--forces", choices=("gradient", "direct"), default="gradient")
     parser.add_argument(
         "--start", type=Path, metavar="PATH", help="saved model to start from; none given: the demo teacher"
     )
     parser.add_argument("--scratch", action="store_true", help="start from random weights of the same sizes")
     parser.add_argument(
-        "--reduction", choices=("sum", "mean"), default="sum", help="how atoms' outputs make a structure's"
+        "--energy-weight",
+        type=float,
+        metavar="W",
+        help="of the target's error in the loss; default: 1, and 0 where JMP learns forces alone: rmd17, spice, md22",
     )
+    parser.add_argument("--force-weight", type=float, metavar="W", help="default: 100, rmd17 10")
+    text = "how atoms' outputs make a structure's; default: sum, for qmof mean"
+    parser.add_argument("--reduction", choices=("sum", "mean"), help=text)
     _add_graph(parser, "the start model's, or the paper's for the data's name")
     _add_run(parser, "finetune")
 
@@ -168,20 +175,39 @@ def _finetune_request(options: argparse.Namespace) -> FinetuneRequest:
     if options.frames:
         name = re.sub(r"[^\w.-]", "_", options.frames.name.split(".")[0]) or "own"
         options.data = f"{name}={options.directory / 'data'}"
+    if options.recipe and not options.data:
+        raise ValueError("recipe: expected with --data or FRAMES; the demo sets have their own settings")
+    if options.recipe and options.target not in (None, FINETUNING[options.recipe].target):
+        target = FINETUNING[options.recipe].target
+        raise ValueError(f"target: the recipe {options.recipe} learns {target}, got {options.target}")
     return FinetuneRequest(
         device=options.device,
         data=options.data,
         frames=options.frames,
-        run=_run_request(options, "finetune"),
+        run=_run_request(options, _finetune_settings(options)),
         demo=options.demo,
-        target=options.target or "energy",
+        recipe=options.recipe,
+        target=options.target,
         forces=options.forces,
         start=options.start,
         scratch=options.scratch,
+        energy_weight=options.energy_weight,
+        force_weight=options.force_weight,
         reduction=options.reduction,
         cutoff=options.cutoff,
         max_neighbors=options.max_neighbors,
     )
+
+
+def _finetune_settings(options: argparse.Namespace) -> TrainConfig:
+    """Return the settings before any flag: those of a recipe, of the data's name, or of the demo sets."""
+    if not options.data:
+        return presets.demo("finetune")
+    if options.recipe:
+        return presets.finetune(FINETUNING[options.recipe])
+    name = options.data.partition("=")[0]
+    recipes = CATALOG[name].finetuning if name in CATALOG else ()
+    return presets.finetune(recipes[0] if recipes else None)
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:

@@ -18,13 +18,14 @@ OUT_BLOCK = re.compile(r"backbone\.out_blocks\.(\d+)\.")
 class LayerFactors:
     """Learning-rate factors of the parts of a model. The defaults are JMP's for fine-tuning (arXiv 2310.16802).
 
-    All other parameters have factor 1: basis projections, the embedding's output block, final MLP and heads.
+    All other parameters have factor 1: basis projections, final MLP and heads.
     """
 
     embedding: float = 0.3
     """Factor of the atom embedding, the table of elements."""
     blocks: tuple[float, ...] = (0.55, 0.40, 0.30, 0.40, 0.55, 0.625)
-    """Factor of each block of the unpruned model and its output block; a pruned model's blocks keep theirs."""
+    """Factor of each block of the unpruned model and its output block; a pruned model's blocks keep theirs. The
+    embedding's output block has the factor of block 0, also if that was pruned."""
 
 
 def parameter_groups(
@@ -63,10 +64,9 @@ def _part(name: str, origin: tuple[int, ...], factors: LayerFactors) -> tuple[st
     block = INT_BLOCK.match(name) or OUT_BLOCK.match(name)
     if block is None:
         return "rest", 1.0
-    number = int(block[1]) - (block.re is OUT_BLOCK)
-    if number < 0:
-        return "rest", 1.0
-    return f"block {origin[number]}", factors.blocks[origin[number]]
+    after = block.re is OUT_BLOCK
+    number = 0 if after and block[1] == "0" else origin[int(block[1]) - after]
+    return f"block {number}", factors.blocks[number]
 
 
 def scale_shared_gradients(model: JMP) -> list[RemovableHandle]:

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,15 @@ from ejmp.model.checkpoint import save
 from ejmp.provenance import provenance
 from ejmp.train import checkpoint
 from ejmp.train.config import TrainConfig
-from ejmp.train.distributed import Preemption, Ranks
+from ejmp.train.distributed import Preemption, Ranks, any_rank
 from ejmp.train.ema import EMA
 from ejmp.train.engine import Engine, StepResult, deepspeed_json
 from ejmp.train.evaluate import Errors, evaluate, score
 from ejmp.train.groups import LayerFactors, parameter_groups, scale_shared_gradients
 from ejmp.train.logs import Log, Tracker
 from ejmp.train.objective import Objective
-from ejmp.train.schedule import EarlyStop, Schedule
-from ejmp.train.sources import TaskData, loader_of
+from ejmp.train.schedule import EarlyStop, Schedule, cut_short
+from ejmp.train.sources import TaskData, at_most, loader_of
 
 FINAL = "final"
 """The folder of a run that holds the trained model."""
@@ -65,7 +67,9 @@ class Result:
 
 
 def train(run: Run, *, resume: bool = False) -> Result:
-    """Train until the last step, an early stop, or SIGTERM.
+    """Train until the last step, an early stop, the end of the training time, or SIGTERM.
+
+    Rank 0 says on stderr if the last step comes before the end of the learning rate's warm-up and cosine.
 
     Args:
         run: what to train and where. Its folder gets run.json, deepspeed.json, log.jsonl, checkpoints and the final
@@ -82,8 +86,12 @@ def train(run: Run, *, resume: bool = False) -> Result:
         raise ValueError(
             f"run: {run.directory} holds a run already; --resume goes on with it, or choose another folder"
         )
-    trainer = _Trainer(run)
     first_rank = run.ranks.rank == 0
+    run = _in_steps(run)
+    problem = cut_short(run.config)
+    if first_rank and problem:
+        sys.stderr.write(f"{problem}\n")
+    trainer = _Trainer(run)
     if resume:
         trainer.restore(checkpoints)
     if first_rank:
@@ -92,6 +100,25 @@ def train(run: Run, *, resume: bool = False) -> Result:
     path = run.directory / "log.jsonl" if first_rank else None
     with Log(path, run.config.steps, run.trackers, description, run.config.validate_every) as log:
         return trainer.go(log, checkpoints)
+
+
+def _sampler(run: Run) -> MixSampler:
+    datasets = [source.split("train") for source in run.sources]
+    return MixSampler(
+        sizes=[len(dataset) for dataset in datasets],
+        seed=run.config.seed,
+        batch_size=run.config.batch_size,
+        world_size=run.ranks.world_size,
+        rank=run.ranks.rank,
+        costs=[dataset.num_edges for dataset in datasets],
+    )
+
+
+def _in_steps(run: Run) -> Run:
+    """Return the run with the settings in steps where they count epochs of its data, or structures."""
+    sampler = _sampler(run)
+    config = run.config.in_steps(epoch_size=sampler.epoch_size, step_size=sampler.step_size)
+    return dataclasses.replace(run, config=config)
 
 
 class _Trainer:
@@ -109,15 +136,7 @@ class _Trainer:
         self.schedule = Schedule(run.config)
         self.stopper = EarlyStop(run.config.early_stop or 10**9)
         self.preemption = Preemption()
-        datasets = [source.split("train") for source in run.sources]
-        self.sampler = MixSampler(
-            sizes=[len(dataset) for dataset in datasets],
-            seed=run.config.seed,
-            batch_size=run.config.batch_size,
-            world_size=run.ranks.world_size,
-            rank=run.ranks.rank,
-            costs=[dataset.num_edges for dataset in datasets],
-        )
+        self.sampler = _sampler(run)
         self.loader = loader_of(
             run.sources,
             "train",
@@ -126,7 +145,13 @@ class _Trainer:
             device=run.ranks.device,
             num_workers=run.config.num_workers,
         )
+        count, seed = run.config.val_structures, run.config.seed
+        self.validation = [at_most(source, "val", count, seed=seed) for source in run.sources]
         self.step, self.position = 0, 0
+        self.seconds = 0.0
+        """Training time so far, s; on rank 0 what counts."""
+        self.noted = time.perf_counter()
+        """When the last line of the log was written."""
         self.before: Errors = {}
         self.best: Errors = {}
 
@@ -137,30 +162,43 @@ class _Trainer:
             self.before = self.validate()
             log.write("validation", 0, self.before)
         stop = self.position + (config.steps - self.step) * self.sampler.step_size
-        clock = time.perf_counter()
-        told = False
-        for batch in self.loader.batches(self.position, stop):
-            self.engine.set_lr(self.schedule.factor(self.step))
+        told, clock = False, time.perf_counter()
+        self.noted = clock
+        for batch in () if self._ended() else self.loader.batches(self.position, stop):
+            self.engine.set_lr(partial(self.schedule.lr, self.step))
             result = self.engine.step(batch)
             self.step, self.position = self.step + 1, batch.position
             if self.ema is not None and not result.skipped:
                 self.ema.update()
             if self.step % config.log_every == 0 or result.skipped:
-                clock = self._note(log, result, clock)
-            last = self.step == config.steps
+                self._note(log, result)
+            self.seconds += time.perf_counter() - clock
+            last = self.step == config.steps or (self.step % config.log_every == 0 and self._out_of_time())
             if self.step % config.validate_every == 0 or last:
                 self._validated(log)
             told = self.preemption.requested()
-            ended = config.early_stop is not None and self.stopper.stop
-            if told or ended or last or self.step % config.checkpoint_every == 0:
+            ended = last or self._stopped_early()
+            if told or ended or self.step % config.checkpoint_every == 0:
                 self._save(checkpoints)
             if told or ended:
                 break
+            clock = time.perf_counter()
         return Result(step=self.step, finished=not told, before=self.before, after=self.best)
+
+    def _ended(self) -> bool:
+        """Return whether nothing is left to do for a run that is resumed."""
+        return self.step >= self.config.steps or self._stopped_early() or self._out_of_time()
+
+    def _stopped_early(self) -> bool:
+        return self.config.early_stop is not None and self.stopper.stop
+
+    def _out_of_time(self) -> bool:
+        limit = self.config.max_seconds
+        return limit is not None and any_rank(self.run.ranks.rank == 0 and self.seconds >= limit)
 
     def validate(self) -> Errors:
         """Return the errors of the present weights on the validation splits."""
-        return evaluate(self.model, self.run.sources, self.run.ranks, num_workers=self.config.num_workers)
+        return evaluate(self.model, self.validation, self.run.ranks, num_workers=self.config.num_workers)
 
     def _validated(self, log: Log) -> None:
         """Validate the averaged weights, save them if they are the best, and tell the schedule."""
@@ -180,9 +218,10 @@ class _Trainer:
             if self.run.ranks.rank == 0:
                 save(self.model, self.run.directory / FINAL, overwrite=True)
 
-    def _note(self, log: Log, result: StepResult, clock: float) -> float:
+    def _note(self, log: Log, result: StepResult) -> None:
         now = time.perf_counter()
-        rate = self.config.log_every * self.sampler.step_size / max(now - clock, 1e-9)
+        rate = self.config.log_every * self.sampler.step_size / max(now - self.noted, 1e-9)
+        self.noted = now
         parts = {name: float(value) for name, value in result.losses.parts.items()}
         values = {
             "loss": result.loss,
@@ -194,13 +233,13 @@ class _Trainer:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         log.write("skipped" if result.skipped else "train", self.step, {**finite, "suspects": list(result.suspects)})
         log.show(self.step, f"loss {result.loss:.4g}  {rate:.3g} structures/s")
-        return now
 
     def _save(self, checkpoints: Path) -> None:
         state = {
             "sampler": self.sampler.state(self.position),
             "schedule": self.schedule.state_dict(),
             "stopper": self.stopper.state_dict(),
+            "seconds": self.seconds,
             "before": self.before,
             "best": self.best,
         }
@@ -215,6 +254,7 @@ class _Trainer:
         self.position = self.sampler.resume(state["sampler"])
         self.schedule.load_state_dict(state["schedule"])
         self.stopper.load_state_dict(state["stopper"])
+        self.seconds = state.get("seconds", 0.0)  # checkpoints of earlier versions have none
         self.before, self.best = state["before"], state["best"]
         if self.ema is not None:
             if restored.ema is None:

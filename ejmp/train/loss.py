@@ -16,8 +16,9 @@ def multitask_loss(energy: Tensor, forces: Tensor | None, batch: Batch, tasks: T
 
     Each structure is compared by its own task's head, in normalised units: the energy by its absolute error, the forces
     by the L2 norm of each atom's error, averaged over the structure's atoms, both times the task's weights. Each is
-    then averaged over the structures of the batch that have the label. Fixed atoms count like all others; only metrics
-    leave them out, as upstream.
+    then averaged over the structures of the batch that have the label. Where the tasks' `force_mean` is "atoms", as in
+    fine-tuning, the forces are averaged over all atoms of the batch at once. Fixed atoms count like all others; only
+    metrics leave them out, as upstream.
 
     Args:
         energy: raw energies of all heads, [B, T].
@@ -56,6 +57,8 @@ def _force_loss(predicted: Tensor, batch: Batch, tasks: Tasks) -> Tensor:
     error = tasks.forces(predicted, batch) - batch.forces
     scaled = error / tasks.of(batch, "force_std")[atoms, None] + FORCE_OFFSET
     norm = torch.where(known[:, None], scaled, 1.0).norm(dim=1) * known
+    if tasks.force_mean == "atoms":
+        return _mean(norm * weight[atoms], known)
     zeros = norm.new_zeros(batch.graph.num_structures)
     count = zeros.index_add(0, atoms, known.to(zeros.dtype))
     per_structure = zeros.index_add(0, atoms, norm) / count.clamp_min(1)

@@ -52,18 +52,19 @@ class Maes:
         """Return the mean errors by task and name.
 
         The names are "energy_meV" and "energy_meV_per_atom", or another target with its unit, and "forces_meV_per_A".
-        Errors of labels that no structure has are left out. A NaN prediction makes its mean NaN.
+        Errors of labels that no structure has, or that the task does not train, are left out. A NaN prediction makes
+        its mean NaN.
         """
         found: dict[str, dict[str, float]] = {}
         for task, row in zip(self.tasks, self.sums.tolist(), strict=True):
             means = found[task.name] = {}
-            if row[STRUCTURES]:
+            if row[STRUCTURES] and task.energy_weight:
                 mean = row[ENERGY] / row[STRUCTURES]
                 if task.target == "energy":
                     means["energy_meV"] = 1000 * mean
                     means["energy_meV_per_atom"] = 1000 * row[ENERGY_PER_ATOM] / row[STRUCTURES]
                 else:
-                    means[f"{task.target}_{task.unit}"] = mean
+                    means["_".join(filter(None, (task.target, task.unit)))] = mean
             if row[COMPONENTS] and task.forces is not None:
                 means["forces_meV_per_A"] = 1000 * row[FORCES] / row[COMPONENTS]
         return found

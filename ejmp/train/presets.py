@@ -3,8 +3,13 @@
 import dataclasses
 from typing import Literal
 
+from ejmp.catalog import Finetuning
 from ejmp.train.config import TrainConfig
 
+DISTILLATION_SAMPLES = 1_800_000
+"""Structures of a distillation by default: 1.5% of JMP's 120 million, the most that the paper needs."""
+ON_LARGE_DATA = TrainConfig(validate_every=10_000, val_structures=10_000)
+"""Settings of a run on JMP's mix, whose validation splits have millions of structures: 10,000 of each are taken."""
 TERMS = "forces=1,node=1,edge=1"
 """The paper's distillation terms and their weights, as the flag --terms writes them."""
 DEMO_TERMS = f"{TERMS},labels=0.2"
@@ -12,18 +17,43 @@ DEMO_TERMS = f"{TERMS},labels=0.2"
 
 
 def pretrain() -> TrainConfig:
-    """Return JMP's pre-training settings; `steps` has to be chosen for the data."""
-    return TrainConfig(edge_dropout=0.1)
+    """Return JMP's pre-training settings: two epochs of the mix, warm-up and cosine included."""
+    return dataclasses.replace(ON_LARGE_DATA, epochs=2, edge_dropout=0.1)
 
 
 def distill() -> TrainConfig:
     """Return the paper's distillation settings: JMP's pre-training recipe without edge dropout, on few samples."""
-    return TrainConfig()
+    return dataclasses.replace(ON_LARGE_DATA, samples=DISTILLATION_SAMPLES)
 
 
-def finetune() -> TrainConfig:
-    """Return JMP's fine-tuning settings; warm-up (5 epochs) and cosine (32 epochs) follow from the data's size."""
-    return TrainConfig(lr=8e-5, clip_kind="value", warmup_start=0.1, early_stop=50, plateau_patience=3)
+def finetune(recipe: Finetuning | None = None) -> TrainConfig:
+    """Return JMP's fine-tuning settings, in epochs of the data: 5 of warm-up, 27 of cosine, then falling on plateaus.
+
+    Args:
+        recipe: task whose own numbers replace those that most tasks share; None: data of the user's own.
+    """
+    shared = TrainConfig(
+        epochs=500,
+        max_seconds=7 * 24 * 3600.0,
+        lr=8e-5,
+        clip_kind="value",
+        warmup_epochs=5,
+        warmup_start=0.1,
+        cosine_epochs=27,
+        plateau_patience=3,
+        early_stop=50,
+        ema=None,
+        validate_epochs=1,
+    )
+    if recipe is None:
+        return shared
+    return dataclasses.replace(
+        shared,
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        plateau_patience=recipe.plateau_patience,
+        early_stop=recipe.early_stop,
+    )
 
 
 def teacher() -> TrainConfig:

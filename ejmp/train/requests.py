@@ -29,9 +29,7 @@ class RunRequest:
     trackers: tuple[Tracker, ...]
     """Services that get the logged numbers as well."""
     config: TrainConfig
-    """Settings of the training loop."""
-    given: frozenset[str]
-    """Names of the settings that were given on the command line; the others may be adapted to the data."""
+    """Settings of the training loop; what counts epochs or structures is not in steps yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,16 +102,23 @@ class FinetuneRequest(TrainingRequest):
     """Files of the user's own, to be converted to the record store that `data` names."""
     demo: str
     """Name of the demo set to train on if there is no record store."""
-    target: str
-    """What is learned from a record store: "energy", or the name of another label."""
+    recipe: str | None
+    """Name of JMP's fine-tuning task whose losses, normalisation and graphs are asked for; None: those of the data."""
+    target: str | None
+    """What is learned from a record store: "energy", or the name of another label; None: what JMP learns of a dataset
+    of its name, or the energy."""
     forces: ForceKind
     """How forces are predicted, for a record store with forces."""
     start: Path | None
     """Saved model whose backbone is the start; None: the demo teacher's."""
     scratch: bool
     """Whether to start from random weights of the same sizes instead."""
-    reduction: Literal["sum", "mean"]
-    """How atoms' outputs make a structure's."""
+    energy_weight: float | None
+    """Weight of the target's error in the loss; None: see `ejmp.train.recipes`."""
+    force_weight: float | None
+    """Weight of the forces' error in the loss; None: see `ejmp.train.recipes`."""
+    reduction: Literal["sum", "mean"] | None
+    """How atoms' outputs make a structure's; None: JMP's for a dataset of its name, or "sum"."""
     cutoff: float | None
     """Longest edge of graphs, A; None: see `ejmp.train.sources.with_graph`."""
     max_neighbors: int | None

@@ -6,24 +6,38 @@ from typing import Any
 
 from ejmp.train.config import TrainConfig
 
+THRESHOLD = 1e-4
+"""Share of the best validation by which another must be below it for the plateau to be over."""
+SMALLEST_FALL = 1e-8
+"""The learning rate does not fall by this much or less."""
+
+FIXED = ("patience", "threshold", "reduction")
+"""Attributes that are settings, not state."""
+
 
 class _BestSoFar:
-    """Keeps the lowest value so far and how many values came after it; NaN is never the lowest."""
+    """Keeps the lowest value so far and how many values came after it; NaN is never the lowest.
 
-    def __init__(self, patience: int) -> None:
+    Args:
+        patience: number of values in a row that may miss the best.
+        threshold: share of the best by which a value must be below it to be the lowest.
+    """
+
+    def __init__(self, patience: int, threshold: float = 0.0) -> None:
         self.patience = patience
+        self.threshold = threshold
         self.best = math.inf
         self.since_best = 0
 
     def _note(self, value: float) -> bool:
-        better = value < self.best
+        better = value < self.best * (1 - self.threshold)
         self.best = value if better else self.best
         self.since_best = 0 if better else self.since_best + 1
         return better
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint, ready for JSON (an infinite best is None)."""
-        state = {name: value for name, value in vars(self).items() if name not in ("patience", "reduction")}
+        state = {name: value for name, value in vars(self).items() if name not in FIXED}
         return {**state, "best": None if math.isinf(self.best) else self.best}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -34,25 +48,35 @@ class _BestSoFar:
 
 
 class Plateau(_BestSoFar):
-    """Lowers a factor when more than `patience` values in a row were not below the best (torch's ReduceLROnPlateau).
+    """Lowers the learning rate when more than `patience` values in a row were not below the best.
+
+    It is torch's ReduceLROnPlateau with its defaults: relative threshold 1e-4, smallest fall 1e-8.
 
     Args:
-        patience: number of values in a row that may miss the best before the factor falls.
-        reduction: what the factor is multiplied with then.
+        patience: number of values in a row that may miss the best before the learning rate falls.
+        reduction: what the learning rate is multiplied with then.
     """
 
     def __init__(self, patience: int, reduction: float) -> None:
-        super().__init__(patience)
+        super().__init__(patience, THRESHOLD)
         self.reduction = reduction
-        self.factor = 1.0
-        """Present factor of the learning rate."""
+        self.falls = 0
+        """Number of times the patience has run out."""
 
     def update(self, value: float) -> None:
         """Take the value of the next validation."""
         self._note(value)
         if self.since_best > self.patience:
-            self.factor *= self.reduction
+            self.falls += 1
             self.since_best = 0
+
+    def lowered(self, lr: float) -> float:
+        """Return what a learning rate has become."""
+        for _ in range(self.falls):
+            if lr - lr * self.reduction <= SMALLEST_FALL:
+                break
+            lr *= self.reduction
+        return lr
 
 
 class EarlyStop(_BestSoFar):
@@ -69,7 +93,7 @@ class EarlyStop(_BestSoFar):
 
 
 class Schedule:
-    """The learning rate over its configured value: linear warm-up, cosine, then falling on plateaus or constant."""
+    """The learning rates over a run: linear warm-up, cosine, then falling on plateaus or constant, as JMP's."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -77,14 +101,22 @@ class Schedule:
         patience = config.plateau_patience
         self.plateau = None if patience is None else Plateau(patience, config.plateau_factor)
 
-    def factor(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0, over the configured learning rate."""
+    def lr(self, step: int, largest: float) -> float:
+        """Return the learning rate of a parameter group at a step, counted from 0.
+
+        Args:
+            step: number of steps before.
+            largest: the group's learning rate at the end of the warm-up. The cosine takes it to `cosine_end` times the
+                configured learning rate, whatever it is; a group whose largest is below that stays at its largest.
+        """
         config = self.config
         if step < config.warmup_steps:
-            return config.warmup_start + (1 - config.warmup_start) * step / config.warmup_steps
+            risen = step / max(config.warmup_steps - 1, 1)
+            return largest * (config.warmup_start + (1 - config.warmup_start) * risen)
         done = min((step - config.warmup_steps) / self.cosine_steps, 1)
-        cosine = config.cosine_end + (1 - config.cosine_end) * (1 + math.cos(math.pi * done)) / 2
-        return cosine * (1 if self.plateau is None else self.plateau.factor)
+        end = min(config.cosine_end * config.lr, largest)
+        lr = end + (largest - end) * (1 + math.cos(math.pi * done)) / 2
+        return lr if self.plateau is None else self.plateau.lowered(lr)
 
     def validated(self, step: int, value: float) -> None:
         """Take the value of a validation after some number of steps; only those after the cosine can lower the rate."""
@@ -99,3 +131,21 @@ class Schedule:
         """Replace the state by one that `state_dict` returned; one without a plateau changes nothing."""
         if self.plateau is not None and "plateau" in state:
             self.plateau.load_state_dict(state["plateau"])
+
+
+def cut_short(config: TrainConfig) -> str | None:
+    """Return what there is to say of a run that ends inside its warm-up or cosine; None of one that does not.
+
+    Args:
+        config: settings in steps; see `TrainConfig.in_steps`.
+    """
+    schedule = Schedule(config)
+    end = config.warmup_steps + schedule.cosine_steps
+    if config.steps >= end and config.steps > config.warmup_steps:
+        return None
+    part = "warm-up" if config.steps <= config.warmup_steps else "cosine"
+    last = schedule.lr(config.steps - 1, config.lr) / config.lr
+    return (
+        f"the run ends after {config.steps} steps inside the {part} of its learning rate, at {last:.3g} of the "
+        f"largest; warm-up and cosine take {end} steps"
+    )

@@ -6,7 +6,7 @@ import typing
 from types import UnionType
 from typing import Any, Literal
 
-from ejmp.train.config import TrainConfig
+from ejmp.train.config import ALTERNATIVES, TrainConfig
 
 
 def add_settings(parser: argparse.ArgumentParser, defaults: TrainConfig, demo: TrainConfig) -> None:
@@ -24,15 +24,25 @@ def add_settings(parser: argparse.ArgumentParser, defaults: TrainConfig, demo: T
         group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **_options_of(kind))
 
 
-def read_settings(options: argparse.Namespace, defaults: TrainConfig) -> tuple[TrainConfig, frozenset[str]]:
-    """Return the defaults changed by what was given on the command line, and the names of what was given.
+def read_settings(options: argparse.Namespace, defaults: TrainConfig) -> TrainConfig:
+    """Return the defaults changed by what was given on the command line.
+
+    What was given in steps takes the place of a default in epochs or structures, and the other way round.
 
     Raises:
-        ValueError: if a setting is out of range.
+        ValueError: if a setting is out of range, or two that were given say the same in different units.
     """
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     given = {name: value for name, value in vars(options).items() if name in names}
-    return TrainConfig.from_dict({**defaults.to_dict(), **given}), frozenset(given)
+    settings = defaults.to_dict()
+    for alternatives in ALTERNATIVES:
+        chosen = [name for name in alternatives if name in given]
+        if len(chosen) > 1:
+            flags = " and ".join(f"--{name.replace('_', '-')} {given[name]}" for name in chosen)
+            raise ValueError(f"{flags} exclude each other; expected one of them")
+        if chosen:
+            settings |= dict.fromkeys(alternatives[1:])
+    return TrainConfig.from_dict({**settings, **given})
 
 
 def _options_of(kind: Any) -> dict[str, Any]:

@@ -4,14 +4,15 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
 from ejmp.catalog import CATALOG, GraphSettings
-from ejmp.data import DEMO_DOWNSTREAM, DEMO_MIX, Dataset, Loader, demo, open_store
+from ejmp.data import DEMO_DOWNSTREAM, DEMO_MIX, Dataset, DatasetInfo, Loader, Structure, demo, open_store
 from ejmp.data.sampling.mix import Sampler
+from ejmp.data.sampling.permutation import permute
 from ejmp.model.checkpoint import TASKS
 from ejmp.model.jmp import JMP
 from ejmp.train.task import Task, Tasks
@@ -86,43 +87,67 @@ def _demo_graph(name: str) -> GraphSettings:
     return dataclasses.replace(DEMO_SOLIDS, tags="none") if name == "qmof" else DEMO_MOLECULES
 
 
-def from_stores(
-    spec: str, *, target: str = "energy", forces: Literal["direct", "gradient"] = "direct"
-) -> list[TaskData]:
-    """Open record stores (`ejmp data convert`) named like "oc20=PATH,oc22=PATH"; heads are numbered in that order.
+class Splits(Protocol):
+    """A dataset's splits under a name: `Stores` and `TaskData`."""
+
+    @property
+    def name(self) -> str:
+        """The name of the dataset."""
+        ...
+
+    @property
+    def splits(self) -> Mapping[str, Dataset]:
+        """Splits by name."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stores:
+    """A dataset's record stores. What is learned of them, and how graphs are made of them, is for others to say."""
+
+    name: str
+    """Name of the dataset, as the command line gave it."""
+    splits: Mapping[str, Dataset]
+    """Splits by name."""
+
+
+def info_of(source: Splits) -> DatasetInfo:
+    """Return what is known of a dataset as a whole, which its training split says if there is one."""
+    return (source.splits.get("train") or next(iter(source.splits.values()))).info
+
+
+def from_stores(spec: str) -> list[Stores]:
+    """Open record stores (`ejmp data convert`) named like "oc20=PATH,oc22=PATH".
+
+    Their tasks are those of a model (`with_tasks_of`), or new ones (`ejmp.train.recipes`).
 
     Args:
-        spec: Names and folders, each with a folder per split; a name in the catalogue (`ejmp.catalog`) brings its
-            cutoff and neighbours.
-        target: Label that the heads learn.
-        forces: How forces are predicted.
+        spec: names and folders, each with a folder per split.
 
     Raises:
         ValueError: for a spec of another form, or a folder without splits.
     """
-    sources = []
-    for head, item in enumerate(spec.split(",")):
-        name, found, folder = item.partition("=")
-        if not found or not name or not folder:
+    found = []
+    for item in spec.split(","):
+        name, equals, folder = item.partition("=")
+        if not equals or not name or not folder:
             raise ValueError(f"data: expected NAME=FOLDER,..., got {spec!r}")
         paths = [path for path in sorted(Path(folder).glob("*")) if (path / "dataset.json").exists()]
         if (Path(folder) / "dataset.json").exists():
             raise ValueError(f"data: {folder} is one split; expected the folder of all of them, {Path(folder).parent}")
         if not paths:
             raise ValueError(f"data: {folder}: no split with a dataset.json; `ejmp data convert` writes them")
-        splits = {path.name: open_store(path) for path in paths}
-        info = (splits.get("train") or next(iter(splits.values()))).info
-        entry = CATALOG.get(name)
-        pretraining = entry.pretraining if entry is not None and forces == "direct" else None
-        weight = pretraining.force_weight if pretraining is not None else 100.0
-        graph = entry.graph if entry is not None else GraphSettings()
-        task = Task.from_info(info, head=head, target=target, forces=forces, force_weight=weight, graph=graph)
-        sources.append(TaskData(splits=splits, task=dataclasses.replace(task, name=name)))
-    return sources
+        found.append(Stores(name=name, splits={path.name: open_store(path) for path in paths}))
+    return found
 
 
 def with_graph(
-    source: TaskData, *, cutoff: float | None = None, max_neighbors: int | None = None, start: JMP | None = None
+    source: TaskData,
+    *,
+    cutoff: float | None = None,
+    max_neighbors: int | None = None,
+    start: JMP | None = None,
+    known: GraphSettings | None = None,
 ) -> TaskData:
     """Return a source with the graphs that a model which starts from another one should be trained on.
 
@@ -135,13 +160,16 @@ def with_graph(
         cutoff: longest edge, A.
         max_neighbors: most main edges into an atom.
         start: model that training starts from; None: random weights.
+        known: graphs of the recipe that was asked for, which come before those of the start model; None: none was.
 
     Raises:
         ValueError: if a number is neither given nor known from the start model or the dataset's name.
     """
     own = {task.graph for task in start.tasks} if start is not None else set()
     entry = CATALOG.get(source.name)
-    if len(own) == 1:
+    if known is not None:
+        graph = known
+    elif len(own) == 1:
         (graph,) = own
     elif entry is not None:
         graph = entry.graph
@@ -204,15 +232,51 @@ def tasks_of(sources: Sequence[TaskData]) -> Tasks:
     return Tasks([source.task for source in sources])
 
 
-def with_tasks_of(path: Path, sources: Sequence[TaskData], model: JMP) -> list[TaskData]:
-    """Return sources with the heads, normalisation and graphs that a model has for datasets of their names.
+class Chosen:
+    """Some structures of a dataset.
+
+    Args:
+        dataset: all structures.
+        numbers: numbers of those to take, [n].
+    """
+
+    def __init__(self, dataset: Dataset, numbers: np.ndarray) -> None:
+        self.info = dataclasses.replace(dataset.info, count=len(numbers))
+        self.num_atoms, self.num_edges = dataset.num_atoms[numbers], dataset.num_edges[numbers]
+        self._dataset, self._numbers = dataset, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> Structure:
+        return self._dataset[int(self._numbers[index])]
+
+
+def at_most(source: TaskData, split: Split, count: int | None, *, seed: int = 0) -> TaskData:
+    """Return a source with at most so many structures of a split, always the same random ones for a seed.
+
+    Args:
+        source: dataset with the split.
+        split: split to take them of.
+        count: largest number of structures; None: all.
+        seed: seed of the choice.
+    """
+    dataset = source.split(split)
+    if count is None or len(dataset) <= count:
+        return source
+    numbers = np.sort(permute(np.arange(count), len(dataset), seed))
+    return dataclasses.replace(source, splits={**source.splits, split: Chosen(dataset, numbers)})
+
+
+def with_tasks_of(path: Path, sources: Sequence[Splits], model: JMP) -> list[TaskData]:
+    """Return sources with the tasks that a model has for datasets of their names: heads, normalisation and graphs.
 
     Where a task does not say what the linear reference is (JMP's published checkpoint), it is that of the data.
 
     Args:
         path: where the model comes from, for messages.
-        sources: datasets with tasks of their own.
-        model: model whose tasks replace them.
+        sources: datasets; tasks of their own do not matter.
+        model: model whose tasks they get.
 
     Raises:
         ValueError: if the model does not say what its heads predict, or was not trained on one of the sources.
@@ -229,6 +293,6 @@ def with_tasks_of(path: Path, sources: Sequence[TaskData], model: JMP) -> list[T
         if task is None:
             raise ValueError(f"{path}: the model has no head for {source.name}, only for {', '.join(tasks)}")
         if task.linear_reference is None:
-            task = dataclasses.replace(task, linear_reference=source.task.linear_reference)
-        found.append(dataclasses.replace(source, task=task))
+            task = dataclasses.replace(task, linear_reference=info_of(source).linear_reference)
+        found.append(TaskData(splits=source.splits, task=task))
     return found

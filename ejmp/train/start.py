@@ -24,7 +24,12 @@ def new_model(config: JMPConfig, sources: Sequence[TaskData], *, seed: int) -> J
 
 
 def for_finetuning(
-    model: JMP, *, direct_forces: bool = False, reduction: Literal["sum", "mean"] = "sum", seed: int = 0
+    model: JMP,
+    *,
+    direct_forces: bool = False,
+    reduction: Literal["sum", "mean"] = "sum",
+    biases: bool = True,
+    seed: int = 0,
 ) -> JMP:
     """Return a model with one new, random head (JMP, arXiv 2310.16802) and the backbone of a trained one.
 
@@ -34,6 +39,7 @@ def for_finetuning(
         model: trained model, which is not changed.
         direct_forces: keep the force branch; without it forces are gradients of the energy.
         reduction: how atoms' outputs make a structure's: "mean" for intensive targets.
+        biases: whether the head has biases; JMP's for fine-tuning on forces has none.
         seed: seed of the head's random weights.
 
     Raises:
@@ -42,7 +48,11 @@ def for_finetuning(
     if direct_forces and not model.config.direct_forces:
         raise ValueError("direct_forces: the model has no force branch")
     config = dataclasses.replace(
-        model.config, num_tasks=1, head="mlp", direct_forces=direct_forces, energy_reduction=reduction
+        model.config,
+        num_tasks=1,
+        head="mlp" if biases else "mlp-no-bias",
+        direct_forces=direct_forces,
+        energy_reduction=reduction,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -19,7 +19,7 @@ class Tasks(Sequence[Task]):
         tasks: at least one task, all of different names.
 
     Raises:
-        ValueError: for no tasks, or two of one name.
+        ValueError: for no tasks, two of one name, or two that average the loss of forces differently.
     """
 
     def __init__(self, tasks: Sequence[Task]) -> None:
@@ -28,7 +28,12 @@ class Tasks(Sequence[Task]):
         names = [task.name for task in tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"tasks: expected different names, got {', '.join(names)}")
+        means = {task.force_mean for task in tasks if task.force_weight}
+        if len(means) > 1:
+            raise ValueError("tasks: expected one force_mean, got structures and atoms")
         self.tasks = tuple(tasks)
+        self.force_mean = means.pop() if means else "structures"
+        """Over what the loss of the forces is averaged; see `Task.force_mean`."""
         self.targets = sorted({task.target for task in tasks})
         self._tables: dict[torch.device, dict[str, Tensor]] = {}
 

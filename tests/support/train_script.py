@@ -14,6 +14,8 @@ import sys
 import time
 import traceback
 import types
+from functools import partial
+from operator import mul
 from pathlib import Path
 
 import numpy as np
@@ -135,7 +137,7 @@ def engine_scenarios(ranks):
             engine = build(ranks, TrainConfig(zero_stage=stage, clip_kind=kind, clip=clip))
             results = []
             for step in range(5):
-                engine.set_lr(1.0 - 0.1 * step)
+                engine.set_lr(partial(mul, 1.0 - 0.1 * step))
                 results.append(engine.step(one(ranks, step)))
             seen[f"{kind}{stage}"] = {
                 "weights": as_lists(trained(engine)),
@@ -199,7 +201,7 @@ def advance(engine, start, stop):
     ranks, losses = engine.ranks, []
     for step in range(start, stop):
         numbers = range(4 * step, 4 * step + 4)[ranks.rank :: ranks.world_size]
-        engine.set_lr(1 / (1 + step))
+        engine.set_lr(partial(mul, 1 / (1 + step)))
         losses.append(engine.step([n % 7 for n in numbers]).loss)
     return losses
 

@@ -16,6 +16,7 @@ import ejmp
 from ejmp.data import DEMO_MIX, demo
 from ejmp.data.store.durable import hash_file
 from ejmp.train import make_teacher, presets
+from ejmp.train.config import TrainConfig
 from ejmp.train.demo import RECIPE, demo_config, demo_teacher
 from ejmp.train.evaluate import evaluate
 from ejmp.train.faults import session
@@ -58,7 +59,7 @@ def test_it_is_small_and_says_how_it_was_made(recipe):
     assert sum(file.stat().st_size for file in folder.iterdir()) <= MAX_BYTES
     assert {value.dtype for value in weights.values() if value.numel() > 1} == {torch.float16}
     assert recipe["hash"] == hash_file(folder / "model.safetensors")
-    assert recipe["settings"] == json.loads(json.dumps(presets.teacher().to_dict()))
+    assert TrainConfig.from_dict(recipe["settings"]) == presets.teacher()
     assert recipe["machine"]["commit"]
     events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert events[-1]["step"] == recipe["settings"]["steps"]
