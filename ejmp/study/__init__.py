@@ -1,0 +1,1 @@
+"""Studies: the tables and figures of the pruning paper, from many runs."""

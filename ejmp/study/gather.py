@@ -1,0 +1,139 @@
+"""Gathers the results of a study: study.json, study.csv and the text for people."""
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ejmp.measure.markdown import markdown_table
+from ejmp.study.plan import plan, runs_of
+from ejmp.study.record import is_finished, locked, read_result, write_json
+from ejmp.study.settings import PARTS, Part, StudySettings
+from ejmp.study.tables import MAKERS
+
+COLUMNS = ("part", "strategy", "dataset", "blocks", "quantity", "unit", "mean", "spread", "seeds", "published")
+"""Columns of study.csv."""
+
+
+def gather(folder: Path, parts: Sequence[Part], settings: StudySettings, command: str) -> str:
+    """Write study.json and study.csv of all parts whose runs are finished, and return the parts asked for as text.
+
+    Args:
+        folder: folder of the study.
+        parts: what was asked for.
+        settings: of the study.
+        command: command line, for the record.
+
+    Raises:
+        ValueError: if runs of the parts asked for are not finished, naming them.
+    """
+    missing = [spec.name for spec in plan(parts, settings) if not is_finished(folder, spec.name)]
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise ValueError(
+            f"{folder}: {len(missing)} runs are not finished ({shown}); the same command goes on with them"
+        )
+    with locked(folder / "gather.lock", wait=True):
+        study = collect(folder, settings, command)
+        write_json(folder / "study.json", study)
+        with (folder / "study.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            writer.writerows(csv_rows(study))
+    return "\n\n".join(text(part, study[part]) for part in parts)
+
+
+def collect(folder: Path, settings: StudySettings, command: str) -> dict[str, Any]:
+    """Return the contents of study.json: every part whose runs are all finished."""
+    ready: list[Part] = [
+        part for part in PARTS if all(is_finished(folder, spec.name) for spec in runs_of(part, settings))
+    ]
+    results = [read_result(folder, spec.name) for spec in plan(ready, settings)]
+    study: dict[str, Any] = {
+        "command": command,
+        "seeds": settings.seeds,
+        "commit": results[-1]["commit"],
+        "machine": results[-1]["machine"],
+        "demo": settings.demo,
+    }
+    study |= {part: MAKERS[part](folder, settings) for part in ready}
+    fields = ("name", "kind", "seconds", "steps", "command", "config", "commit", "machine")
+    return study | {"runs": [{name: result[name] for name in fields} for result in results]}
+
+
+def csv_rows(study: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+    """Yield the rows of study.csv, a number each, as `COLUMNS` names them."""
+    for row in study.get("table1", {}).get("rows", ()):
+        theirs = row["published"] or {}
+        for name, value in row["values"].items():
+            yield _line("table1", row, name, "forces", "meV/A", value, theirs.get(name))
+    table2 = study.get("table2", {})
+    for row in table2.get("rows", ()):
+        for name, key in (("structures_per_s", "throughput"), ("gmacs", ""), ("gflops", "gflops"), ("parameters",) * 2):
+            values = {"mean": row[name], "spread": None, "seeds": [row[name]]}
+            yield _line("table2", row, table2["dataset"], name, "", values, row["published"].get(key))
+    fig2 = study.get("fig2", {})
+    for branch in ("energy", "forces"):
+        for label, share in zip(fig2.get("labels", ()), fig2.get(branch, ()), strict=False):
+            values = {"mean": share, "spread": None, "seeds": [share]}
+            yield _line("fig2", {}, label, f"relevance, {branch}", "%", values, None)
+    for task in study.get("fig3", {}).get("tasks", ()):
+        for row in task["rows"]:
+            yield _line("fig3", row, task["dataset"], "error", task["unit"], row, None)
+    for task in study.get("fig4", {}).get("tasks", ()):
+        for found in task["curves"]:
+            for seconds, error in zip(found["seconds"], found["error"], strict=True):
+                values = {"mean": error, "spread": None, "seeds": [error]}
+                yield _line("fig4", found, task["dataset"], f"error after {seconds:.1f} s", task["unit"], values, None)
+
+
+def _line(
+    part: str,
+    row: Mapping[str, Any],
+    dataset: str,
+    quantity: str,
+    unit: str,
+    value: Mapping[str, Any],
+    theirs: float | None,
+) -> tuple[Any, ...]:
+    seeds = " ".join(map(str, value["seeds"]))
+    where = (part, row.get("strategy"), dataset, row.get("blocks"), quantity, unit)
+    return (*where, value["mean"], value["spread"], seeds, theirs)
+
+
+def text(part: Part, content: Mapping[str, Any]) -> str:
+    """Return a part as a Markdown table."""
+    if part == "table1":
+        rows = [[_name(row), *(_mean(row["values"][c]) for c in content["columns"])] for row in content["rows"]]
+        head = ["model", *(f"{name} {content['unit']}" for name in content["columns"])]
+    elif part == "table2":
+        head = ["blocks", "structures/s", "GMAC", "GFLOP", "parameters"]
+        names = ("structures_per_s", "gmacs", "gflops")
+        rows = [
+            [str(row["blocks"]), *(f"{row[name]:.4g}" for name in names), f"{row['parameters']:,}"]
+            for row in content["rows"]
+        ]
+    elif part == "fig2":
+        head = ["relevance, %", *content["labels"]]
+        rows = [[branch, *(f"{share:.1f}" for share in content[branch])] for branch in ("energy", "forces")]
+    elif part == "fig3":
+        head = ["task", "model", "error", "unit"]
+        rows = [[t["label"], _name(row), _mean(row), t["unit"]] for t in content["tasks"] for row in t["rows"]]
+    else:
+        head = ["task", "blocks", "validation error after training for"]
+        rows = [[task["label"], str(c["blocks"]), _points(c)] for task in content["tasks"] for c in task["curves"]]
+    return markdown_table(head, rows, numbers=part != "fig4")
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    strategy = str(row["strategy"]).replace("br_random", "br/random").replace("br_kd", "br+kd")
+    return strategy if row["blocks"] is None else f"{row['blocks']} blocks, {strategy}"
+
+
+def _mean(value: Mapping[str, Any]) -> str:
+    return f"{value['mean']:.4g}" + ("" if value["spread"] is None else f" +- {value['spread']:.2g}")
+
+
+def _points(found: Mapping[str, Any]) -> str:
+    pairs = zip(found["seconds"], found["error"], strict=True)
+    return ", ".join(f"{seconds:.1f} s: {error:.4g}" for seconds, error in pairs)
