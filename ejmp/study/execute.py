@@ -2,7 +2,8 @@
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ejmp.model.checkpoint import load
 from ejmp.model.jmp import JMP
 from ejmp.study.budget import distill_config, finetune_config, scratch_config
 from ejmp.study.inputs import Inputs
-from ejmp.study.plan import BLOCKS, FEWER, RunSpec
+from ejmp.study.plan import BLOCKS, FEWER, Kind, RunSpec
 from ejmp.study.record import run_folder
 from ejmp.train import checkpoint, presets
 from ejmp.train.commands import fastest_precision
@@ -31,8 +32,11 @@ from ejmp.train.loop import FINAL, Result, Run, train
 from ejmp.train.metrics import Maes
 from ejmp.train.objective import Distillation, Objective, Supervised
 from ejmp.train.sources import Split, TaskData, loader_of, tasks_of
-from ejmp.train.start import for_finetuning, new_model
+from ejmp.train.start import for_finetuning
 from ejmp.train.survey import survey
+
+SCALE = "scale_factor"
+"""What the names of a model's scale factors end in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,21 +64,7 @@ def carry_out(spec: RunSpec, inputs: Inputs) -> Outcome | None:
     Raises:
         ValueError: for bad input, naming it.
     """
-    match spec.kind:
-        case "constant":
-            return _constant(spec, inputs)
-        case "evaluate":
-            return _evaluated(spec, inputs)
-        case "distill":
-            return _distilled(spec, inputs)
-        case "scratch":
-            return _from_scratch(spec, inputs)
-        case "relevance":
-            return _relevance(inputs)
-        case "inference":
-            return _inference(inputs)
-        case "finetune":
-            return _finetuned(spec, inputs)
+    return _KINDS[spec.kind](spec, inputs)
 
 
 def _student(spec: RunSpec, teacher: JMP) -> JMP:
@@ -141,13 +131,28 @@ def _from_scratch(spec: RunSpec, inputs: Inputs) -> Outcome | None:
     teacher = inputs.teacher()
     sources = inputs.mix(teacher)
     config = scratch_config(inputs.settings.budget, demo=inputs.settings.demo, seed=spec.seed)
-    sizes = dataclasses.replace(teacher.config, blocks=spec.blocks, kept_blocks=None)
-    model = _ready(new_model(sizes, sources, seed=spec.seed), config, inputs.ranks)
+    model = _ready(untrained(teacher, spec.blocks or BLOCKS, seed=spec.seed), config, inputs.ranks)
     objective = Supervised(model, tasks_of(sources), edge_dropout=config.edge_dropout)
     result = _trained(spec, inputs, objective, sources, config)
     if result is None:
         return None
     return Outcome(values={"errors": result.after}, config=config.to_dict(), steps=result.step)
+
+
+def untrained(teacher: JMP, blocks: int, *, seed: int) -> JMP:
+    """Return a model with random weights of a teacher's sizes and scale factors, which are constants of its layers.
+
+    Args:
+        teacher: model with at least as many blocks.
+        blocks: number of interaction blocks.
+        seed: seed of the weights.
+    """
+    kept = {name: value for name, value in prune(teacher, blocks=blocks).state_dict().items() if name.endswith(SCALE)}
+    torch.manual_seed(seed)
+    config = dataclasses.replace(teacher.config, blocks=blocks, kept_blocks=None)
+    model = JMP(config, teacher.requested_backend, teacher.precision, tasks=teacher.tasks)
+    model.load_state_dict({**model.state_dict(), **kept})
+    return model
 
 
 def _finetuned(spec: RunSpec, inputs: Inputs) -> Outcome | None:
@@ -200,7 +205,7 @@ def _ready(model: JMP, config: TrainConfig, ranks: Ranks) -> JMP:
     return model.on(precision=config.precision).to(ranks.device)
 
 
-def _relevance(inputs: Inputs) -> Outcome:
+def _relevance(_: RunSpec, inputs: Inputs) -> Outcome:
     """Score the blocks on the labels of validation structures, as the paper does."""
     teacher = inputs.teacher()
     sources = inputs.mix(teacher)
@@ -209,7 +214,7 @@ def _relevance(inputs: Inputs) -> Outcome:
     return Outcome(values={"scores": scores}, config={"structures": most, "loss": "energies and forces on labels"})
 
 
-def _inference(inputs: Inputs) -> Outcome:
+def _inference(_: RunSpec, inputs: Inputs) -> Outcome:
     """Time models of all numbers of blocks by turns, with one scalar head as on QMOF, and count their work."""
     teacher, budget, device = inputs.teacher(), inputs.settings.budget, inputs.ranks.device
     name = "qmof" if "qmof" in inputs.settings.downstream else inputs.settings.downstream[0]
@@ -225,11 +230,10 @@ def _inference(inputs: Inputs) -> Outcome:
     sizes, rows = graph_sizes(graph), []
     for blocks, model in models.items():
         gmacs = sum(count_macs(model.config, sizes).values()) * 1e-9 / len(items)
-        seconds = sorted(times[blocks])
         rows.append(
             {
                 "blocks": blocks,
-                "structures_per_s": len(items) / seconds[len(seconds) // 2],
+                "structures_per_s": len(items) / statistics.median(times[blocks]),
                 "gmacs": gmacs,
                 "gflops": 2 * gmacs,
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -237,3 +241,14 @@ def _inference(inputs: Inputs) -> Outcome:
         )
     config = {"rounds": len(times[BLOCKS]), "atoms": graph.num_atoms, "precision": full.precision}
     return Outcome(values={"dataset": name, "batch": len(items), "rows": rows}, config=config)
+
+
+_KINDS: Mapping[Kind, Callable[[RunSpec, Inputs], Outcome | None]] = {
+    "constant": _constant,
+    "evaluate": _evaluated,
+    "distill": _distilled,
+    "scratch": _from_scratch,
+    "relevance": _relevance,
+    "inference": _inference,
+    "finetune": _finetuned,
+}

@@ -1,18 +1,17 @@
 """Gathers the results of a study: study.json, study.csv and the text for people."""
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ejmp.data.store.durable import written
 from ejmp.measure.markdown import markdown_table
+from ejmp.study.numbers import COLUMNS, csv_rows
 from ejmp.study.plan import plan, runs_of
 from ejmp.study.record import is_finished, locked, read_result, write_json
 from ejmp.study.settings import PARTS, Part, StudySettings
 from ejmp.study.tables import MAKERS
-
-COLUMNS = ("part", "strategy", "dataset", "blocks", "quantity", "unit", "mean", "spread", "seeds", "published")
-"""Columns of study.csv."""
 
 
 def gather(folder: Path, parts: Sequence[Part], settings: StudySettings, command: str) -> str:
@@ -36,7 +35,7 @@ def gather(folder: Path, parts: Sequence[Part], settings: StudySettings, command
     with locked(folder / "gather.lock", wait=True):
         study = collect(folder, settings, command)
         write_json(folder / "study.json", study)
-        with (folder / "study.csv").open("w", newline="") as file:
+        with written(folder / "study.csv") as path, path.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
             writer.writerows(csv_rows(study))
@@ -59,46 +58,6 @@ def collect(folder: Path, settings: StudySettings, command: str) -> dict[str, An
     study |= {part: MAKERS[part](folder, settings) for part in ready}
     fields = ("name", "kind", "seconds", "steps", "command", "config", "commit", "machine")
     return study | {"runs": [{name: result[name] for name in fields} for result in results]}
-
-
-def csv_rows(study: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
-    """Yield the rows of study.csv, a number each, as `COLUMNS` names them."""
-    for row in study.get("table1", {}).get("rows", ()):
-        theirs = row["published"] or {}
-        for name, value in row["values"].items():
-            yield _line("table1", row, name, "forces", "meV/A", value, theirs.get(name))
-    table2 = study.get("table2", {})
-    for row in table2.get("rows", ()):
-        for name, key in (("structures_per_s", "throughput"), ("gmacs", ""), ("gflops", "gflops"), ("parameters",) * 2):
-            values = {"mean": row[name], "spread": None, "seeds": [row[name]]}
-            yield _line("table2", row, table2["dataset"], name, "", values, row["published"].get(key))
-    fig2 = study.get("fig2", {})
-    for branch in ("energy", "forces"):
-        for label, share in zip(fig2.get("labels", ()), fig2.get(branch, ()), strict=False):
-            values = {"mean": share, "spread": None, "seeds": [share]}
-            yield _line("fig2", {}, label, f"relevance, {branch}", "%", values, None)
-    for task in study.get("fig3", {}).get("tasks", ()):
-        for row in task["rows"]:
-            yield _line("fig3", row, task["dataset"], "error", task["unit"], row, None)
-    for task in study.get("fig4", {}).get("tasks", ()):
-        for found in task["curves"]:
-            for seconds, error in zip(found["seconds"], found["error"], strict=True):
-                values = {"mean": error, "spread": None, "seeds": [error]}
-                yield _line("fig4", found, task["dataset"], f"error after {seconds:.1f} s", task["unit"], values, None)
-
-
-def _line(
-    part: str,
-    row: Mapping[str, Any],
-    dataset: str,
-    quantity: str,
-    unit: str,
-    value: Mapping[str, Any],
-    theirs: float | None,
-) -> tuple[Any, ...]:
-    seeds = " ".join(map(str, value["seeds"]))
-    where = (part, row.get("strategy"), dataset, row.get("blocks"), quantity, unit)
-    return (*where, value["mean"], value["spread"], seeds, theirs)
 
 
 def text(part: Part, content: Mapping[str, Any]) -> str:

@@ -1,8 +1,9 @@
 """The parts of study.json, from the results of runs: means and spreads over seeds beside published values."""
 
+import itertools
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,20 +111,19 @@ def curve(lines: Sequence[dict[str, Any]], dataset: str) -> tuple[str, list[floa
         lines: the log; a run that was interrupted has some steps twice.
         dataset: dataset whose error counts.
     """
-    steps = [
-        (b["time"] - a["time"]) / (b["step"] - a["step"])
-        for a, b in zip(lines, lines[1:], strict=False)
-        if b["event"] == "train" and a["event"] == "train" and b["step"] > a["step"]
-    ]
-    steps = steps or [
-        (b["time"] - a["time"]) / (b["step"] - a["step"])
-        for a, b in zip(lines, lines[1:], strict=False)
-        if b["event"] == "train" and b["step"] > a["step"]
-    ]
-    per_step = statistics.median(steps)
+    after_training = list(_step_seconds(lines, after={"train"}))
+    per_step = statistics.median(after_training or _step_seconds(lines, after={"train", "validation"}))
     found = {line["step"]: main_error(line[dataset]) for line in lines if line["event"] == "validation"}
     errors = [found[step][1] for step in sorted(found)]
     return next(iter(found.values()))[0], [step * per_step for step in sorted(found)], errors
+
+
+def _step_seconds(lines: Sequence[dict[str, Any]], *, after: set[str]) -> Iterator[float]:
+    """Yield the seconds of a training step between each two lines of a log of which the first is of these events."""
+    for before, line in itertools.pairwise(lines):
+        steps = line["step"] - before["step"]
+        if line["event"] == "train" and before["event"] in after and steps > 0:
+            yield (line["time"] - before["time"]) / steps
 
 
 MAKERS: dict[Part, Callable[[Path, StudySettings], dict[str, Any]]] = {
