@@ -2,15 +2,18 @@
 
 import argparse
 import shlex
+import sys
 from pathlib import Path
 
 from ejmp.study.budget import DEMO, FINETUNE_SEEDS, FULL, SEEDS
 from ejmp.study.gather import gather
 from ejmp.study.plan import plan
 from ejmp.study.record import is_finished
-from ejmp.study.settings import PARTS, Part, StudySettings, claim, make_settings
+from ejmp.study.settings import PARTS, Part, StudySettings, check_parts, claim, make_settings
 from ejmp.study.spread import stand_alone, start_processes, which_shard
 
+TFLOPS = 30.0
+"""Rate that times are estimated with, 10^12 operations per second: an assumption for one GPU of a data centre."""
 LENGTHS = {
     "distill_steps": (int, "steps of each distillation"),
     "finetune_steps": (int, "steps of each fine-tuning run"),
@@ -47,6 +50,11 @@ def add_reproduce(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="processes on this machine (default: 1)")
     text = "one of N processes that share the runs, also on other machines: I/N, slurm (an array) or mpi (a rank)"
     parser.add_argument("--shard", metavar="I/N", help=text)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check teacher and data and print the plan with its time; write nothing"
+    )
+    text = f"10^12 operations per second of your GPU in training, for --dry-run (default: {TFLOPS:g})"
+    parser.add_argument("--tflops", type=float, default=TFLOPS, help=text)
     parser.add_argument("--gather", action="store_true", help="only write the tables of what is finished")
 
 
@@ -63,12 +71,28 @@ def _reproduce(options: argparse.Namespace) -> int:
     command = shlex.join(["ejmp", *words])
     if options.processes < 1 or (options.processes > 1 and options.shard):
         raise ValueError(f"--processes: expected 1 or more, and 1 with --shard, got {options.processes}")
+    check_parts(parts, settings)
+    if options.dry_run:
+        return _dry_run(folder, parts, settings, options.tflops)
     claim(folder, settings)
     if not options.gather and not _done(folder, parts, settings, options, words, command):
         return 0
     print(gather(folder, parts, settings, command))
     print(f"\n{folder / 'study.json'} {folder / 'study.csv'}")
     return 0
+
+
+def _dry_run(folder: Path, parts: tuple[Part, ...], settings: StudySettings, tflops: float) -> int:
+    if not tflops > 0:
+        raise ValueError(f"--tflops: expected a positive number, got {tflops}")
+    from ejmp.study.dryrun import dry_run  # noqa: PLC0415 - needs torch
+
+    text, problems = dry_run(folder, parts, settings, tflops)
+    for problem in problems:
+        print(f"ejmp reproduce: {problem}", file=sys.stderr)
+    if not problems:
+        print(text)
+    return 2 if problems else 0
 
 
 def _done(

@@ -22,6 +22,7 @@ from ejmp.study.budget import distill_config, finetune_config, scratch_config
 from ejmp.study.inputs import Inputs
 from ejmp.study.plan import BLOCKS, FEWER, Kind, RunSpec
 from ejmp.study.record import run_folder
+from ejmp.study.settings import timed
 from ejmp.train import checkpoint, presets
 from ejmp.train.commands import fastest_precision
 from ejmp.train.config import TrainConfig
@@ -214,14 +215,19 @@ def _relevance(_: RunSpec, inputs: Inputs) -> Outcome:
     return Outcome(values={"scores": scores}, config={"structures": most, "loss": "energies and forces on labels"})
 
 
+def scalar_model(teacher: JMP) -> JMP:
+    """Return the model that Table 2 is about: a teacher's backbone with one new head for a scalar, as on QMOF."""
+    return for_finetuning(teacher, reduction="mean")
+
+
 def _inference(_: RunSpec, inputs: Inputs) -> Outcome:
     """Time models of all numbers of blocks by turns, with one scalar head as on QMOF, and count their work."""
     teacher, budget, device = inputs.teacher(), inputs.settings.budget, inputs.ranks.device
-    name = "qmof" if "qmof" in inputs.settings.downstream else inputs.settings.downstream[0]
+    name = timed(inputs.settings)
     source = inputs.downstream(name, teacher)
     data = source.split("val")
     items = [data[i] for i in range(min(budget.inference_batch, len(data)))]
-    full = for_finetuning(teacher, reduction="mean").to(device).eval()
+    full = scalar_model(teacher).to(device).eval()
     graph = make_batch(items, [0] * len(items), settings=source.task.graph, dtype=full.dtype).to(device).graph
     models = {blocks: full if blocks == BLOCKS else prune(full, blocks=blocks) for blocks in (BLOCKS, *FEWER)}
     calls = {blocks: lambda model=model: forward_pass(model, graph) for blocks, model in models.items()}

@@ -1,6 +1,7 @@
 """What the runs of a study start from: the teacher and the datasets, with their tasks."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from ejmp.catalog import CATALOG
@@ -37,15 +38,15 @@ class Inputs:
 
     def mix(self, teacher: JMP) -> list[TaskData]:
         """Return the pre-training datasets, with the teacher's heads for them."""
-        return with_tasks_of(self.teacher_path(), self._mix_of_data(), teacher)
+        return with_tasks_of(self.teacher_path(), self.open_mix(self.settings.mix), teacher)
 
-    def _mix_of_data(self) -> list[TaskData]:
+    def open_mix(self, names: Sequence[str]) -> list[TaskData]:
+        """Return some of the pre-training datasets, with tasks of their own."""
         if self.settings.demo:
-            return demo_mix()
-        stores = self.settings.stores
-        return from_stores(",".join(f"{name}={stores[name]}" for name in self.settings.mix))
+            return [source for source in demo_mix() if source.name in names]
+        return from_stores(",".join(f"{name}={self.settings.stores[name]}" for name in names))
 
-    def downstream(self, name: str, start: JMP) -> TaskData:
+    def downstream(self, name: str, start: JMP | None) -> TaskData:
         """Return a dataset to fine-tune on, with JMP's task for it and the graphs for the model it starts from."""
         if self.settings.demo:
             return demo_downstream(name)

@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ejmp.catalog import CATALOG
-from ejmp.data.store.durable import written
 from ejmp.study import budget
 from ejmp.study.budget import Budget
+from ejmp.study.record import locked, write_json
 
+PLAN = "plan.json"
+"""The file of a study that holds its settings."""
 Part = Literal["table1", "table2", "fig2", "fig3", "fig4"]
 PARTS: tuple[Part, ...] = get_args(Part)
 """Tables and figures of the paper that a study can make."""
@@ -111,30 +114,50 @@ def make_settings(
     )
 
 
+def timed(settings: StudySettings) -> str:
+    """Return the dataset whose structures Table 2 times: QMOF as in the paper, or another one to fine-tune on."""
+    return "qmof" if "qmof" in settings.downstream else settings.downstream[0]
+
+
+def check_parts(parts: Sequence[Part], settings: StudySettings) -> None:
+    """Raise ValueError if a part needs datasets of which --data has none."""
+    for part in parts:
+        kinds = [(MIX, settings.mix)] if part in ("table1", "fig2", "fig3") else []
+        kinds += [(DOWNSTREAM, settings.downstream)] if part in ("table2", "fig3", "fig4") else []
+        for known, found in kinds:
+            if not found:
+                raise ValueError(f"--data: {part} needs some of {', '.join(known)}, got {', '.join(settings.stores)}")
+
+
 def claim(folder: Path, settings: StudySettings) -> None:
     """Make a folder that of a study, or check that it is that of a study with the same settings.
 
     Raises:
         ValueError: if its study has other settings, naming what differs.
     """
-    path = folder / "plan.json"
-    wanted = settings.to_json()
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "plan.lock", wait=True):
+        for problem in differences(folder, settings):
+            raise ValueError(problem)
+        if not (folder / PLAN).exists():
+            write_json(folder / PLAN, settings.to_json())
+
+
+def differences(folder: Path, settings: StudySettings) -> list[str]:
+    """Return a message if the study in a folder has other settings, naming what differs."""
+    path = folder / PLAN
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with written(path) as temporary:
-            temporary.write_text(json.dumps(wanted, indent=1) + "\n")
-        return
-    differences = list(_differences(json.loads(path.read_text()), wanted))
-    if differences:
-        raise ValueError(f"--run {folder} holds a study with other settings: {'; '.join(differences)}; choose another")
+        return []
+    found = list(_differing(json.loads(path.read_text()), settings.to_json()))
+    if not found:
+        return []
+    return [f"--run {folder} holds a study with other settings: {'; '.join(found)}; choose another folder"]
 
 
-def _differences(have: dict[str, Any], want: dict[str, Any]) -> list[str]:
-    found = []
+def _differing(have: dict[str, Any], want: dict[str, Any]) -> Iterator[str]:
     for name in sorted(have.keys() | want.keys()):
         a, b = have.get(name), want.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b)
+            yield from _differing(a, b)
         elif a != b:
-            found.append(f"{name} is {a!r} there and {b!r} here")
-    return found
+            yield f"{name} is {a!r} there and {b!r} here"
