@@ -77,8 +77,9 @@ def _reproduce(options: argparse.Namespace) -> int:
     claim(folder, settings)
     if not options.gather and not _done(folder, parts, settings, options, words, command):
         return 0
-    print(gather(folder, parts, settings, command))
-    print(f"\n{folder / 'study.json'} {folder / 'study.csv'}")
+    text = gather(folder, parts, settings, command)
+    if not options.shard:  # of several processes, each may be the one that finds all finished
+        print(f"{text}\n\n{folder / 'study.json'} {folder / 'study.csv'}")
     return 0
 
 

@@ -35,10 +35,12 @@ class Cost:
     """Training steps; None: it does not train."""
     flop: float
     """Operations, two per multiply-add."""
+    seconds: float = 0.0
+    """Time besides, which no operations are counted for, s."""
 
     def hours(self, tflops: float) -> float:
         """Return the time at a rate of so many 10^12 operations per second, h."""
-        return self.flop / tflops / 1e12 / 3600
+        return (self.flop / tflops / 1e12 + self.seconds) / 3600
 
 
 class Costs:
@@ -82,7 +84,8 @@ class Costs:
             most = self.settings.budget.relevance_structures
             work = [min(most, self._size(name, "val")) * self.forward(name, blocks, "direct") for name in self._mix]
             return Cost(steps=None, flop=TRAINING * sum(work))
-        return Cost(steps=None, flop=0.0)
+        seconds = self.settings.budget.inference_seconds if spec.kind == "inference" else 0.0
+        return Cost(steps=None, flop=0.0, seconds=seconds)
 
     @property
     def _mix(self) -> Sequence[str]:

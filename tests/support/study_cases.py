@@ -4,7 +4,6 @@ import dataclasses
 import subprocess
 
 import torch
-from support.inputs import environment
 
 import ejmp
 from ejmp.data import Format, Part, demo
@@ -12,6 +11,7 @@ from ejmp.data.store.conversion import convert
 from ejmp.study.settings import DOWNSTREAM, MIX
 from ejmp.train.demo import demo_config
 from ejmp.train.sources import demo_mix
+from support.inputs import environment
 
 COUNTS = {"train": 8, "val": 3, "test": 3}
 """Structures of each split of a store."""
@@ -54,7 +54,7 @@ def start(*arguments, **options):
     """Start `ejmp reproduce ARGUMENTS` in a process, and in a session, of its own."""
     words = ["ejmp", "reproduce", *map(str, arguments)]
     variables = environment(DS_ACCELERATOR="cpu") | options
-    return subprocess.Popen(  # noqa: S603
+    return subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables, start_new_session=True
     )
 
