@@ -72,7 +72,7 @@ def stand_alone(local_rank: int) -> None:
 
 
 def start_processes(words: Sequence[str], count: int, folder: Path) -> bool:
-    """Run a command as shards in several processes of this machine, which share its cores, and wait for them.
+    """Run a command as shards in several processes of this machine, which share its threads, and wait for them.
 
     Their training logs go to files in the folder; what they print goes to this process' standard output. SIGTERM and
     an interrupt are passed on to them.
@@ -88,7 +88,7 @@ def start_processes(words: Sequence[str], count: int, folder: Path) -> bool:
     Raises:
         RuntimeError: if one of them fails, with the end of what it wrote.
     """
-    threads = str(max(1, len(os.sched_getaffinity(0)) // count))
+    threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
     told: list[int] = []
     logs = [folder / f"shard{i}.log" for i in range(count)]
     processes: list[subprocess.Popen[bytes]] = []
@@ -103,7 +103,7 @@ def start_processes(words: Sequence[str], count: int, folder: Path) -> bool:
         for i, log in enumerate(logs):
             command = [sys.executable, "-c", START, *words, "--shard", f"{i}/{count}"]
             with log.open("wb") as errors:
-                environment = os.environ | {"OMP_NUM_THREADS": threads}
+                environment = os.environ | {"OMP_NUM_THREADS": str(max(1, threads // count))}
                 processes.append(
                     subprocess.Popen(command, stderr=errors, env=environment, start_new_session=True)  # noqa: S603
                 )
