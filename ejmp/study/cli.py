@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from ejmp.study.budget import DEMO, FINETUNE_SEEDS, FULL, SEEDS
-from ejmp.study.gather import gather
+from ejmp.study.gather import gather, is_ready
 from ejmp.study.plan import plan
 from ejmp.study.record import is_finished
 from ejmp.study.settings import PARTS, Part, StudySettings, check_parts, claim, make_settings
@@ -77,6 +77,8 @@ def _reproduce(options: argparse.Namespace) -> int:
     claim(folder, settings)
     if not options.gather and not _done(folder, parts, settings, options, words, command):
         return 0
+    if options.gather:
+        parts = tuple(part for part in parts if is_ready(folder, part, settings)) or parts
     text = gather(folder, parts, settings, command)
     if not options.shard:  # of several processes, each may be the one that finds all finished
         print(f"{text}\n\n{folder / 'study.json'} {folder / 'study.csv'}")

@@ -44,7 +44,7 @@ def gather(folder: Path, parts: Sequence[Part], settings: StudySettings, command
 
 def collect(folder: Path, settings: StudySettings, command: str) -> dict[str, Any]:
     """Return the contents of study.json: every part whose runs are all finished."""
-    ready: list[Part] = [part for part in PARTS if _is_ready(folder, part, settings)]
+    ready: list[Part] = [part for part in PARTS if is_ready(folder, part, settings)]
     results = [read_result(folder, spec.name) for spec in plan(ready, settings)]
     study: dict[str, Any] = {
         "command": command,
@@ -58,7 +58,7 @@ def collect(folder: Path, settings: StudySettings, command: str) -> dict[str, An
     return study | {"runs": [{name: result[name] for name in fields} for result in results]}
 
 
-def _is_ready(folder: Path, part: Part, settings: StudySettings) -> bool:
+def is_ready(folder: Path, part: Part, settings: StudySettings) -> bool:
     """Return whether a part has runs, and all of them are finished."""
     runs = list(runs_of(part, settings))
     return bool(runs) and all(is_finished(folder, spec.name) for spec in runs)

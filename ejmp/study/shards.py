@@ -84,6 +84,7 @@ def _take(spec: RunSpec, inputs: Inputs, runs: Sequence[RunSpec], shard: Shard) 
         machine = provenance(inputs.ranks.device)
         outcome = carry_out(spec, inputs)
         if outcome is None:
+            say(f"{spec.name}: stopped, with a checkpoint that the same command goes on from")
             raise SystemExit(0)
         write_json(folder / RESULT, _result(spec, outcome, time.time() - start, shard, machine))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)

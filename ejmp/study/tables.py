@@ -21,7 +21,7 @@ LABELS = {
 }
 """Tasks of Figures 3 and 4 as the paper names them."""
 UNITS = {"forces_meV_per_A": "meV/A", "energy_meV": "meV"}
-"""Units of errors by their name; others end in theirs."""
+"""Units of errors by their name; others end in theirs, or are in the catalogue's, eV."""
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
 def main_error(errors: dict[str, float]) -> tuple[str, float]:
     """Return unit and value of the error that the paper compares: of forces where there are some, or of the target."""
     name = "forces_meV_per_A" if "forces_meV_per_A" in errors else next(iter(errors))
-    return UNITS.get(name, name.rpartition("_")[2]), errors[name]
+    return UNITS.get(name) or name.rpartition("_")[2] or "eV", errors[name]
 
 
 def table1(study: Path, settings: StudySettings) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 
 from ejmp.study import budget, published
 from ejmp.study.plan import BLOCKS, FEWER, plan, runs_of
 from ejmp.study.settings import DOWNSTREAM, MIX, PARTS, check_parts, claim, make_settings
-from ejmp.study.spread import which_shard
+from ejmp.study.spread import stand_alone, which_shard
 from ejmp.train.presets import demo as demo_preset
 
 
@@ -111,6 +112,17 @@ def test_shards(monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "8")
     monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "1")
     assert which_shard("mpi") == (5, 8, 1)
+
+
+def test_a_rank_stands_alone(monkeypatch):
+    """No launcher's variables are left, and of two GPUs each rank sees one."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.setenv(name, "3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    stand_alone(3)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK"} & set(os.environ)
 
 
 def test_settings_of_training():
