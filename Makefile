@@ -5,7 +5,7 @@
 #   make slow    the tests too long for every day: all truncations and bit flips of a shard, 200 killed conversions
 #   make bench   set up .venv, then the block-count benchmark (table, results/blocks.json, results/blocks.png)
 #   make fuzz    100,000 damaged sources for every reader (hours; nightly)
-#   make demo    set up .venv, then teacher, relevance, pruning, distillation, fine-tuning on small data (runs/demo)
+#   make demo    set up .venv, then the paper's Table 1 on small data: pruning, distillation, controls (runs/demo)
 #   make gpu     with a GPU and only torch, triton, numpy and pytest: build, test, measure; benchmarks/results/<gpu>/
 #                (its steps apart: make gpu-build gpu-test gpu-ops ...; BUDGET=SECONDS for longer, RESULTS=FOLDER for elsewhere)
 #   make gpu-dry the same without a GPU, tiny and interpreted: proves the command (build/gpu-dry/)
@@ -44,7 +44,7 @@ fuzz: .venv/built
 	PYTHONPATH=tests $(BIN)/python -m support.fuzz_readers 100000
 
 demo: .venv/built
-	$(BIN)/python launch/demo.py
+	$(BIN)/ejmp reproduce table1 --run runs/demo --processes 2
 
 gpu:
 	$(GPU) all $(GPU_OPTIONS)

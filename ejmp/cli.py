@@ -12,6 +12,7 @@ from ejmp.data import cli as data
 from ejmp.export.cli import add_export
 from ejmp.measure import cli as measure
 from ejmp.predict import cli as predict
+from ejmp.study import cli as study
 from ejmp.train import main as training_main
 from ejmp.train.flags import COMMANDS
 
@@ -42,6 +43,7 @@ def make_parser() -> Parser:
     predict.add_predict(commands.add_parser("predict", help="energies, forces and stress of the structures of files"))
     predict.add_compare(commands.add_parser("compare", help="two models on the same structures, and on their labels"))
     measure.add_report(commands.add_parser("report", help="show a saved result again: of bench, profile or relevance"))
+    study.add_reproduce(commands.add_parser("reproduce", help="the paper's tables and figures: many runs, one command"))
     parser.take_config()
     config = commands.add_parser("config", help="print what flags and a --config file come to")
     show = config.add_subparsers(dest="config_command", required=True).add_parser("show", help="as TOML for --config")

@@ -268,6 +268,14 @@ def test_compare(folder, tmp_path):
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_reproduce(tmp_path):
+    run = tmp_path / "study"
+    assert "| kd-2-seed1 | distill | 7 |" in ejmp_command(
+        *("reproduce", "table1", "--run", run, "--dry-run", "--seeds", "2", "--distill-steps", "7")
+    )
+    assert not run.exists()
+
+
 def verbs(parser):
     """Yield the verbs of a parser, and those of `data` with their own."""
     for action in parser._subparsers._group_actions:

@@ -93,6 +93,7 @@ REQUIRED = {
     ("relax",): ("a.xyz", "--model", "m", "-o", "b.xyz"),
     ("md",): ("a.xyz", "--model", "m", "-o", "b.traj"),
     ("predict",): ("a.xyz", "b.xyz", "--model", "m", "-o", "c.extxyz"),
+    ("reproduce",): ("table1",),
     ("compare",): ("small", "full", "a.xyz", "-o", "page.png"),
 }
 """Arguments that verbs cannot do without; others have at most positional ones, which are given a name each."""

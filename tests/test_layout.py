@@ -36,6 +36,7 @@ ORDER = (
     ("pyg", "torchsim", "export"),
     "train",
     "measure",
+    "study",
     "cli",
 )
 """The rooms of ejmp, each of which may import those before it; the kernels come before all of them."""

@@ -238,6 +238,15 @@ def test_going_on_is_like_never_having_stopped(datasets):
     assert following.position == whole[-1].position + 4
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_random_numbers_are_left_alone(datasets, workers):
+    """A run that goes on starts one loader more than a run without a break, and both have to draw alike."""
+    sampler = MixSampler(sizes=[len(d) for d in datasets], seed=0, batch_size=2)
+    before = torch.get_rng_state()
+    next(iter(Loader(datasets=datasets, sampler=sampler, num_workers=workers).batches()))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_rank_without_structures_in_the_last_step_yields_no_batch(datasets):
     ids = []
     for rank in range(2):

@@ -89,6 +89,7 @@ class Loader:
             sampler=(request for request in requests if len(request[1])),
             num_workers=self.num_workers,
             pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # of its own: a run that goes on must not draw more numbers than one that ran
             **workers if self.num_workers else {},
         )
         try:

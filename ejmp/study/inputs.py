@@ -1,0 +1,55 @@
+"""What the runs of a study start from: the teacher and the datasets, with their tasks."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from ejmp.catalog import CATALOG
+from ejmp.model.checkpoint import load
+from ejmp.model.jmp import JMP
+from ejmp.study.record import locked
+from ejmp.study.settings import StudySettings
+from ejmp.train.demo import demo_teacher
+from ejmp.train.distributed import Ranks
+from ejmp.train.sources import TaskData, demo_downstream, demo_mix, from_stores, with_graph, with_tasks_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The teacher and the data of a study."""
+
+    settings: StudySettings
+    """Settings that name them."""
+    folder: Path
+    """Folder of the study."""
+    ranks: Ranks
+    """This process."""
+
+    def teacher_path(self) -> Path:
+        """Return where the teacher is; the demo's is made if it is not there yet, by one process at a time."""
+        if self.settings.teacher is not None:
+            return Path(self.settings.teacher)
+        with locked(self.folder / "teacher.lock", wait=True):
+            return demo_teacher(self.ranks)
+
+    def teacher(self) -> JMP:
+        """Return the teacher as it was saved, a model of its own for each call."""
+        return load(self.teacher_path())
+
+    def mix(self, teacher: JMP) -> list[TaskData]:
+        """Return the pre-training datasets, with the teacher's heads for them."""
+        return with_tasks_of(self.teacher_path(), self.open_mix(self.settings.mix), teacher)
+
+    def open_mix(self, names: Sequence[str]) -> list[TaskData]:
+        """Return some of the pre-training datasets, with tasks of their own."""
+        if self.settings.demo:
+            return [source for source in demo_mix() if source.name in names]
+        return from_stores(",".join(f"{name}={self.settings.stores[name]}" for name in names))
+
+    def downstream(self, name: str, start: JMP | None) -> TaskData:
+        """Return a dataset to fine-tune on, with JMP's task for it and the graphs for the model it starts from."""
+        if self.settings.demo:
+            return demo_downstream(name)
+        target = CATALOG[name].finetuning[0].target
+        (source,) = from_stores(f"{name}={self.settings.stores[name]}", target=target, forces="gradient")
+        return with_graph(source, start=start)
