@@ -4,6 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from ejmp.catalog import CATALOG
 from ejmp.train import presets
 from ejmp.train.config import TrainConfig
 
@@ -22,7 +23,7 @@ class Budget:
     distill_steps: int
     """Steps of a distillation, and of its control from random weights."""
     finetune_steps: int | None
-    """Steps of a fine-tuning run, the same for all numbers of blocks; None: 32 epochs, JMP's cosine."""
+    """Steps of a fine-tuning run, the same for all numbers of blocks; None: 32 epochs, JMP's warm-up and cosine."""
     validations: int
     """Validations during a fine-tuning run, at equal distances: the points of Figure 4."""
     distill_validations: int
@@ -77,21 +78,22 @@ def scratch_config(budget: Budget, *, demo: bool, seed: int) -> TrainConfig:
     return _scaled(config, budget.distill_steps, budget.distill_validations, seed)
 
 
-def finetune_config(budget: Budget, *, demo: bool, seed: int, structures: int) -> TrainConfig:
-    """Return the settings of a fine-tuning run: on real data warm-up and cosine take 5 and 32 epochs, as JMP's.
+def finetune_config(budget: Budget, *, demo: bool, seed: int, dataset: str, structures: int) -> TrainConfig:
+    """Return the settings of a fine-tuning run: on real data JMP's for the dataset, warm-up and cosine included.
 
     Args:
         budget: lengths of the runs.
         demo: whether the data is the demo's.
         seed: seed of the run.
-        structures: number of structures in the training split.
+        dataset: name of the dataset.
+        structures: number of structures in its training split.
     """
-    config = presets.demo("finetune") if demo else presets.finetune()
-    epoch = math.ceil(structures / config.batch_size)
-    config = _scaled(config, budget.finetune_steps or 32 * epoch, budget.validations, seed)
-    if not demo and budget.finetune_steps is None:
-        config = dataclasses.replace(config, warmup_steps=5 * epoch, cosine_steps=27 * epoch)
-    return config
+    config = presets.demo("finetune") if demo else presets.finetune(CATALOG[dataset].finetuning[0])
+    if budget.finetune_steps is not None:
+        return _scaled(config, budget.finetune_steps, budget.validations, seed)
+    whole = (config.warmup_epochs or 0) + (config.cosine_epochs or 0)
+    config = dataclasses.replace(config, epochs=whole, seed=seed)
+    return config.in_steps(epoch_size=structures, step_size=config.batch_size)
 
 
 def _scaled(config: TrainConfig, steps: int, validations: int, seed: int) -> TrainConfig:
@@ -100,6 +102,11 @@ def _scaled(config: TrainConfig, steps: int, validations: int, seed: int) -> Tra
     return dataclasses.replace(
         config,
         steps=steps,
+        epochs=None,
+        samples=None,
+        warmup_epochs=None,
+        cosine_epochs=None,
+        validate_epochs=None,
         seed=seed,
         warmup_steps=min(config.warmup_steps, steps // 6),
         validate_every=every,

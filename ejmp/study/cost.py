@@ -79,7 +79,7 @@ class Costs:
         if spec.kind == "finetune" and spec.dataset is not None:
             return self._of_finetuning(spec.dataset, spec, blocks)
         if spec.kind == "evaluate":
-            return Cost(steps=None, flop=self._validation(blocks))
+            return Cost(steps=None, flop=self._validation(blocks, None))
         if spec.kind == "relevance":
             most = self.settings.budget.relevance_structures
             work = [min(most, self._size(name, "val")) * self.forward(name, blocks, "direct") for name in self._mix]
@@ -94,8 +94,10 @@ class Costs:
     def _size(self, name: str, split: Literal["train", "val", "test"]) -> int:
         return len(self.sources[name].split(split))
 
-    def _validation(self, blocks: int) -> float:
-        return sum(self._size(name, "val") * self.forward(name, blocks, "direct") for name in self._mix)
+    def _validation(self, blocks: int, most: int | None) -> float:
+        """Return the operations of a validation on at most so many structures of each dataset; None: all of them."""
+        sizes = {name: self._size(name, "val") for name in self._mix}
+        return sum(min(size, most or size) * self.forward(name, blocks, "direct") for name, size in sizes.items())
 
     def _of_mix(self, spec: RunSpec, blocks: int) -> Cost:
         """Return the cost of training on the mix, of which a dataset's share goes with the root of its size."""
@@ -108,13 +110,14 @@ class Costs:
         )
         per_structure = TRAINING * student + (teacher if spec.kind == "distill" else 0.0)
         training = config.steps * config.batch_size * per_structure
-        return Cost(steps=config.steps, flop=training + _validations(config) * self._validation(blocks))
+        return Cost(
+            steps=config.steps, flop=training + _validations(config) * self._validation(blocks, config.val_structures)
+        )
 
     def _of_finetuning(self, name: str, spec: RunSpec, blocks: int) -> Cost:
         source = self.sources[name]
-        config = finetune_config(
-            self.settings.budget, demo=self.settings.demo, seed=spec.seed, structures=self._size(name, "train")
-        )
+        budget, structures = self.settings.budget, self._size(name, "train")
+        config = finetune_config(budget, demo=self.settings.demo, seed=spec.seed, dataset=name, structures=structures)
         more = GRADIENT_FORCES if source.task.forces == "gradient" else 1
         forward = more * self.forward(name, blocks, "scalar")
         measured = _validations(config) * self._size(name, "val") + self._size(name, "test")

@@ -8,16 +8,15 @@ import torch
 
 from ejmp.catalog import CATALOG
 from ejmp.measure.markdown import markdown_table
-from ejmp.model.checkpoint import load
 from ejmp.model.jmp import JMP
 from ejmp.study.cost import GRADIENT_FORCES, SAMPLE, TRAINING, Costs
 from ejmp.study.inputs import Inputs
 from ejmp.study.plan import BLOCKS, RunSpec, plan
 from ejmp.study.record import is_finished
 from ejmp.study.settings import Part, StudySettings, differences, timed
-from ejmp.train.demo import demo_config
 from ejmp.train.distributed import Ranks
-from ejmp.train.sources import Split, TaskData, demo_mix, with_tasks_of
+from ejmp.train.recipes import pretraining_data
+from ejmp.train.sources import Split, Stores, TaskData, with_graph, with_tasks_of
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 """This process, which is part of no group."""
@@ -84,7 +83,7 @@ def check_inputs(folder: Path, runs: Sequence[RunSpec], settings: StudySettings)
     found = Checked(problems=differences(folder, settings))
     inputs = Inputs(settings, folder, ALONE)
     try:
-        found.teacher = _teacher(inputs)
+        found.teacher = inputs.teacher()
     except (ValueError, OSError) as error:
         found.problems.append(f"--teacher {settings.teacher}: {error}")
     else:
@@ -98,13 +97,6 @@ def check_inputs(folder: Path, runs: Sequence[RunSpec], settings: StudySettings)
         found.sources[name] = source
         found.problems += [f"--data {name}: {text}" for text in _problems(source, splits, found.teacher)]
     return found
-
-
-def _teacher(inputs: Inputs) -> JMP:
-    """Return the teacher; of the demo's the sizes alone matter here, it is made when it is needed."""
-    if inputs.settings.teacher is None:
-        return JMP(demo_config(), tasks=[source.task for source in demo_mix()])
-    return load(Path(inputs.settings.teacher))
 
 
 def _teacher_problems(settings: StudySettings, teacher: JMP) -> Iterator[str]:
@@ -138,11 +130,12 @@ def splits_needed(runs: Sequence[RunSpec], settings: StudySettings) -> dict[str,
 
 def _open(name: str, inputs: Inputs, teacher: JMP | None) -> TaskData:
     """Return a dataset with its task, and with the graphs for the teacher where it could be loaded."""
-    if name in inputs.settings.mix:
-        source = inputs.open_mix((name,))[0]
-        tasks = {task.name for task in teacher.tasks} if teacher is not None else set()
-        return with_tasks_of(inputs.folder, [source], teacher)[0] if teacher is not None and name in tasks else source
-    return inputs.downstream(name, teacher)
+    if name not in inputs.settings.mix:
+        return inputs.downstream(name, teacher)
+    (source,) = inputs.open_mix((name,))
+    if teacher is not None and name in {task.name for task in teacher.tasks}:
+        return with_tasks_of(inputs.folder, [source], teacher)[0]
+    return with_graph(pretraining_data(source, head=0)) if isinstance(source, Stores) else source
 
 
 def _problems(source: TaskData, splits: set[Split], teacher: JMP | None) -> Iterator[str]:

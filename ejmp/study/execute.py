@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ejmp.catalog import CATALOG
 from ejmp.compress.config import parse_terms
 from ejmp.compress.pruning import prune
 from ejmp.data import InOrder, make_batch
@@ -164,9 +165,11 @@ def _finetuned(spec: RunSpec, inputs: Inputs) -> Outcome | None:
     start = load(run_folder(inputs.folder, spec.needs[0]) / FINAL) if spec.needs else _student(spec, teacher)
     source = inputs.downstream(spec.dataset, teacher)
     budget, demo = inputs.settings.budget, inputs.settings.demo
-    config = finetune_config(budget, demo=demo, seed=spec.seed, structures=len(source.split("train")))
-    reduction = "mean" if source.task.target == "gap" else "sum"
-    model = _ready(for_finetuning(start, reduction=reduction, seed=spec.seed), config, inputs.ranks)
+    structures = len(source.split("train"))
+    config = finetune_config(budget, demo=demo, seed=spec.seed, dataset=spec.dataset, structures=structures)
+    reduction, biases = CATALOG[spec.dataset].finetuning[0].reduction, source.task.forces is None
+    new = for_finetuning(start, reduction=reduction, biases=biases, seed=spec.seed)
+    model = _ready(new, config, inputs.ranks)
     objective = Supervised(model, tasks_of([source]))
     result = _trained(spec, inputs, objective, [source], config, LayerFactors())
     if result is None:

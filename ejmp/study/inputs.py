@@ -7,11 +7,11 @@ from pathlib import Path
 from ejmp.catalog import CATALOG
 from ejmp.model.checkpoint import load
 from ejmp.model.jmp import JMP
-from ejmp.study.record import locked
 from ejmp.study.settings import StudySettings
 from ejmp.train.demo import demo_teacher
 from ejmp.train.distributed import Ranks
-from ejmp.train.sources import TaskData, demo_downstream, demo_mix, from_stores, with_graph, with_tasks_of
+from ejmp.train.recipes import finetuning_data, recipe_graph
+from ejmp.train.sources import Stores, TaskData, demo_downstream, demo_mix, from_stores, with_graph, with_tasks_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +26,8 @@ class Inputs:
     """This process."""
 
     def teacher_path(self) -> Path:
-        """Return where the teacher is; the demo's is made if it is not there yet, by one process at a time."""
-        if self.settings.teacher is not None:
-            return Path(self.settings.teacher)
-        with locked(self.folder / "teacher.lock", wait=True):
-            return demo_teacher(self.ranks)
+        """Return where the teacher is."""
+        return demo_teacher() if self.settings.teacher is None else Path(self.settings.teacher)
 
     def teacher(self) -> JMP:
         """Return the teacher as it was saved, a model of its own for each call."""
@@ -40,8 +37,8 @@ class Inputs:
         """Return the pre-training datasets, with the teacher's heads for them."""
         return with_tasks_of(self.teacher_path(), self.open_mix(self.settings.mix), teacher)
 
-    def open_mix(self, names: Sequence[str]) -> list[TaskData]:
-        """Return some of the pre-training datasets, with tasks of their own."""
+    def open_mix(self, names: Sequence[str]) -> Sequence[Stores | TaskData]:
+        """Return some of the pre-training datasets."""
         if self.settings.demo:
             return [source for source in demo_mix() if source.name in names]
         return from_stores(",".join(f"{name}={self.settings.stores[name]}" for name in names))
@@ -50,6 +47,6 @@ class Inputs:
         """Return a dataset to fine-tune on, with JMP's task for it and the graphs for the model it starts from."""
         if self.settings.demo:
             return demo_downstream(name)
-        target = CATALOG[name].finetuning[0].target
-        (source,) = from_stores(f"{name}={self.settings.stores[name]}", target=target, forces="gradient")
-        return with_graph(source, start=start)
+        (stores,) = from_stores(f"{name}={self.settings.stores[name]}")
+        recipe = CATALOG[name].finetuning[0]
+        return with_graph(finetuning_data(stores, recipe=recipe), start=start, known=recipe_graph(recipe))

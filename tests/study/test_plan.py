@@ -130,9 +130,9 @@ def test_settings_of_training():
     distill = budget.distill_config(lengths, demo=True, seed=3)
     assert (distill.steps, distill.seed, distill.validate_every, distill.warmup_steps) == (150, 3, 150, 20)
     assert distill.lr == demo_preset("distill").lr
-    finetune = budget.finetune_config(lengths, demo=True, seed=0, structures=1000)
+    finetune = budget.finetune_config(lengths, demo=True, seed=0, dataset="qmof", structures=1000)
     assert (finetune.steps, finetune.validate_every, finetune.warmup_steps) == (60, 10, 10)
-    real = budget.finetune_config(budget.FULL, demo=False, seed=0, structures=1001)
+    real = budget.finetune_config(budget.FULL, demo=False, seed=0, dataset="qmof", structures=1001)
     epoch = 251  # batches of 4
     assert (real.warmup_steps, real.cosine_steps, real.steps) == (5 * epoch, 27 * epoch, 32 * epoch)
     assert real.validate_every == epoch
