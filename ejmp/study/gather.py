@@ -1,4 +1,4 @@
-"""Gathers the results of a study: study.json, study.csv and the text for people."""
+"""Gathers the results of a study: study.json, study.csv, the page and the text for people."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ from typing import Any
 from ejmp.data.store.durable import written
 from ejmp.measure.markdown import markdown_table
 from ejmp.study.numbers import COLUMNS, csv_rows
+from ejmp.study.page import write_study_page
 from ejmp.study.plan import plan, runs_of
 from ejmp.study.record import is_finished, locked, read_result, write_json
 from ejmp.study.settings import PARTS, Part, StudySettings
@@ -15,7 +16,7 @@ from ejmp.study.tables import MAKERS
 
 
 def gather(folder: Path, parts: Sequence[Part], settings: StudySettings, command: str) -> str:
-    """Write study.json and study.csv of all parts whose runs are finished, and return the parts asked for as text.
+    """Write study.json, study.csv and the page of all finished parts, and return the parts asked for as text.
 
     Args:
         folder: folder of the study.
@@ -39,7 +40,11 @@ def gather(folder: Path, parts: Sequence[Part], settings: StudySettings, command
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
             writer.writerows(csv_rows(study))
-    return "\n\n".join(text(part, study[part]) for part in parts)
+        try:
+            page = f"the page: {write_study_page(folder)}"
+        except ModuleNotFoundError as error:
+            page = f"no page: {error}"
+    return "\n\n".join([*(text(part, study[part]) for part in parts), page])
 
 
 def collect(folder: Path, settings: StudySettings, command: str) -> dict[str, Any]:
