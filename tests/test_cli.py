@@ -21,7 +21,8 @@ from ejmp.train import main as training_main
 from ejmp.train.config import TrainConfig
 from ejmp.train.demo import demo_config
 from ejmp.train.flags import COMMANDS
-from ejmp.train.sources import from_stores, tasks_of
+from ejmp.train.recipes import pretraining_data
+from ejmp.train.sources import from_stores, tasks_of, with_graph
 
 ROOT = Path(__file__).parents[1]
 RUN = ("--device", "cpu", "--steps", "2", "--batch-size", "2", "--validate-every", "2", "--log-every", "1")
@@ -76,7 +77,8 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     sizes = {name: 8 for name in vars(demo_config()) if name.startswith("emb_size")}
     model = ejmp.JMP(dataclasses.replace(demo_config(blocks=2), num_tasks=1, num_radial=8, **sizes))
-    model.tasks = tasks_of(from_stores(f"methanol={folder / 'methanol'}"))
+    (stores,) = from_stores(f"methanol={folder / 'methanol'}")
+    model.tasks = tasks_of([with_graph(pretraining_data(stores, 0), cutoff=12.0, max_neighbors=30)])
     ejmp.save(model, folder / "model")
     return folder
 
@@ -318,4 +320,3 @@ def test_requests_are_made_of_flags(name):
     if name != "evaluate":
         assert request.run.directory == Path("runs", name)
         assert isinstance(request.run.config, TrainConfig)
-        assert request.run.given == frozenset()

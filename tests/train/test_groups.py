@@ -27,7 +27,7 @@ def test_every_parameter_once(tiny, keep, factors):
         return
     numbers = {"embedding": 0.3, "block 0": 0.55, "block 1": 0.40, "block 2": 0.30, "rest": 1.0}
     kept = keep or (0, 1, 2)
-    parts = ["embedding", *(f"block {i}" for i in kept), "rest"]
+    parts = ["embedding", *{"block 0", *(f"block {i}" for i in kept)}, "rest"]
     assert sorted(group["name"] for group in groups) == sorted(parts)
     for group in groups:
         assert group["lr_factor"] == numbers[group["name"]]
@@ -36,8 +36,9 @@ def test_every_parameter_once(tiny, keep, factors):
     # A block's group is as large as the block and its output block, both found by name in the unpruned model.
     sizes = {group["name"]: sum(p.numel() for p in group["params"]) for group in groups}
     tensors = dict(tiny.named_parameters())
-    for i in kept:
-        prefixes = (f"backbone.int_blocks.{i}.", f"backbone.out_blocks.{i + 1}.")
+    for i in {0, *kept}:
+        prefixes = [f"backbone.{kind}_blocks.{i + after}." for kind, after in (("int", 0), ("out", 1)) if i in kept]
+        prefixes = (*prefixes, *["backbone.out_blocks.0."] * (i == 0))  # that of the embedding
         assert sizes[f"block {i}"] == sum(p.numel() for name, p in tensors.items() if name.startswith(prefixes))
     heads = list(model.output.parameters())
     rest = next(group for group in groups if group["name"] == "rest")

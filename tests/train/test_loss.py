@@ -138,9 +138,12 @@ def test_fixed_atoms_are_trained_on_but_not_measured(case):
 
 def test_other_targets_and_gradient_forces():
     """Gradient forces are in units of the energy's std; a target of its own is normalised by its own."""
-    structures = molecules([2, 3], energy=[-30.0, -50.0], targets=[{}, {"gap": 2.5}], forces=[np.ones((2, 3)), None])
+    structures = molecules(
+        [2, 3], energy=[-30.0, -50.0], targets=[{}, {"bandgap": 2.5}], forces=[np.ones((2, 3)), None]
+    )
     batch = batch_of(structures, [0, 1])
-    tasks = Tasks([finetune_task("aspirin"), finetune_task("qmof_gap")])
+    aspirin = dataclasses.replace(finetune_task("aspirin"), std=0.27, energy_weight=1.0, force_weight=100.0)
+    tasks = Tasks([aspirin, finetune_task("qmof_gap")])
     energy = torch.zeros(2, 1, dtype=torch.float64)
     energy[0] = (-30.0 - tasks[0].mean) / tasks[0].std
     energy[1] = (2.5 - tasks[1].mean) / tasks[1].std
@@ -156,17 +159,44 @@ def test_other_targets_and_gradient_forces():
             "energy_meV_per_atom": pytest.approx(500 * tasks[0].std),
             "forces_meV_per_A": pytest.approx(1000 * tasks[0].std),
         },
-        "qmof_gap": {"gap_eV": pytest.approx(tasks[1].std)},
+        "qmof_gap": {"bandgap_eV": pytest.approx(tasks[1].std)},
     }
     assert tasks.energy(energy[:, 0], batch).tolist() == pytest.approx([-30.0, 2.5])
     assert tasks.forces(forces, batch)[:2].flatten().tolist() == pytest.approx([1] * 6)
 
 
+def test_an_energy_that_is_not_trained_is_not_measured():
+    """Its zero is anywhere; the forces, in units of their own deviation, follow from it."""
+    batch = batch_of(molecules([2], energy=[-30.0], forces=[np.ones((2, 3))]), [0])
+    maes = Maes(Tasks([finetune_task("aspirin")]))
+    maes.update(torch.zeros(1, 1).double(), torch.full((2, 3), 2 / 1.2733363).double(), batch)
+    assert maes.result() == {"aspirin": {"forces_meV_per_A": pytest.approx(1000)}}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_fine_tuning_averages_forces_over_atoms(known):
+    """Every atom of the batch counts the same, whatever the size of its molecule: not so in pre-training."""
+    random = np.random.default_rng(1)
+    labels = [random.normal(size=(n, 3)) for n in (2, 5)]
+    if not known:
+        labels[1][3, 2] = NAN
+    batch = batch_of(molecules([2, 5], forces=labels), [0, 0])
+    forces = random.normal(size=(7, 3))
+    norms = np.linalg.norm(forces - np.concatenate(labels) / 1.3 + 1e-6, axis=1)
+    for force_mean, mean in {
+        "atoms": np.nanmean(norms),
+        "structures": (np.nanmean(norms[:2]) + np.nanmean(norms[2:])) / 2,
+    }.items():
+        task = Task(name="a", std=1.3, force_std=1.3, force_weight=10.0, force_mean=force_mean, forces="gradient")
+        losses = multitask_loss(torch.zeros(2, 1).double(), torch.from_numpy(forces), batch, Tasks([task]))
+        assert losses.parts["forces"].item() == pytest.approx(10 * mean, rel=1e-12)
+
+
 def test_large_energies_keep_their_digits():
     """JMP's aspirin energies are 1e5 times their std: float32 would lose the fifth digit of the loss."""
-    task = finetune_task("aspirin")
+    task = dataclasses.replace(finetune_task("aspirin"), std=0.27, energy_weight=1.0, force_weight=0.0)
     batch = batch_of(molecules([2], energy=[task.mean + 1.5e-4 * task.std]), [0])
-    losses = multitask_loss(torch.zeros(1, 1), None, batch, Tasks([dataclasses.replace(task, force_weight=0.0)]))
+    losses = multitask_loss(torch.zeros(1, 1), None, batch, Tasks([task]))
     assert losses.total.dtype == torch.float32
     assert losses.total.item() == pytest.approx(1.5e-4, rel=1e-4)
 
@@ -317,7 +347,12 @@ INFO = DatasetInfo(name="x", format="npz", split="train", count=1, source="", li
         (lambda: Task(name="a", force_weight=-1), "force_weight: expected 0 or more, got -1"),
         (lambda: Task(name="a", force_weight=1.0, forces=None), "forces: expected"),
         (lambda: Task(name="a", forces="indirect"), "got 'indirect'"),
+        (lambda: Task(name="a", force_mean="steps"), "force_mean: expected"),
         (lambda: Tasks([]), "one per dataset"),
+        (
+            lambda: Tasks([Task(name="a", force_weight=1.0), finetune_task("aspirin")]),
+            "expected one force_mean, got structures and atoms",
+        ),
         (lambda: Tasks([Task(name="a"), Task(name="a")]), "different names"),
         (lambda: finetune_task("benzene"), "expected one of aspirin, .* got 'benzene'"),
         (lambda: Task.from_info(INFO), "x has statistics of none, got 'energy'"),
