@@ -4,7 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from ejmp.catalog import CATALOG
+from ejmp.catalog import Finetuning
 from ejmp.train import presets
 from ejmp.train.config import TrainConfig
 
@@ -20,14 +20,18 @@ class Budget:
         ValueError: if a number is not positive.
     """
 
-    distill_steps: int
-    """Steps of a distillation, and of its control from random weights."""
+    distill_steps: int | None
+    """Steps of a distillation, and of its control from random weights; None: 1.8 million structures."""
     finetune_steps: int | None
-    """Steps of a fine-tuning run, the same for all numbers of blocks; None: 32 epochs, JMP's warm-up and cosine."""
-    validations: int
-    """Validations during a fine-tuning run, at equal distances: the points of Figure 4."""
-    distill_validations: int
-    """Validations during a distillation, the best of which counts."""
+    """Steps of a fine-tuning run, the same for all numbers of blocks; None: as many as JMP's recipe has."""
+    finetune_seconds: float | None
+    """Training time of a fine-tuning run, twice that on QM9, s; None: there is no limit, so that it can be repeated."""
+    validations: int | None
+    """Validations during a fine-tuning run, at equal distances: the points of Figure 4; None: one per epoch."""
+    distill_validations: int | None
+    """Validations during a distillation, the best of which counts; None: as often as in pre-training."""
+    val_structures: int | None
+    """Most validation structures of each pre-training dataset, the same ones in all runs; None: all."""
     relevance_structures: int
     """Most structures of each dataset for the relevance of blocks."""
     inference_batch: int
@@ -45,23 +49,27 @@ class Budget:
 DEMO = Budget(
     distill_steps=150,
     finetune_steps=60,
+    finetune_seconds=None,
     validations=6,
     distill_validations=1,
+    val_structures=None,
     relevance_structures=32,
     inference_batch=8,
     inference_seconds=30.0,
 )
 """Lengths on the demo data: Table 1 within 9 minutes, everything within 45 minutes on two cores."""
 FULL = Budget(
-    distill_steps=425_000,
+    distill_steps=None,
     finetune_steps=None,
-    validations=32,
-    distill_validations=10,
+    finetune_seconds=24 * 3600.0,
+    validations=None,
+    distill_validations=None,
+    val_structures=10_000,
     relevance_structures=1000,
     inference_batch=4,
     inference_seconds=120.0,
 )
-"""Lengths on the real data: distillation on 1.7 million samples in batches of 4, below 1.5% of 120 million."""
+"""Lengths on the real data: the paper's, a GPU-day for each fine-tuning run, two for QM9."""
 SEEDS, FINETUNE_SEEDS = 3, 1
 """Seeds of each distillation and of each fine-tuning run, unless somebody asks for others."""
 
@@ -75,41 +83,49 @@ def distill_config(budget: Budget, *, demo: bool, seed: int) -> TrainConfig:
 def scratch_config(budget: Budget, *, demo: bool, seed: int) -> TrainConfig:
     """Return the settings of training from random weights for as many steps as a distillation."""
     config = presets.demo("pretrain") if demo else presets.pretrain()
+    config = dataclasses.replace(config, epochs=None, samples=None if demo else presets.DISTILLATION_SAMPLES)
     return _scaled(config, budget.distill_steps, budget.distill_validations, seed)
 
 
-def finetune_config(budget: Budget, *, demo: bool, seed: int, dataset: str, structures: int) -> TrainConfig:
-    """Return the settings of a fine-tuning run: on real data JMP's for the dataset, warm-up and cosine included.
+def finetune_config(budget: Budget, *, recipe: Finetuning | None, seed: int) -> TrainConfig:
+    """Return the settings of a fine-tuning run.
 
     Args:
         budget: lengths of the runs.
-        demo: whether the data is the demo's.
+        recipe: JMP's recipe for the task; None: the demo's.
         seed: seed of the run.
-        dataset: name of the dataset.
-        structures: number of structures in its training split.
     """
-    config = presets.demo("finetune") if demo else presets.finetune(CATALOG[dataset].finetuning[0])
-    if budget.finetune_steps is not None:
-        return _scaled(config, budget.finetune_steps, budget.validations, seed)
-    whole = (config.warmup_epochs or 0) + (config.cosine_epochs or 0)
-    config = dataclasses.replace(config, epochs=whole, seed=seed)
-    return config.in_steps(epoch_size=structures, step_size=config.batch_size)
+    config = presets.demo("finetune") if recipe is None else presets.finetune(recipe)
+    if budget.finetune_seconds is not None:
+        times = 2 if recipe is not None and recipe.task == "qm9_u0" else 1
+        config = dataclasses.replace(config, max_seconds=times * budget.finetune_seconds)
+    return _scaled(config, budget.finetune_steps, budget.validations, seed)
 
 
-def _scaled(config: TrainConfig, steps: int, validations: int, seed: int) -> TrainConfig:
-    """Return settings for fewer steps: a warm-up of a sixth at most, and checkpoints often enough to go on from."""
-    every = math.ceil(steps / validations)
+def _scaled(config: TrainConfig, steps: int | None, validations: int | None, seed: int) -> TrainConfig:
+    """Return settings for fewer steps: a warm-up of a sixth, and checkpoints often enough to go on from.
+
+    Args:
+        config: a recipe.
+        steps: number of steps; None: the recipe's length, warm-up, cosine and validations stay.
+        validations: number of validations at equal distances.
+        seed: seed of the run.
+    """
+    if steps is None:
+        return dataclasses.replace(config, seed=seed)
+    every = math.ceil(steps / (validations or 10))
     return dataclasses.replace(
         config,
         steps=steps,
         epochs=None,
         samples=None,
-        warmup_epochs=None,
-        cosine_epochs=None,
-        validate_epochs=None,
         seed=seed,
         warmup_steps=min(config.warmup_steps, steps // 6),
+        warmup_epochs=None,
+        cosine_steps=None,
+        cosine_epochs=None,
         validate_every=every,
+        validate_epochs=None,
         checkpoint_every=min(1000, math.ceil(steps / CHECKPOINTS)),
         log_every=min(config.log_every, max(1, every // 2)),
     )

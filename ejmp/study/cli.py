@@ -17,11 +17,22 @@ TFLOPS = 30.0
 LENGTHS = {
     "distill_steps": (int, "steps of each distillation"),
     "finetune_steps": (int, "steps of each fine-tuning run"),
+    "finetune_seconds": (float, "most training time of a fine-tuning run, twice that on QM9, s"),
+    "val_structures": (int, "most validation structures of each pre-training dataset"),
     "relevance_structures": (int, "most structures of each dataset for Figure 2"),
     "inference_batch": (int, "structures in the batch of Table 2"),
     "inference_seconds": (float, "time for Table 2, s"),
 }
 """Fields of `Budget` that have a flag: their type and what they are."""
+
+
+NOT_GIVEN = {
+    "distill_steps": "those of 1.8 million structures",
+    "finetune_steps": "those of JMP's recipe",
+    "finetune_seconds": "no limit",
+    "val_structures": "all",
+}
+"""What no number means."""
 
 
 def add_reproduce(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +54,7 @@ def add_reproduce(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--finetune-seeds", type=int, help=f"of each fine-tuning run (default: {FINETUNE_SEEDS})")
     for name, (kind, what) in LENGTHS.items():
         usual, small = (getattr(budget, name) for budget in (FULL, DEMO))
-        usual = "32 epochs" if usual is None else usual
+        usual, small = (NOT_GIVEN[name] if value is None else value for value in (usual, small))
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=kind, help=f"{what} (default: {usual}; on the demo data {small})"
         )

@@ -8,12 +8,13 @@ from typing import Literal
 
 import numpy as np
 
-from ejmp.data import make_batch
+from ejmp.data import MixSampler, make_batch
 from ejmp.measure.flops import count_macs, graph_sizes
 from ejmp.model.config import JMPConfig
 from ejmp.model.jmp import JMP
 from ejmp.study.budget import distill_config, finetune_config, scratch_config
 from ejmp.study.execute import scalar_model
+from ejmp.study.inputs import recipe_for
 from ejmp.study.plan import BLOCKS, FEWER, RunSpec
 from ejmp.study.settings import StudySettings
 from ejmp.train.config import TrainConfig
@@ -34,13 +35,18 @@ class Cost:
     steps: int | None
     """Training steps; None: it does not train."""
     flop: float
-    """Operations, two per multiply-add."""
+    """Operations besides training, two per multiply-add."""
+    training: float = 0.0
+    """Operations of the training steps."""
+    max_seconds: float = float("inf")
+    """Time after which the training ends, s."""
     seconds: float = 0.0
     """Time besides, which no operations are counted for, s."""
 
     def hours(self, tflops: float) -> float:
         """Return the time at a rate of so many 10^12 operations per second, h."""
-        return (self.flop / tflops / 1e12 + self.seconds) / 3600
+        rate = tflops * 1e12
+        return (self.flop / rate + min(self.training / rate, self.max_seconds) + self.seconds) / 3600
 
 
 class Costs:
@@ -79,7 +85,7 @@ class Costs:
         if spec.kind == "finetune" and spec.dataset is not None:
             return self._of_finetuning(spec.dataset, spec, blocks)
         if spec.kind == "evaluate":
-            return Cost(steps=None, flop=self._validation(blocks, None))
+            return Cost(steps=None, flop=self._validation(blocks))
         if spec.kind == "relevance":
             most = self.settings.budget.relevance_structures
             work = [min(most, self._size(name, "val")) * self.forward(name, blocks, "direct") for name in self._mix]
@@ -94,15 +100,14 @@ class Costs:
     def _size(self, name: str, split: Literal["train", "val", "test"]) -> int:
         return len(self.sources[name].split(split))
 
-    def _validation(self, blocks: int, most: int | None) -> float:
-        """Return the operations of a validation on at most so many structures of each dataset; None: all of them."""
-        sizes = {name: self._size(name, "val") for name in self._mix}
-        return sum(min(size, most or size) * self.forward(name, blocks, "direct") for name, size in sizes.items())
+    def _validation(self, blocks: int) -> float:
+        return sum(self._size(name, "val") * self.forward(name, blocks, "direct") for name in self._mix)
 
     def _of_mix(self, spec: RunSpec, blocks: int) -> Cost:
         """Return the cost of training on the mix, of which a dataset's share goes with the root of its size."""
         make = distill_config if spec.kind == "distill" else scratch_config
         config = make(self.settings.budget, demo=self.settings.demo, seed=spec.seed)
+        config = config.in_steps(epoch_size=self._epoch(), step_size=config.batch_size)
         shares = np.sqrt([self._size(name, "train") for name in self._mix])
         shares /= shares.sum()
         student, teacher = (
@@ -110,19 +115,23 @@ class Costs:
         )
         per_structure = TRAINING * student + (teacher if spec.kind == "distill" else 0.0)
         training = config.steps * config.batch_size * per_structure
-        return Cost(
-            steps=config.steps, flop=training + _validations(config) * self._validation(blocks, config.val_structures)
-        )
+        return Cost(steps=config.steps, flop=_validations(config) * self._validation(blocks), training=training)
+
+    def _epoch(self) -> int:
+        """Return the number of structures in an epoch of the mix."""
+        return MixSampler(sizes=[self._size(name, "train") for name in self._mix], seed=0, batch_size=1).epoch_size
 
     def _of_finetuning(self, name: str, spec: RunSpec, blocks: int) -> Cost:
         source = self.sources[name]
-        budget, structures = self.settings.budget, self._size(name, "train")
-        config = finetune_config(budget, demo=self.settings.demo, seed=spec.seed, dataset=name, structures=structures)
+        recipe = None if self.settings.demo else recipe_for(name)
+        config = finetune_config(self.settings.budget, recipe=recipe, seed=spec.seed)
+        config = config.in_steps(epoch_size=self._size(name, "train"), step_size=config.batch_size)
         more = GRADIENT_FORCES if source.task.forces == "gradient" else 1
         forward = more * self.forward(name, blocks, "scalar")
         measured = _validations(config) * self._size(name, "val") + self._size(name, "test")
-        training = config.steps * config.batch_size * TRAINING
-        return Cost(steps=config.steps, flop=forward * (training + measured))
+        training = forward * config.steps * config.batch_size * TRAINING
+        limit = float("inf") if config.max_seconds is None else config.max_seconds
+        return Cost(steps=config.steps, flop=forward * measured, training=training, max_seconds=limit)
 
 
 def _validations(config: TrainConfig) -> int:

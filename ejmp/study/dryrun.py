@@ -6,17 +6,16 @@ from pathlib import Path
 
 import torch
 
-from ejmp.catalog import CATALOG
 from ejmp.measure.markdown import markdown_table
 from ejmp.model.jmp import JMP
+from ejmp.model.task import Task
 from ejmp.study.cost import GRADIENT_FORCES, SAMPLE, TRAINING, Costs
 from ejmp.study.inputs import Inputs
 from ejmp.study.plan import BLOCKS, RunSpec, plan
 from ejmp.study.record import is_finished
 from ejmp.study.settings import Part, StudySettings, differences, timed
 from ejmp.train.distributed import Ranks
-from ejmp.train.recipes import pretraining_data
-from ejmp.train.sources import Split, Stores, TaskData, with_graph, with_tasks_of
+from ejmp.train.sources import Split, TaskData
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 """This process, which is part of no group."""
@@ -85,7 +84,7 @@ def check_inputs(folder: Path, runs: Sequence[RunSpec], settings: StudySettings)
     try:
         found.teacher = inputs.teacher()
     except (ValueError, OSError) as error:
-        found.problems.append(f"--teacher {settings.teacher}: {error}")
+        found.problems.append(f"--teacher {settings.teacher or 'of the demo'}: {error}")
     else:
         found.problems += _teacher_problems(settings, found.teacher)
     for name, splits in splits_needed(runs, settings).items():
@@ -133,9 +132,8 @@ def _open(name: str, inputs: Inputs, teacher: JMP | None) -> TaskData:
     if name not in inputs.settings.mix:
         return inputs.downstream(name, teacher)
     (source,) = inputs.open_mix((name,))
-    if teacher is not None and name in {task.name for task in teacher.tasks}:
-        return with_tasks_of(inputs.folder, [source], teacher)[0]
-    return with_graph(pretraining_data(source, head=0)) if isinstance(source, Stores) else source
+    known = [task for task in teacher.tasks if task.name == name] if teacher is not None else []
+    return TaskData(splits=source.splits, task=known[0] if known else Task(name=name))
 
 
 def _problems(source: TaskData, splits: set[Split], teacher: JMP | None) -> Iterator[str]:
@@ -153,9 +151,10 @@ def _problems(source: TaskData, splits: set[Split], teacher: JMP | None) -> Iter
         except (ValueError, OSError) as error:
             yield f"{split}: {error}"
     yield from _unknown_elements(source, teacher)
-    recipes = CATALOG[source.name].finetuning
-    if recipes and recipes[0].force_std is not None and source.task.forces is None:
-        yield "expected forces, got none"
+    info = next(iter(source.splits.values())).info
+    wanted = {"forces"} if source.task.forces is not None else {source.task.target}
+    if not wanted <= set(info.statistics):
+        yield f"expected {', '.join(wanted)}, got {', '.join(sorted(info.statistics)) or 'no labels'}"
 
 
 def _unknown_elements(source: TaskData, teacher: JMP | None) -> Iterator[str]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from ejmp.catalog import CATALOG
 from ejmp.compress.config import parse_terms
 from ejmp.compress.pruning import prune
 from ejmp.data import InOrder, make_batch
@@ -20,7 +19,7 @@ from ejmp.measure.timing import Rounds, by_turns
 from ejmp.model.checkpoint import load
 from ejmp.model.jmp import JMP
 from ejmp.study.budget import distill_config, finetune_config, scratch_config
-from ejmp.study.inputs import Inputs
+from ejmp.study.inputs import Inputs, recipe_for
 from ejmp.study.plan import BLOCKS, FEWER, Kind, RunSpec
 from ejmp.study.record import run_folder
 from ejmp.study.settings import timed
@@ -164,12 +163,12 @@ def _finetuned(spec: RunSpec, inputs: Inputs) -> Outcome | None:
     teacher = inputs.teacher()
     start = load(run_folder(inputs.folder, spec.needs[0]) / FINAL) if spec.needs else _student(spec, teacher)
     source = inputs.downstream(spec.dataset, teacher)
-    budget, demo = inputs.settings.budget, inputs.settings.demo
-    structures = len(source.split("train"))
-    config = finetune_config(budget, demo=demo, seed=spec.seed, dataset=spec.dataset, structures=structures)
-    reduction, biases = CATALOG[spec.dataset].finetuning[0].reduction, source.task.forces is None
-    new = for_finetuning(start, reduction=reduction, biases=biases, seed=spec.seed)
-    model = _ready(new, config, inputs.ranks)
+    recipe = recipe_for(spec.dataset)
+    config = finetune_config(inputs.settings.budget, recipe=None if inputs.settings.demo else recipe, seed=spec.seed)
+    reduction = "mean" if source.task.target == "gap" else recipe.reduction
+    biases = source.task.forces is None
+    model = for_finetuning(start, reduction=reduction, biases=biases, seed=spec.seed)
+    model = _ready(model, config, inputs.ranks)
     objective = Supervised(model, tasks_of([source]))
     result = _trained(spec, inputs, objective, [source], config, LayerFactors())
     if result is None:

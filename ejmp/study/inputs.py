@@ -4,14 +4,23 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from ejmp.catalog import CATALOG
+from ejmp.catalog import CATALOG, Finetuning
 from ejmp.model.checkpoint import load
 from ejmp.model.jmp import JMP
 from ejmp.study.settings import StudySettings
 from ejmp.train.demo import demo_teacher
 from ejmp.train.distributed import Ranks
 from ejmp.train.recipes import finetuning_data, recipe_graph
-from ejmp.train.sources import Stores, TaskData, demo_downstream, demo_mix, from_stores, with_graph, with_tasks_of
+from ejmp.train.sources import (
+    Splits,
+    TaskData,
+    at_most,
+    demo_downstream,
+    demo_mix,
+    from_stores,
+    with_graph,
+    with_tasks_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +43,13 @@ class Inputs:
         return load(self.teacher_path())
 
     def mix(self, teacher: JMP) -> list[TaskData]:
-        """Return the pre-training datasets, with the teacher's heads for them."""
-        return with_tasks_of(self.teacher_path(), self.open_mix(self.settings.mix), teacher)
+        """Return the pre-training datasets with the teacher's heads for them, and as much to validate on as is used."""
+        sources = with_tasks_of(self.teacher_path(), self.open_mix(self.settings.mix), teacher)
+        most = self.settings.budget.val_structures
+        return [at_most(source, "val", most) if "val" in source.splits else source for source in sources]
 
-    def open_mix(self, names: Sequence[str]) -> Sequence[Stores | TaskData]:
-        """Return some of the pre-training datasets."""
+    def open_mix(self, names: Sequence[str]) -> Sequence[Splits]:
+        """Return some of the pre-training datasets, whose tasks are still to be chosen."""
         if self.settings.demo:
             return [source for source in demo_mix() if source.name in names]
         return from_stores(",".join(f"{name}={self.settings.stores[name]}" for name in names))
@@ -47,6 +58,11 @@ class Inputs:
         """Return a dataset to fine-tune on, with JMP's task for it and the graphs for the model it starts from."""
         if self.settings.demo:
             return demo_downstream(name)
+        recipe = recipe_for(name)
         (stores,) = from_stores(f"{name}={self.settings.stores[name]}")
-        recipe = CATALOG[name].finetuning[0]
         return with_graph(finetuning_data(stores, recipe=recipe), start=start, known=recipe_graph(recipe))
+
+
+def recipe_for(name: str) -> Finetuning:
+    """Return JMP's recipe for the task of the paper on a dataset."""
+    return CATALOG[name].finetuning[0]

@@ -6,11 +6,12 @@ import os
 
 import pytest
 
+from ejmp.catalog import CATALOG
 from ejmp.study import budget, published
 from ejmp.study.plan import BLOCKS, FEWER, plan, runs_of
 from ejmp.study.settings import DOWNSTREAM, MIX, PARTS, check_parts, claim, make_settings
 from ejmp.study.spread import stand_alone, which_shard
-from ejmp.train.presets import demo as demo_preset
+from ejmp.train import presets
 
 
 def settings(**changes):
@@ -91,9 +92,7 @@ def test_a_folder_holds_one_study(tmp_path):
     before = (tmp_path / "plan.json").read_bytes()
     claim(tmp_path, asked)
     assert json.loads(before)["budget"]["distill_steps"] == 7
-    with pytest.raises(
-        ValueError, match=r"other settings: distill_steps is 7 there and 150 here; seeds is 2 there and"
-    ):
+    with pytest.raises(ValueError, match="distill_steps is 7 there and 150 here; seeds is 2 there and 5 here"):
         claim(tmp_path, settings(seeds=5))
     assert (tmp_path / "plan.json").read_bytes() == before
 
@@ -129,13 +128,16 @@ def test_settings_of_training():
     lengths = dataclasses.replace(budget.DEMO, distill_steps=150, finetune_steps=60, validations=6)
     distill = budget.distill_config(lengths, demo=True, seed=3)
     assert (distill.steps, distill.seed, distill.validate_every, distill.warmup_steps) == (150, 3, 150, 20)
-    assert distill.lr == demo_preset("distill").lr
-    finetune = budget.finetune_config(lengths, demo=True, seed=0, dataset="qmof", structures=1000)
+    assert distill.lr == presets.demo("distill").lr
+    finetune = budget.finetune_config(lengths, recipe=None, seed=0)
     assert (finetune.steps, finetune.validate_every, finetune.warmup_steps) == (60, 10, 10)
-    real = budget.finetune_config(budget.FULL, demo=False, seed=0, dataset="qmof", structures=1001)
-    epoch = 251  # batches of 4
-    assert (real.warmup_steps, real.cosine_steps, real.steps) == (5 * epoch, 27 * epoch, 32 * epoch)
-    assert real.validate_every == epoch
+    for name, seconds, batch in (("qm9", 172_800.0, 48), ("spice", 86_400.0, 2)):
+        recipe = CATALOG[name].finetuning[0]
+        real = budget.finetune_config(budget.FULL, recipe=recipe, seed=1)
+        assert dataclasses.replace(real, max_seconds=7 * 86_400.0, seed=0) == presets.finetune(recipe)
+        assert (real.max_seconds, real.batch_size) == (seconds, batch)
+    scratch = budget.scratch_config(budget.FULL, demo=False, seed=0)
+    assert (scratch.samples, scratch.epochs, scratch.edge_dropout) == (1_800_000, None, 0.1)
 
 
 def test_published_numbers():
