@@ -19,7 +19,8 @@ import torch
 import ejmp
 from ejmp import cli
 from ejmp.measure import report
-from ejmp.train.evaluate import forces_only, table
+from ejmp.study import gather
+from ejmp.train.evaluate import table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -252,7 +253,7 @@ def smoothness_table():
 
 
 def demo_table():
-    return table({name: forces_only(row) for name, row in result("demo_cpu")["errors"].items()})
+    return gather.text("table1", result("study_cpu")["table1"])
 
 
 def aspirin_table():
@@ -312,13 +313,26 @@ def test_distillation_figure():
     assert f"costs {found['step_over_parts']:.2f} times its parts" in WORDS["docs/training.md"]
 
 
-def test_distillation_helps():
-    errors = result("demo_cpu")["errors"]
+def table1():
+    """Mean force errors by strategy and blocks, then by dataset."""
+    rows = result("study_cpu")["table1"]["rows"]
+    return {
+        (row["strategy"], row["blocks"]): {name: value["mean"] for name, value in row["values"].items()} for row in rows
+    }
+
+
+def test_the_study_says_what_the_paper_says():
+    """Fewer blocks are worse, distillation wins back most of what cutting costs, and the teacher beats nothing."""
+    errors = table1()
     for name in ("oc20", "oc22", "ani1x", "transition1x"):
-        for blocks in (5, 4, 3, 2):
-            pruned, taught = (errors[f"{blocks} blocks, {kind}"][name]["forces_meV_per_A"] for kind in ("BR", "BR+KD"))
-            assert taught < pruned
-        assert errors["teacher, 6 blocks"][name]["forces_meV_per_A"] < errors["untrained"][name]["forces_meV_per_A"]
+        teacher = errors["teacher", 6][name]
+        assert teacher < 0.5 * errors["zero", None][name]
+        for strategy in ("br", "br_kd"):
+            found = [errors[strategy, blocks][name] for blocks in (5, 4, 3, 2)]
+            assert sorted(found) == found
+        for blocks in (5, 4):
+            cut, taught = errors["br", blocks][name], errors["br_kd", blocks][name]
+            assert cut - taught > 0.7 * (cut - teacher)
 
 
 def test_calculator_figures():
