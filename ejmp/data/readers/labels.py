@@ -13,12 +13,12 @@ What the arrays of a structure become is decided once for all structures that ha
 
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from ejmp.data.readers.options import LEFT_OUT, NOT_READ, ReadOptions, Survey, listed
+from ejmp.data.readers.options import LEFT_OUT, NOT_READ, ReadOptions, Rows, Survey, listed
 from ejmp.data.readers.tags import held_atoms, infer_tags
 from ejmp.data.readers.units import TOO_MUCH, binding_energy, factor_of
 from ejmp.graph.structure import TAGS, Structure
@@ -50,6 +50,7 @@ class _Recipe:
     length: float
     energy_unit: float
     force_unit: float
+    rows: Rows = ()
 
 
 class LabelReader:
@@ -100,9 +101,9 @@ class LabelReader:
         )
         recipe = self._recipes.get(kind)
         if recipe is None:
-            recipe = self._recipes[kind] = self._decide(groups, atoms)
-            self.survey.learn((id(self), kind), self._rows(groups, atoms, recipe))
-        self.survey.count((id(self), kind))
+            recipe = self._decide(groups, atoms)
+            recipe = self._recipes[kind] = replace(recipe, rows=tuple(self._rows(groups, atoms, recipe)))
+        self.survey.saw(recipe.rows)
         fixed = held_atoms(atoms.constraints, n, None if recipe.move_mask is None else _get(groups, recipe.move_mask))
         energy = None if recipe.energy is None else _number(recipe.energy(groups)) * recipe.energy_unit
         forces = None if recipe.forces is None else recipe.forces(groups)

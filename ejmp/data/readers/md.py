@@ -18,7 +18,7 @@ from ejmp.data.readers.format import Format, Part, parse_slice, slices
 from ejmp.data.readers.kinds import kind_of
 from ejmp.data.readers.labels import ENERGY_UNIT_KEYS, LENGTH_UNIT_KEYS
 from ejmp.data.readers.layout import Layout
-from ejmp.data.readers.options import LEFT_OUT, NOT_READ, ReadOptions, Survey
+from ejmp.data.readers.options import LEFT_OUT, NOT_READ, ReadOptions, Rows, Survey
 from ejmp.data.readers.units import factor_of
 from ejmp.data.readers.validation import validate
 from ejmp.data.readers.xyz import read_frames, split_part, xyz_parts
@@ -26,6 +26,8 @@ from ejmp.graph.structure import Structure
 
 RMD17_LAYOUT = Layout(numbers="nuclear_charges", positions="coords", energy="energies", forces="forces")
 MD22_LAYOUT = Layout(numbers="z", positions="R", energy="E", forces="F")
+
+_XYZ_ROWS = (("energy in the comment", "structure", "energy"), ("forces [n, 3]", "atom", "forces"))
 
 
 @cached_by_file
@@ -54,7 +56,7 @@ class _Frames:
     targets: Mapping[str, np.ndarray]
     energy_unit: float
     length_unit: float
-    rows: list[tuple[str, str, str]]
+    rows: Rows
 
 
 def _asked(layout: Layout, options: ReadOptions) -> tuple[str | None, str | None]:
@@ -99,7 +101,7 @@ def _load(file: Path, layout: Layout, options: ReadOptions) -> _Frames:
         targets={name: found[key] for key, name in options.targets.items()},
         energy_unit=energy_unit,
         length_unit=length_unit,
-        rows=rows,
+        rows=tuple(rows),
     )
 
 
@@ -145,7 +147,6 @@ def _read_npz(path: Path, part: Part, layout: Layout, options: ReadOptions, surv
     file = file_in(path, name)
     found = _load(file, layout, options)
     force_unit = found.energy_unit / found.length_unit
-    survey.learn(str(file), found.rows)
     for k in range(start, stop):
         structure = Structure(
             numbers=found.numbers,
@@ -155,8 +156,8 @@ def _read_npz(path: Path, part: Part, layout: Layout, options: ReadOptions, surv
             targets={name: float(values[k]) for name, values in found.targets.items()},
             id=f"{file.stem}:{k}",
         )
+        survey.saw(found.rows)
         yield validate(structure, file, f"frame {k}")
-    survey.count(str(file), stop - start)
 
 
 def _md22_parts(path: Path, layout: Layout, options: ReadOptions, survey: Survey) -> list[Part]:
@@ -177,11 +178,10 @@ def _read_md22(path: Path, part: Part, layout: Layout, options: ReadOptions, sur
     chosen = [name for name in ("energy_key", "forces_key", "targets") if getattr(options, name)]
     if chosen:
         raise SourceError(file, "", f"{chosen[0]}: xyz files of sGDML have one energy and forces; --format ase chooses")
-    survey.learn(str(file), [("energy in the comment", "structure", "energy"), ("forces [n, 3]", "atom", "forces")])
     for k, lines in read_frames(file, part):
         with reading(file, f"frame {k}"):
             structure = _sgdml(lines, f"{file.stem}:{k}", options)
-        survey.count(str(file))
+        survey.saw(_XYZ_ROWS)
         yield validate(structure, file, f"frame {k}")
 
 

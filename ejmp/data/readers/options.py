@@ -5,7 +5,7 @@ A reader that takes options is a `Format` with `configure`. Everything it leaves
 
 import sys
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,6 +18,8 @@ NOT_READ = "not read"
 LEFT_OUT = "none"
 """Key by which a label is left out on purpose."""
 _MOST_LISTED = 20
+Rows = tuple[tuple[str, str, str], ...]
+"""What the arrays of a structure became: for each, its name, "atom" or "structure", and the label."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +79,8 @@ class Survey:
         self.quiet = quiet
         self.skipped: list[tuple[Path, str]] = []
         self._said: set[str] = set()
-        self._counts: Counter[Hashable] = Counter()
-        self._rows: dict[Hashable, tuple[tuple[str, str, str], ...]] = {}
+        self._last: Rows | None = None
+        self._counts: Counter[Rows] = Counter()
 
     def say(self, text: str, once: str = "") -> None:
         """Write a line to stderr, the first time it is said, or the first time that `once` is."""
@@ -91,36 +93,34 @@ class Survey:
         """Note that a file is left out, and say so."""
         if (file, problem) not in self.skipped:
             self.skipped.append((file, problem))
-            self.say(f"left out: {problem}")
+            self.say(f"left out, {len(self.skipped)} so far: {problem}")
 
-    def learn(self, kind: Hashable, rows: Iterable[tuple[str, str, str]]) -> None:
-        """Note what the arrays of structures of one kind became: array, "atom" or "structure", and label."""
-        self._rows[kind] = tuple(rows)
+    def saw(self, rows: Rows) -> None:
+        """Note what the arrays of the structure became that a reader is about to yield."""
+        self._last = rows
 
-    def count(self, kind: Hashable, times: int = 1) -> None:
-        """Count structures of a kind."""
-        self._counts[kind] += times
-
-    def watch(self, structures: Iterable[Structure]) -> Iterator[Structure]:
-        """Yield structures of a reader that does not say what it found, and count the labels they have."""
+    def counted(self, structures: Iterable[Structure]) -> Iterator[Structure]:
+        """Yield structures, and count those that are taken; of a reader that reports nothing, count the labels."""
         for structure in structures:
-            per_atom = [name for name in ("forces", "tags", "fixed") if getattr(structure, name) is not None]
-            kind = ("labels", structure.energy is None, *per_atom, *structure.targets)
-            if kind not in self._rows:
-                rows = [("energy", "structure", "energy")] * (structure.energy is not None)
-                rows += [(name, "structure", f"target {name}") for name in structure.targets]
-                self.learn(kind, [*rows, *((name, "atom", name) for name in per_atom)])
-            self.count(kind)
+            self._counts[_labels_of(structure) if self._last is None else self._last] += 1
             yield structure
 
     def take(self) -> list[LabelRow]:
         """Return the table of what was counted since the last call."""
-        found: Counter[tuple[str, str, str]] = Counter()
-        for kind, count in self._counts.items():
-            for row in self._rows[kind]:
-                found[row] += count
+        found = [
+            LabelRow(array=array, per=per, label=label, structures=count)
+            for rows, count in self._counts.items()
+            for array, per, label in rows
+        ]
         self._counts.clear()
-        return join_rows(LabelRow(array=a, per=p, label=b, structures=n) for (a, p, b), n in found.items())
+        return join_rows(found)
+
+
+def _labels_of(structure: Structure) -> Rows:
+    rows = [("energy", "structure", "energy")] * (structure.energy is not None)
+    rows += [(name, "structure", f"target {name}") for name in structure.targets]
+    per_atom = [name for name in ("forces", "tags", "fixed") if getattr(structure, name) is not None]
+    return (*rows, *((name, "atom", name) for name in per_atom))
 
 
 def join_rows(rows: Iterable[LabelRow]) -> list[LabelRow]:

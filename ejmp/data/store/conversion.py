@@ -81,7 +81,6 @@ def convert(  # noqa: PLR0913, all but two by name
                 _claim(plan)
         plans = writers.share(plans)
         tasks = [(plan, shard) for plan in plans for shard in range(plan.num_shards)][writers.rank :: writers.size]
-        survey.take()  # planning reads the structures too
         _write_shards(tasks, source, reader, survey, progress if writers.rank == 0 else None)
         writers.wait()
         if writers.rank == 0:
@@ -138,8 +137,7 @@ def _write_shards(
     for plan, shard in tasks:
         if _finished(plan, shard) is None:
             tally = Tally()
-            structures = _structures(plan, shard, source, reader)
-            structures = tally.watch(survey.watch(structures) if reader.configure is None else structures)
+            structures = tally.watch(survey.counted(_structures(plan, shard, source, reader)))
             if progress is not None:
                 structures = _reported(structures, done, total, progress)
             entry, index = write_shard(plan.folder / f"{_shard_name(shard)}.lmdb", structures, plan.first(shard))
