@@ -324,7 +324,11 @@ def _find(groups: Groups, key: str, places: tuple[str, ...], option: str) -> tup
 
 def _describe(value: Any, n: int) -> str:
     shape = np.shape(value) if isinstance(value, np.ndarray) else ()
-    return f" [{', '.join('n' if size == n else str(size) for size in shape)}]" if shape else ""
+    return f" {_with_n(shape, n)}" if shape else ""
+
+
+def _with_n(shape: tuple[int, ...], n: int) -> str:
+    return f"[{', '.join('n' if k == 0 and size == n else str(size) for k, size in enumerate(shape))}]"
 
 
 def _forces_like(groups: Groups, n: int) -> Iterator[tuple[str, str]]:
@@ -334,7 +338,7 @@ def _forces_like(groups: Groups, n: int) -> Iterator[tuple[str, str]]:
             if isinstance(value, np.ndarray | list | tuple) and _LIKE_FORCES.search(str(name)):
                 array = np.asarray(value)
                 if array.dtype.kind in "fiu" and array.size == 3 * n and array.ndim in (1, 2):
-                    yield str(name), str(["n" if size == n else size for size in array.shape]).replace("'", "")
+                    yield str(name), _with_n(array.shape, n)
             found = _ONE_COMPONENT.search(str(name))
             columns = [f"{found[1]}{found[2]}{axis}" for axis in ("xyz" if name[-1] == "x" else "XYZ")] if found else []
             if columns and all(column in values for column in columns):
