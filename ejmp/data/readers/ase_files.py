@@ -124,13 +124,20 @@ def _parts(path: Path, options: ReadOptions | None = None, survey: Survey | None
     for file in files_in(path, survey):
         try:
             with reading(file):
-                parts += _file_parts(file)
+                parts += _some_parts(file)
         except SourceError as error:
             if options.on_error == "raise":
                 raise
             survey.skip(file, str(error))
-    if not sum(part.count for part in parts):
+    if not parts:
         raise SourceError(path, "", "no structures")
+    return parts
+
+
+def _some_parts(file: Path) -> list[Part]:
+    parts = _file_parts(file)
+    if not sum(part.count for part in parts):
+        raise SourceError(file, "", "no structures")
     return parts
 
 

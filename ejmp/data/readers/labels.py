@@ -124,7 +124,7 @@ class LabelReader:
     def _decide(self, groups: Groups, atoms: Any) -> _Recipe:
         n = len(atoms)
         stated = self.stated | {
-            name: value for name, value in groups["info"].items() if _is_unit(name) and isinstance(value, str)
+            name.lower(): value for name, value in groups["info"].items() if _is_unit(name) and isinstance(value, str)
         }
         energy, forces = self._energy(groups), self._forces(groups, n)
         _check_family(self.options, energy, forces, groups)
@@ -283,7 +283,7 @@ def _shape(name: str, value: Any, n: int) -> Hashable:
 
 
 def _is_unit(name: str) -> bool:
-    return "unit" in name and name.lower() in (*ENERGY_UNIT_KEYS, *LENGTH_UNIT_KEYS)
+    return "unit" in name.lower() and name.lower() in (*ENERGY_UNIT_KEYS, *LENGTH_UNIT_KEYS)
 
 
 def _is_single(value: Any) -> bool:

@@ -17,6 +17,7 @@ from ejmp.data.readers.ase_files import KINDS
 from ejmp.data.readers.files import SourceError, import_optional, reading
 from ejmp.data.readers.hdf5 import ANI1X_LAYOUT, SPICE_LAYOUT, TRANSITION1X_LAYOUT
 from ejmp.data.readers.kinds import NUMBER, head_of, is_packed, kind_of, plain_name
+from ejmp.data.readers.labels import ENERGY_UNIT_KEYS
 from ejmp.data.readers.layout import Layout
 from ejmp.data.readers.md import MD22_LAYOUT, RMD17_LAYOUT
 from ejmp.data.readers.options import listed
@@ -28,6 +29,8 @@ _TITLES = {
     "xyz": "extxyz", "cif": "CIF", "vasp": "a POSCAR", "traj": "an ASE trajectory", "db": "an ASE database",
     "json": "an ASE database in JSON",
 }  # fmt: skip
+_OF_FOLDERS = ("oc20", "oc22", "oc20_text", "rmd17", "md22", "qmof", "ase")
+"""Formats whose source may be a folder; a folder of QM9's raw files may be one too."""
 _SGDML_COLUMNS = "species:S:1:pos:R:3:forces:R:3"
 _OC20_LINE = re.compile(r"[^,\s]+,frame\d+(,\S+)?\s*$|[^,\s]+,\d+(,\S+)?\s*$")
 _ALL_ELECTRONS = 0.5, TOO_MUCH
@@ -74,6 +77,8 @@ def recognise(source: Path) -> Recognised:
         raise _ask(source, sorted(kinds), f"its files are of several formats: {shown}")
     (kind,) = kinds
     first = next(iter(found))
+    if kind not in _OF_FOLDERS and not RAW_NAME.search(first.name):
+        raise SourceError(source, "", f"{first.name} in it is of the format {kind}, which is one file: name that file")
     return Recognised(kind, f"{len(found)} of {len(files)} files, the first is {first.name}: {found[first].reason}")
 
 
@@ -190,8 +195,9 @@ def _of_xyz(file: Path) -> Recognised:
         return Recognised("oc20_text", "a txt file of systems and frames is beside it")
     columns = re.search(r"Properties=(\S+)", comment)
     periodic = "Lattice" in comment or re.search(r'pbc="[^"]*T', comment)
+    states_unit = any(f"{key}=" in comment.lower() for key in ENERGY_UNIT_KEYS)
     energy = re.search(rf"(?:^|\s)(energy)=({NUMBER})(?:\s|$)", comment, re.IGNORECASE)
-    if columns is not None and columns[1] == _SGDML_COLUMNS and not periodic and energy is not None:
+    if columns is not None and columns[1] == _SGDML_COLUMNS and not (periodic or states_unit) and energy is not None:
         symbols = [line.split()[0].capitalize() for line in lines[2 : 2 + int(lines[0])] if line.strip()]
         known = import_optional("ase.data").atomic_numbers
         ratio = -float(energy[2]) / binding_energy([known.get(symbol, 1) for symbol in symbols] or [1])
