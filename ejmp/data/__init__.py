@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ejmp.data.embedded import DEMO_DOWNSTREAM, DEMO_MIX, demo
-    from ejmp.data.info import Dataset, DatasetInfo, Statistics
+    from ejmp.data.info import Dataset, DatasetInfo, LabelRow, Statistics
     from ejmp.data.readers.by_name import FORMATS, read
     from ejmp.data.readers.format import Format, Part
+    from ejmp.data.readers.options import ReadOptions
     from ejmp.data.sampling.batch import Batch, make_batch
     from ejmp.data.sampling.loader import Loader
     from ejmp.data.sampling.mix import InOrder, MixSampler
@@ -29,9 +30,11 @@ __all__ = [
     "DatasetInfo",
     "Format",
     "InOrder",
+    "LabelRow",
     "Loader",
     "MixSampler",
     "Part",
+    "ReadOptions",
     "Statistics",
     "Store",
     "Structure",
@@ -44,9 +47,10 @@ __all__ = [
 ]
 _MODULES = {
     "data.embedded": ("DEMO_DOWNSTREAM", "DEMO_MIX", "demo"),
-    "data.info": ("Dataset", "DatasetInfo", "Statistics"),
+    "data.info": ("Dataset", "DatasetInfo", "LabelRow", "Statistics"),
     "data.readers.by_name": ("FORMATS", "read"),
     "data.readers.format": ("Format", "Part"),
+    "data.readers.options": ("ReadOptions",),
     "data.sampling.batch": ("Batch", "make_batch"),
     "data.sampling.loader": ("Loader",),
     "data.sampling.mix": ("InOrder", "MixSampler"),

@@ -2,16 +2,18 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from ejmp.catalog import DOWNLOADS
 from ejmp.data.progress import progress_bar
+from ejmp.data.readers.units import ENERGY_UNITS, LENGTH_UNITS
 
 if TYPE_CHECKING:
-    from ejmp.data.info import Statistics
+    from ejmp.data.info import LabelRow, Statistics
+    from ejmp.data.readers.options import ReadOptions
     from ejmp.data.store.describe import Histogram
 
 _BAR = 40
@@ -25,14 +27,43 @@ class ConvertRequest:
     """Dataset in its original form."""
     dest: Path
     """Folder for the splits; its name becomes the dataset's."""
-    format: str
-    """Format of the source, a name of `ejmp.data.read.FORMATS`."""
+    format: str | None
+    """Format of the source, a name of `ejmp.data.read.FORMATS`; None: as its contents say."""
     split: str | None
     """Split that all of the source goes to; None: as the dataset's rule says."""
     licence: str
     """Licence to write into `dataset.json`."""
     shard_size: int
     """Structures per shard."""
+    energy_key: str | None
+    """Name of the total energy; None: as the format's reader knows."""
+    forces_key: str | None
+    """Name of the forces; None: as the format's reader knows."""
+    target: list[str]
+    """Other labels, each KEY or KEY=NAME; empty: all that the format's reader knows."""
+    unit_energy: str | None
+    """Unit of the energy; None: as the file or the format says."""
+    unit_length: str | None
+    """Unit of positions and cell; None: as the file or the format says."""
+    tags: Literal["oc20", "none", "infer"] | None
+    """What tags are; None: as the format says."""
+    on_error: Literal["raise", "skip"]
+    """What an unreadable file of a folder does."""
+
+    def options(self) -> "ReadOptions":
+        """Return what the reader is told.
+
+        Raises:
+            ValueError: naming the flag that is impossible.
+        """
+        from ejmp.data.readers.options import ReadOptions  # noqa: PLC0415
+
+        pairs = [text.rpartition("=") if "=" in text else (text, "", text) for text in self.target]
+        names = ("energy_key", "forces_key", "unit_energy", "unit_length", "tags", "on_error")
+        targets = {key: name for key, _, name in pairs}
+        if len(targets) < len(pairs):
+            raise ValueError(f"--target: expected each KEY once, got {self.target}")
+        return ReadOptions(targets=targets, **{name: getattr(self, name) for name in names})
 
     @classmethod
     def from_flags(cls, flags: argparse.Namespace) -> Self:
@@ -46,11 +77,14 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     text = "Run it again to go on after an interruption, and under mpirun -n N to use N processes."
     parser = commands.add_parser("convert", help="from a dataset's original form to a record store", epilog=text)
     parser.set_defaults(run=lambda flags: _convert(ConvertRequest.from_flags(flags)))
-    parser.add_argument("source", type=Path)
+    parser.add_argument("source", type=Path, help="the file or the folder of the dataset in its original form")
     parser.add_argument(
         "dest", type=Path, help="a folder; its name becomes the dataset's, its splits are folders in it"
     )
-    parser.add_argument("--format", required=True, help="oc20, ani1x, ..., ase")
+    parser.add_argument(
+        "--format", help="the format of the source: oc20, ani1x, ..., ase (default: as its contents say)"
+    )
+    _add_label_flags(parser)
     parser.add_argument("--split", help="the split all of the source goes to (default: as the dataset's rule says)")
     parser.add_argument("--licence", default="not stated", help="to be written into dataset.json")
     parser.add_argument("--shard-size", type=int, default=20_000, help="structures per shard (default: 20000)")
@@ -61,6 +95,46 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     get.set_defaults(run=lambda flags: _fetch(flags.name, flags.dest))
     get.add_argument("name", choices=DOWNLOADS, help="what to download")
     get.add_argument("dest", type=Path, help="the folder to put it in")
+
+
+def _add_label_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that choose labels, units and tags."""
+    add = parser.add_argument_group("labels, of the formats ase, rmd17 and md22").add_argument
+    add("--energy-key", metavar="KEY", help="Array KEY is the total energy; none leaves energies out.")
+    add(
+        "--forces-key",
+        metavar="KEY",
+        help="Array KEY of shape [n, 3] is the forces, or its columns are, as fx,fy,fz; none leaves forces out.",
+    )
+    add(
+        "--target",
+        metavar="KEY[=NAME]",
+        nargs="+",
+        default=[],
+        help="Each KEY is a label of the whole structure, called NAME; without this flag all single numbers are.",
+    )
+    add(
+        "--unit-energy",
+        choices=ENERGY_UNITS,
+        help="The energy is in this unit, and forces are in it per length (default: as the file or the format says).",
+    )
+    add(
+        "--unit-length",
+        choices=LENGTH_UNITS,
+        help="Positions and cell are in this unit (default: as the file or the format says).",
+    )
+    parser.add_argument(
+        "--tags",
+        choices=("oc20", "none", "infer"),
+        help="Tags are OC20's 0 bulk, 1 surface, 2 adsorbate; or are left out; or are inferred from which atoms are "
+        "held and from their elements (default: oc20 for the formats of OC20 and OC22, none for all others).",
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=("raise", "skip"),
+        default="raise",
+        help="An unreadable file of a folder ends the conversion, or is left out and listed (default: raise).",
+    )
 
 
 def _add_split_command(
@@ -82,14 +156,17 @@ def _convert(request: ConvertRequest) -> int:
             request.source,
             request.dest,
             format=request.format,
+            options=request.options(),
             split=request.split,
             licence=request.licence,
             shard_size=request.shard_size,
             progress=progress,
         )
     if Writers().rank == 0:
-        for folder in folders:
-            print(f"{folder}: {len(open_store(folder))} structures")
+        infos = [open_store(folder).info for folder in folders]
+        _print_labels(f"labels of {request.source}", [row for info in infos for row in info.labels])
+        for folder, info in zip(folders, infos, strict=True):
+            print(f"{folder}: {info.count} structures")
     return 0
 
 
@@ -136,6 +213,7 @@ def _info(path: Path) -> int:
     print("linear reference of the training split, eV by atomic number:")
     print("  " + ", ".join(f"{z}: {energy:.6f}" for z, energy in info.linear_reference.items()))
     _print_statistics(info.statistics)
+    _print_labels("labels", info.labels)
     return 0
 
 
@@ -151,6 +229,13 @@ def _fetch(name: str, dest: Path) -> int:
             print(fetch(remote, dest, progress))
     print(f"unpack it if it is an archive, then: ejmp data convert SOURCE DEST --format {download.format}")
     return 0
+
+
+def _print_labels(title: str, rows: Sequence["LabelRow"]) -> None:
+    from ejmp.data.readers.options import join_rows, table_lines  # noqa: PLC0415
+
+    if rows:
+        print("\n".join([f"{title}:", *(f"  {line}" for line in table_lines(join_rows(rows)))]))
 
 
 def _print_statistics(statistics: Mapping[str, "Statistics"]) -> None:

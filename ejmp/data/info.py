@@ -1,6 +1,6 @@
 """The facts about a dataset as a whole, and the interface that every dataset has."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
@@ -22,6 +22,20 @@ class Statistics:
     """Standard deviation, in the label's unit."""
     unit: str
     """Unit of the label; empty if it is not known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelRow:
+    """One array of a source, and the label that it became."""
+
+    array: str
+    """Name of the array in the source, and its shape if it has one."""
+    per: str
+    """Whether it has values per "atom" or one per "structure"."""
+    label: str
+    """Label that it became, with its unit where the source states one; or "not read"."""
+    structures: int
+    """Number of structures that have it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +61,8 @@ class DatasetInfo:
     target by its name."""
     units: Mapping[str, str] = field(default_factory=lambda: {"length": "A", "energy": "eV", "forces": "eV/A"})
     """Unit of each physical quantity."""
+    labels: Sequence[LabelRow] = ()
+    """What each array of the source became; empty for stores that are older than this table."""
     schema_version: int = SCHEMA_VERSION
     """Version of these fields."""
 
@@ -55,7 +71,8 @@ class DatasetInfo:
         """Return the information whose fields JSON has kept, with numbers as text and statistics as mappings."""
         reference = {int(number): energy for number, energy in fields["linear_reference"].items()}
         statistics = {label: Statistics(**values) for label, values in fields["statistics"].items()}
-        return cls(**{**fields, "linear_reference": reference, "statistics": statistics})
+        labels = [LabelRow(**row) for row in fields.get("labels", ())]
+        return cls(**{**fields, "linear_reference": reference, "statistics": statistics, "labels": labels})
 
 
 class Dataset(Protocol):

@@ -348,7 +348,8 @@ def test_ase_files(tmp_path, ending):
                 database.write(atoms, gap=1.5, label="x", data={"dipole": 0.25, "many": [1, 2]})
     else:
         ase.io.write(path, made.ase_frames())
-    found = everything(path, "ase")
+    assert {s.tags for s in everything(path, "ase")} == {None}
+    found = everything(path, "ase", tags="oc20")
     assert_is_truth(found, rtol=1e-6)
     s = found[1]
     assert s.id == f"frames{ending}:1"

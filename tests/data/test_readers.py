@@ -175,7 +175,7 @@ def test_oc20_trajectories_and_text(shared):
     assert np.abs(s.forces[s.fixed]).max() > 0.1  # constraints are a mask, and do not change labels
     assert_forces_explain(found, pairs=20, slope=0.02)
 
-    text = everything(shared("data/oc20/s2ef_extxyz_derived"), "ase")
+    text = everything(shared("data/oc20/s2ef_extxyz_derived"), "ase", tags="oc20")
     rows = shared("data/oc20/s2ef_extxyz_derived/0.index.csv").read_text().split()[1:]
     assert len(text) == len(rows) == 80
     energies = sorted(s.energy for s in found)
@@ -209,7 +209,7 @@ def test_other_ase_files(shared, tmp_path):
     first = source["SnO2"]["rutile"]["PBE"]["EOS"]["calculations"][0]
     assert len(oxides) == 108
     assert oxides[0].energy == pytest.approx(first["data"]["total_energy"], abs=1e-6)
-    neb = everything(shared("data/oc20/oc20neb_structures"), "ase")
+    neb = everything(shared("data/oc20/oc20neb_structures"), "ase", tags="oc20")
     assert len(neb) == 10
     assert all(s.fixed.any() and set(s.tags) == {0, 1, 2} for s in neb)
     assert [s.energy is None for s in neb] == [True, *[False] * 8, True]

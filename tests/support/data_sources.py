@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ejmp.data import FORMATS, Structure, read
+from ejmp.data import FORMATS, ReadOptions, Structure, read
+from ejmp.data.readers.by_name import configured
+from ejmp.data.readers.options import Survey
 
 N = 5
 NUMBERS = np.array([6, 1, 1, 8, 1])
@@ -234,9 +236,10 @@ def ase_frames():
     return frames
 
 
-def everything(path, name):
+def everything(path, name, **options):
     """Return all structures of a source, after checking what holds for every source."""
-    chosen = FORMATS[name]
+    options = ReadOptions(**options)
+    chosen = configured(FORMATS[name], name, options, Survey())
     parts = chosen.parts(Path(path))
     assert parts == chosen.parts(Path(path))
     assert len({part.name for part in parts}) == len(parts)
@@ -254,5 +257,5 @@ def everything(path, name):
         assert s.energy is None or type(s.energy) is float
         assert s.tags is None or s.tags.dtype == np.int64
         assert s.fixed is None or s.fixed.dtype == bool
-    assert [s.id for s in read(path, format=name)] == [s.id for s in found]
+    assert [s.id for s in read(path, format=name, options=options)] == [s.id for s in found]
     return found

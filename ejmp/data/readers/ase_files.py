@@ -1,15 +1,15 @@
 """Files that ase.io reads, which are taken to be in eV and A: one file, or a folder of them.
 
 These formats are read: extxyz and xyz, ASE's traj and databases (db, json), CIF, and VASP's POSCAR and CONTCAR; text
-files also compressed as .xz and .gz. Other formats of ASE are refused, because some of them are pickles.
+files also compressed as .xz, .gz and .bz2. What a file is, its contents say; its name decides only where they do not.
+Other formats of ASE are refused, because some of them are pickles.
 
-- The energy is the calculator's "energy", or else the first of ENERGY_KEYS in `info` (for databases: in the keys and
-  data of the row). The forces are the calculator's "forces", without constraints applied, or else the first of
-  FORCES_KEYS among the arrays.
-- Every other single number in `info` becomes a target of that name, in the unit it has there.
-- FixAtoms becomes `fixed`; other constraints are left out.
-- Tags are kept if all are 0, 1 or 2. ASE itself gives tags no meaning (its slab builders number layers with them), so
-  if one is anything else, all are left out.
+- `ejmp.data.readers.labels` says which arrays become energy, forces and targets. A database's metadata may state units:
+  as `energy_unit` and `length_unit`, as SchNetPack's `_property_unit_dict` and `_distance_unit`, or as ASE's
+  `key_descriptions`. So may the comment of an extxyz frame.
+- Atoms that FixAtoms holds, or FixCartesian in all three directions, are `fixed`; so are those whose `move_mask` is
+  false. Other constraints, and atoms held in part, are left out.
+- Tags are left out unless `ReadOptions.tags` says what they are: ASE's slab builders number layers with them.
 
 Ids are `<file>:<frame>`.
 """
@@ -17,86 +17,61 @@ Ids are `<file>:<frame>`.
 import io
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ejmp.data.readers.files import SourceError, file_in, import_optional, list_files, reading
+from ejmp.data.readers.files import SourceError, file_in, import_optional, reading
 from ejmp.data.readers.format import Format, Part, parse_slice, slices
+from ejmp.data.readers.kinds import is_packed, kind_of, name_kind, open_plain
+from ejmp.data.readers.labels import LabelReader
+from ejmp.data.readers.options import ReadOptions, Survey, listed
 from ejmp.data.readers.validation import validate
 from ejmp.data.readers.xyz import iter_frames, read_frames, split_part, xyz_parts
-from ejmp.graph.structure import TAGS, Structure
+from ejmp.graph.structure import Structure
 
-ENERGY_KEYS = ("energy", "Energy", "REF_energy")
-FORCES_KEYS = ("forces", "REF_forces")
-XYZ = (".xyz", ".extxyz")
-DATABASES = (".db", ".json")
-TEXT = {".cif": "cif", ".vasp": "vasp", ".poscar": "vasp", ".contcar": "vasp", "": "vasp"}
-ENDINGS = (*XYZ, ".cif", ".vasp", ".POSCAR", ".CONTCAR")
-PATTERNS = (
-    *(f"*{ending}{packed}" for ending in ENDINGS for packed in ("", ".xz", ".gz")),
-    *("*.traj", "*.db", "*.json", "POSCAR*", "CONTCAR*"),
-)
-
-
-def from_atoms(atoms: Any, place: str, more: Mapping[str, Any] = {}) -> Structure:
-    """Return ASE atoms with their labels as a structure.
-
-    Args:
-        atoms: an ase.Atoms.
-        place: the structure's id.
-        more: labels in addition to those of the atoms themselves.
-    """
-    info = {**more, **atoms.info}
-    results = atoms.calc.results if atoms.calc is not None else {}
-    energies = [results.get("energy"), *(info.get(key) for key in ENERGY_KEYS)]
-    forces = [results.get("forces"), *(atoms.arrays.get(key) for key in FORCES_KEYS)]
-    tags = atoms.get_tags() if atoms.has("tags") and np.isin(atoms.get_tags(), TAGS).all() else None
-    held = [constraint.index for constraint in atoms.constraints if type(constraint).__name__ == "FixAtoms"]
-    fixed = np.isin(np.arange(len(atoms)), np.concatenate(held)) if held else None
-    return Structure(
-        numbers=atoms.numbers,
-        positions=atoms.positions,
-        cell=atoms.cell.array if atoms.pbc.any() else None,
-        pbc=atoms.pbc,
-        tags=tags,
-        fixed=fixed,
-        energy=next((float(np.reshape(value, ())) for value in energies if value is not None), None),
-        forces=next((value for value in forces if value is not None), None),
-        targets={name: value for name, value in _scalars(info) if name not in ENERGY_KEYS},
-        id=place,
-    )
-
-
-def _scalars(info: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    for name, value in info.items():
-        if isinstance(value, int | float | np.ndarray | np.generic) and not isinstance(value, bool):
-            array = np.asarray(value)
-            if array.size == 1 and array.dtype.kind in "iuf":
-                yield str(name), float(array.reshape(()))
+KINDS = ("xyz", "cif", "vasp", "traj", "db", "json")
+"""What this module reads, as `kind_of` calls it."""
+_KNOWN = ".xyz, .extxyz, .traj, .db, .json, .cif, POSCAR"
+_LOGICAL = {"T", "F", "True", "False"}
 
 
 def parse_frame(lines: list[str]) -> Any:
     """Return one frame of an extxyz file as ASE atoms."""
     for layout in re.findall(r"""properties\s*=\s*["']?([^\s"']+)""", lines[1], re.IGNORECASE):
+        words = layout.split(":")
         # ASE would allocate memory for any number of columns.
-        if sum(map(int, layout.split(":")[2::3])) > len(lines[2].split()):
+        if sum(map(int, words[2::3])) > len(lines[2].split()):
             raise ValueError(f"more columns in {layout[:100]} than in the line of the first atom")
+        if "L" in words[1::3]:
+            _check_logical(words, lines[2:])
     return next(import_optional("ase.io.extxyz").read_xyz(io.StringIO("".join(lines)), 0))
+
+
+def _check_logical(words: list[str], rows: list[str]) -> None:
+    """Raise ValueError for a logical value that ASE would take for false because it does not know it."""
+    at = 0
+    for name, kind, size in zip(words[::3], words[1::3], map(int, words[2::3]), strict=False):
+        if kind == "L":
+            wrong = {word for row in rows for word in row.split()[at : at + size]} - _LOGICAL
+            if wrong:
+                raise ValueError(f"{name}: expected T or F, got {listed(sorted(wrong))}")
+        at += size
 
 
 def read_text(file: Path) -> list[Any]:
     """Return the structures of a CIF, a POSCAR or a compressed text file as ASE atoms."""
-    with reading(file), import_optional("ase.io.formats").open_with_compression(str(file), "r") as lines:
-        inner = Path(file.stem) if file.suffix in (".xz", ".gz") else file
-        if inner.suffix in XYZ:
-            return [parse_frame(frame) for frame in iter_frames(io.BytesIO(lines.read().encode()), file)]
-        kind = TEXT.get(inner.suffix.lower())
-        if kind is None or (not inner.suffix and not inner.name.startswith(("POSCAR", "CONTCAR"))):
-            known = ", ".join((*XYZ, ".traj", *DATABASES, ".cif", "POSCAR"))
-            raise SourceError(file, "", f"expected one of {known}, got {inner.suffix or inner.name}")
-        text = lines.read()
+    with reading(file):
+        kind = kind_of(file)
+        if kind not in ("xyz", "cif", "vasp"):
+            packed = " in a compressed file: unpack it" * is_packed(file)
+            got = f"{kind}{packed}" if kind in KINDS else kind or file.suffix or file.name
+            raise SourceError(file, "", f"expected one of {_KNOWN}, got {got}")
+        with open_plain(file) as contents:
+            if kind == "xyz":
+                return [parse_frame(frame) for frame in iter_frames(io.BytesIO(contents.read()), file)]
+            text = contents.read().decode(errors="replace")
+        import_optional("ase.io.formats")
         if kind == "vasp":
             _check_poscar(text.splitlines())
         return list(import_optional("ase.io").iread(io.StringIO(text), index=":", format=kind))
@@ -116,60 +91,136 @@ def _trajectory(file: Path) -> Any:
     return import_optional("ase.io.trajectory").TrajectoryReader(file)
 
 
-def _parts(path: Path) -> list[Part]:
-    parts = []
-    for file in list_files(path, PATTERNS):
-        with reading(file):
-            if file.suffix in XYZ:
-                parts += xyz_parts(file)
-            elif file.suffix == ".traj":
-                with _trajectory(file) as frames:
-                    parts += slices(file.name, len(frames))
-            elif file.suffix in DATABASES:
-                parts += slices(file.name, import_optional("ase.db").connect(file, use_lock_file=False).count())
-            else:
-                count = len(read_text(file))
-                parts.append(Part(name=f"{file.name}:0-{count}", count=count))
-    if not sum(part.count for part in parts):
+def _database(file: Path) -> Any:
+    """Return an ASE database, of the kind that its contents are."""
+    return import_optional("ase.db").connect(file, type=kind_of(file), use_lock_file=False)
+
+
+def files_in(path: Path, survey: Survey) -> list[Path]:
+    """Return the path itself if it is a file, or else the files in it that this module reads, in order of name.
+
+    Those are the ones of a name it knows; where there are none, those whose contents it knows.
+
+    Raises:
+        SourceError: if there are none.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.is_file():
+        return [path]
+    inside = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    found = [file for file in inside if name_kind(file)] or [file for file in inside if kind_of(file) in KINDS]
+    if not found:
+        raise SourceError(path, "", f"expected files such as {_KNOWN} in it, got {listed(f.name for f in inside)}")
+    others = [file.name for file in inside if file not in set(found)]
+    if others:
+        survey.say(f"{path}: {len(found)} files are read, {len(others)} of other names are not: {listed(others)}")
+    return found
+
+
+def _parts(path: Path, options: ReadOptions | None = None, survey: Survey | None = None) -> list[Part]:
+    options, survey = options or ReadOptions(), survey or Survey()
+    parts: list[Part] = []
+    for file in files_in(path, survey):
+        try:
+            with reading(file):
+                parts += _some_parts(file)
+        except SourceError as error:
+            if options.on_error == "raise":
+                raise
+            survey.skip(file, str(error))
+    if not parts:
         raise SourceError(path, "", "no structures")
     return parts
 
 
-def _read(path: Path, part: Part) -> Iterator[Structure]:
+def _some_parts(file: Path) -> list[Part]:
+    parts = _file_parts(file)
+    if not sum(part.count for part in parts):
+        raise SourceError(file, "", "no structures")
+    return parts
+
+
+def _file_parts(file: Path) -> list[Part]:
+    kind = kind_of(file)
+    if kind in ("traj", "db", "json") and not is_packed(file):
+        if kind == "traj":
+            with _trajectory(file) as frames:
+                return slices(file.name, len(frames))
+        return slices(file.name, _database(file).count())
+    if kind == "xyz" and not is_packed(file):
+        return xyz_parts(file)
+    count = len(read_text(file))
+    return [Part(name=f"{file.name}:0-{count}", count=count)]
+
+
+def _read(
+    path: Path, part: Part, options: ReadOptions | None = None, survey: Survey | None = None
+) -> Iterator[Structure]:
+    options, survey = options or ReadOptions(), survey or Survey()
     prefix, start, stop = parse_slice(part)
-    if "@" in prefix and prefix.rpartition("@")[0].endswith(XYZ):
+    of_slices = not (path / prefix).exists() if path.is_dir() else path.name != prefix
+    stated = {}
+    if of_slices:
         file = file_in(path, split_part(part)[0])
         frames = ((parse_frame(lines), {}) for _, lines in read_frames(file, part))
     else:
         file = file_in(path, prefix)
-        frames = _frames(file, start, stop)
+        with reading(file):
+            kind = kind_of(file)
+            stated = stated_units(_database(file).metadata) if kind in ("db", "json") else {}
+        frames = _frames(file, kind, start, stop)
+    labels = LabelReader(options, survey, stated=stated, name=str(path))
     k = start
     while True:
         with reading(file, f"frame {k}"):
             found = next(frames, None)
             if found is None:
                 break
-            structure = from_atoms(found[0], f"{file.name}:{k}", found[1])
+            structure = labels.structure(found[0], f"{file.name}:{k}", found[1])
         yield validate(structure, file, f"frame {k}")
         k += 1
     if k != stop:
         raise SourceError(file, f"frame {k}", "not there")
 
 
-def _frames(file: Path, start: int, stop: int) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+def _frames(file: Path, kind: str | None, start: int, stop: int) -> Iterator[tuple[Any, Mapping[str, Any]]]:
     """Yield ASE atoms, each with the labels that are stored beside it."""
-    if file.suffix == ".traj":
+    if kind == "traj":
         with _trajectory(file) as frames:
             for k in range(start, stop):
                 yield frames[k], {}
-    elif file.suffix in DATABASES:
-        for row in (
-            import_optional("ase.db").connect(file, use_lock_file=False).select(offset=start, limit=stop - start)
-        ):
+    elif kind in ("db", "json"):
+        for row in _database(file).select(offset=start, limit=stop - start):
             yield row.toatoms(), {**row.data, **row.key_value_pairs}
     else:
         for atoms in read_text(file):
             yield atoms, {}
 
 
-ASE = Format(parts=_parts, read=_read)
+def stated_units(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Return the units that the metadata of an ASE database state, by the name of a quantity or of a unit."""
+    found = {}
+    for key, description in _mapping(metadata.get("key_descriptions")).items():
+        if isinstance(description, list | tuple) and len(description) == 3 and description[2]:
+            found[key] = description[2]
+    for name in ("_property_unit_dict", "property_unit_dict", "units"):
+        found |= _mapping(metadata.get(name))
+    found |= {key: value for key, value in metadata.items() if "unit" in key}
+    return {str(key): value for key, value in found.items() if isinstance(value, str) and value.strip()}
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def configure(options: ReadOptions, survey: Survey) -> Format:
+    """Return the format whose labels are chosen by options."""
+    return Format(
+        parts=partial(_parts, options=options, survey=survey),
+        read=partial(_read, options=options, survey=survey),
+        configure=configure,
+    )
+
+
+ASE = Format(parts=_parts, read=_read, configure=configure)

@@ -1,16 +1,21 @@
 """The formats by name, and `read`, which yields the structures of a source in any of them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from ejmp.data.readers.ase_files import ASE
-from ejmp.data.readers.format import Format
+from ejmp.data.readers.files import SourceError
+from ejmp.data.readers.format import Format, Part
 from ejmp.data.readers.hdf5 import ANI1X, SPICE, TRANSITION1X
 from ejmp.data.readers.md import MD22, RMD17
 from ejmp.data.readers.oc import OC20, OC22
 from ejmp.data.readers.oc_text import OC20_TEXT
+from ejmp.data.readers.options import ReadOptions, Survey
 from ejmp.data.readers.qm9 import QM9
 from ejmp.data.readers.qmof import QMOF
+from ejmp.data.readers.recognise import recognise
+from ejmp.data.readers.tags import infer_tags
 from ejmp.graph.structure import Structure
 
 FORMATS: dict[str, Format] = {
@@ -40,21 +45,70 @@ def find_format(name: str) -> Format:
     return FORMATS[name]
 
 
-def read(path: str | Path, *, format: str) -> Iterator[Structure]:  # noqa: A002, the word that convert has for it
+def configured(found: Format, name: str, options: ReadOptions, survey: Survey) -> Format:
+    """Return a format as options want it.
+
+    Args:
+        found: the format.
+        name: its name, for messages.
+        options: which arrays are labels, their units, what tags mean.
+        survey: where it is reported what became of each array.
+
+    Raises:
+        ValueError: if options choose labels or units of a format whose labels are fixed.
+    """
+    if found.configure is not None:
+        return found.configure(options, survey)
+    if options.named_labels:
+        able = ", ".join(name for name, other in FORMATS.items() if other.configure is not None)
+        flag = "--" + options.named_labels[0].replace("targets", "target").replace("_", "-")
+        raise ValueError(f"{flag}: the format {name} has labels and units of its own; those that take it are {able}")
+    if options.tags in (None, "oc20"):
+        return found
+
+    def retagged(path: Path, part: Part) -> Iterator[Structure]:
+        for structure in found.read(path, part):
+            try:
+                tags = infer_tags(structure.numbers, structure.fixed) if options.tags == "infer" else None
+            except ValueError as error:
+                raise SourceError(path, structure.id, str(error)) from error
+            yield replace(structure, tags=tags)
+
+    return replace(found, read=retagged)
+
+
+def recognised(source: Path, survey: Survey) -> str:
+    """Return the name of a source's format by its contents, and say which it is."""
+    found = recognise(source)
+    survey.say(f"{source}: taken for {found.format}: {found.reason}")
+    return found.format
+
+
+def read(
+    path: str | Path,
+    *,
+    format: str | None = None,  # noqa: A002, the word that convert has for it
+    options: ReadOptions | None = None,
+) -> Iterator[Structure]:
     """Yield the structures of a dataset in its original form, in eV and A, with ids unique in it.
 
     Args:
         path: a file or a folder, as the format's module in ejmp.data.readers says.
-        format: a name of `read.FORMATS`.
+        format: a name of `read.FORMATS`; None: as the contents say, which is said on stderr.
+        options: which arrays are its labels, their units, what tags mean; None: as the format's reader knows.
 
     Raises:
         ValueError: if there is no such format, or the source is damaged or not of that format; it names the file.
         FileNotFoundError: if there is nothing at the path.
     """
-    chosen = find_format(format)
-    source = Path(path)
+    source, survey = Path(path), Survey()
+    found = None if format is None else find_format(format)
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
+    if found is None:
+        format = recognised(source, survey)  # noqa: A001
+        found = find_format(format)
+    chosen = configured(found, str(format), options or ReadOptions(), survey)
     return (structure for part in chosen.parts(source) for structure in chosen.read(source, part))
 
 

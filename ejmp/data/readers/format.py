@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ejmp.data.readers.options import ReadOptions, Survey
 from ejmp.graph.structure import Structure
 
 SLICE = 1000
@@ -36,6 +37,8 @@ class Format:
     """Function that lists the parts of a source, always in the same order."""
     read: Callable[[Path, Part], Iterator[Structure]]
     """Function that yields the structures of a part in order, in eV and A."""
+    configure: Callable[[ReadOptions, Survey], "Format"] | None = None
+    """Function that returns the format as options want it, reporting what it finds; None: the labels are fixed."""
 
 
 def slices(prefix: str, total: int, size: int = SLICE) -> list[Part]:

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ejmp.data.readers.ase_files import from_atoms, parse_frame
+from ejmp.data.readers.ase_files import parse_frame
 from ejmp.data.readers.files import SourceError, file_in, list_files, reading
 from ejmp.data.readers.format import Format, Part
+from ejmp.data.readers.labels import LabelReader
+from ejmp.data.readers.options import ReadOptions, Survey
 from ejmp.data.readers.validation import validate
 from ejmp.data.readers.xyz import iter_frames
 from ejmp.graph.structure import Structure
@@ -43,6 +45,7 @@ def _parts(path: Path) -> list[Part]:
 def _read(path: Path, part: Part) -> Iterator[Structure]:
     file = file_in(path, part.name)
     labels = _lines(file)
+    reader = LabelReader(ReadOptions(), Survey(), tags="oc20", name=str(file))
     with reading(file), _open(file) as raw:
         frames = iter_frames(raw, file)
         for k, (system, frame, *reference) in enumerate(labels):
@@ -50,7 +53,7 @@ def _read(path: Path, part: Part) -> Iterator[Structure]:
                 lines = next(frames, None)
                 if lines is None:
                     raise SourceError(file, f"frame {k}", f"the txt file has {len(labels)} lines")
-                structure = from_atoms(parse_frame(lines), f"{file.name}/{k}/{system}/{frame}")
+                structure = reader.structure(parse_frame(lines), f"{file.name}/{k}/{system}/{frame}")
                 if reference and structure.energy is not None:
                     structure = replace(structure, energy=structure.energy - float(reference[0]))
             yield validate(replace(structure, targets={}), file, f"frame {k}")

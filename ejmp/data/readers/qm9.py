@@ -19,6 +19,7 @@ import torch
 
 from ejmp.data.readers.files import SourceError, cached_by_file, import_optional, list_files, reading
 from ejmp.data.readers.format import Format, Part, parse_slice, slices
+from ejmp.data.readers.kinds import is_packed, kind_of
 from ejmp.data.readers.units import HARTREE
 from ejmp.data.readers.unpickle import fields, load_pt
 from ejmp.data.readers.validation import validate
@@ -76,10 +77,20 @@ def _tar_members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]
                 yield archive, member
 
 
+def _form(path: Path) -> str:
+    """Return what a source is by its contents, or by its name where they do not say: "pt", "raw" or "tar"."""
+    if path.is_dir() or path.suffix == ".xyz":
+        return "raw"
+    kind = kind_of(path)
+    if kind == "zip" or path.suffix in (".pt", ".pth"):
+        return "pt"
+    return "raw" if kind == "xyz" and not is_packed(path) else "tar"
+
+
 def _parts(path: Path) -> list[Part]:
-    if path.suffix in (".pt", ".pth"):
+    if _form(path) == "pt":
         return slices(path.name, len(_molecules(path)))
-    if path.is_file() and path.suffix != ".xyz":
+    if _form(path) == "tar":
         with reading(path):
             count = sum(1 for _ in _tar_members(path))
             if not count:
@@ -89,13 +100,14 @@ def _parts(path: Path) -> list[Part]:
 
 
 def _read(path: Path, part: Part) -> Iterator[Structure]:
-    if path.suffix in (".pt", ".pth"):
+    form = _form(path)
+    if form == "pt":
         _, start, stop = parse_slice(part)
         for k, values in _molecules(path)[start:stop]:
             with reading(path, f"molecule {k}"):
                 structure = _from_pyg(values, k)
             yield validate(structure, path, f"molecule {k}")
-    elif path.is_file() and path.suffix != ".xyz":
+    elif form == "tar":
         with reading(path):
             for archive, member in _tar_members(path):
                 with reading(path, member.name):

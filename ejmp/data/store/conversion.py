@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from ejmp.data.info import DatasetInfo
-from ejmp.data.readers.by_name import find_format
+from ejmp.data.info import DatasetInfo, LabelRow
+from ejmp.data.readers.by_name import configured, find_format, recognised
 from ejmp.data.readers.format import Format, Part
+from ejmp.data.readers.options import ReadOptions, Survey, join_rows
 from ejmp.data.store.dataset import INDEX_FILES
 from ejmp.data.store.durable import TEMPORARY, hash_file, written
 from ejmp.data.store.manifest import FILE_NAME, Manifest, read_manifest, write_manifest
@@ -35,11 +36,12 @@ CUSTOM = "custom"
 """What `dataset.json` calls a format that is not one of ejmp's."""
 
 
-def convert(
+def convert(  # noqa: PLR0913, all but two by name
     source: str | Path,
     dest: str | Path,
     *,
-    format: str | Format,  # noqa: A002
+    format: str | Format | None = None,  # noqa: A002
+    options: ReadOptions | None = None,
     split: str | None = None,
     licence: str = "not stated",
     shard_size: int = SHARD_SIZE,
@@ -52,7 +54,9 @@ def convert(
     Args:
         source: the dataset in its original form.
         dest: a folder; its name becomes the dataset's.
-        format: a name of `ejmp.data.read.FORMATS`, or a format of your own.
+        format: a name of `ejmp.data.read.FORMATS`, or a format of your own; None: as the contents say, which is said on
+            stderr.
+        options: which arrays are labels, their units, what tags mean; None: as the format's reader knows.
         split: the split all of the source goes to; None: as the rule of the format says.
         licence: what to write into `dataset.json`.
         shard_size: structures per shard.
@@ -67,21 +71,35 @@ def convert(
     writers = Writers()
     with writers.ending_together():
         source, dest = Path(source), Path(dest).resolve()
-        reader, name = (format, CUSTOM) if isinstance(format, Format) else (find_format(format), format)
+        survey = Survey(quiet=writers.rank != 0)
+        reader, name = _reader(source, format, options or ReadOptions(), survey)
         plans: list[SplitPlan] = []
         if writers.rank == 0:
-            plans = plan_splits(source, dest, reader, name, split, shard_size)
+            chosen_by = "" if options in (None, ReadOptions()) else f" {options}"
+            plans = plan_splits(source, dest, reader, name, split, shard_size, chosen_by)
             for plan in plans:
                 _claim(plan)
         plans = writers.share(plans)
         tasks = [(plan, shard) for plan in plans for shard in range(plan.num_shards)][writers.rank :: writers.size]
-        _write_shards(tasks, source, reader, progress if writers.rank == 0 else None)
+        _write_shards(tasks, source, reader, survey, progress if writers.rank == 0 else None)
         writers.wait()
         if writers.rank == 0:
             for plan in sorted(plans, key=lambda plan: plan.split != "train"):
                 _publish(plan, name, str(source), licence)
         writers.wait()
     return [plan.folder for plan in plans]
+
+
+def _reader(source: Path, format: str | Format | None, options: ReadOptions, survey: Survey) -> tuple[Format, str]:  # noqa: A002
+    """Return the format that options make of the one that was asked for or recognised, and its name.
+
+    Raises:
+        ValueError: if there is no such format, or it does not take the options.
+    """
+    if isinstance(format, Format):
+        return configured(format, CUSTOM, options, survey), CUSTOM
+    name = recognised(source, survey) if format is None else format
+    return configured(find_format(name), name, options, survey), name
 
 
 def _claim(plan: SplitPlan) -> None:
@@ -108,19 +126,24 @@ def _claim(plan: SplitPlan) -> None:
 
 
 def _write_shards(
-    tasks: Sequence[tuple[SplitPlan, int]], source: Path, reader: Format, progress: Callable[[int, int], None] | None
+    tasks: Sequence[tuple[SplitPlan, int]],
+    source: Path,
+    reader: Format,
+    survey: Survey,
+    progress: Callable[[int, int], None] | None,
 ) -> None:
     """Write the given shards of the given splits, except those that are already finished."""
     total, done = sum(plan.first(shard + 1) - plan.first(shard) for plan, shard in tasks), 0
     for plan, shard in tasks:
         if _finished(plan, shard) is None:
             tally = Tally()
-            structures = tally.watch(_structures(plan, shard, source, reader))
+            structures = tally.watch(survey.counted(_structures(plan, shard, source, reader)))
             if progress is not None:
                 structures = _reported(structures, done, total, progress)
             entry, index = write_shard(plan.folder / f"{_shard_name(shard)}.lmdb", structures, plan.first(shard))
             known = {"plan": np.array(plan.digest), **vars(index), **tally.to_arrays()}
             known |= {name: np.array(value) for name, value in asdict(entry).items()}
+            known["labels"] = np.array(json.dumps([asdict(row) for row in survey.take()]))
             with written(plan.folder / f"{_shard_name(shard)}.npz") as temporary, temporary.open("wb") as file:
                 np.savez_compressed(file, **known)  # pyright: ignore[reportArgumentType]
         done += plan.first(shard + 1) - plan.first(shard)
@@ -171,7 +194,7 @@ def _finished(plan: SplitPlan, shard: int) -> dict[str, Any] | None:
     try:
         with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
             known = dict(file)
-        complete = known["plan"] == plan.digest and path.stat().st_size == known["bytes"]
+        complete = "labels" in known and known["plan"] == plan.digest and path.stat().st_size == known["bytes"]
         return known if complete and hash_file(path) == known["hash"] else None
     except Exception:  # noqa: BLE001, whatever is wrong with it, the shard is written again
         return None
@@ -179,7 +202,7 @@ def _finished(plan: SplitPlan, shard: int) -> dict[str, Any] | None:
 
 def _publish(plan: SplitPlan, name: str, source: str, licence: str) -> None:
     """Join the shards' indices and statistics, and write `dataset.json`, which makes the split visible."""
-    shards, tally, start = [], Tally(), 0
+    shards, labels, tally, start = [], [], Tally(), 0
     with ExitStack() as stack:
         arrays = {}
         for field, dtype in INDEX_FILES.items():
@@ -194,6 +217,7 @@ def _publish(plan: SplitPlan, name: str, source: str, licence: str) -> None:
                 arrays[field][start : start + entry["count"]] = known[field]
             start += entry["count"]
             tally.merge(Tally.from_arrays(known))
+            labels += [LabelRow(**row) for row in json.loads(known["labels"].item())]
         for array in arrays.values():
             array.flush()
     reference, statistics = _normalisation(plan, tally)
@@ -206,6 +230,7 @@ def _publish(plan: SplitPlan, name: str, source: str, licence: str) -> None:
         licence=licence,
         linear_reference=reference,
         statistics=statistics,
+        labels=join_rows(labels),
     )
     index = {f"{field}.npy": hash_file(plan.folder / f"{field}.npy") for field in INDEX_FILES}
     write_manifest(plan.folder, Manifest(info=info, shards=tuple(shards), index=index))

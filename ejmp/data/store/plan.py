@@ -46,7 +46,7 @@ class SplitPlan:
 
 
 def plan_splits(
-    source: Path, dest: Path, reader: Format, name: str, split: str | None, shard_size: int
+    source: Path, dest: Path, reader: Format, name: str, split: str | None, shard_size: int, chosen_by: str = ""
 ) -> list[SplitPlan]:
     """Decide what goes into each split.
 
@@ -57,6 +57,7 @@ def plan_splits(
         name: the name of the format.
         split: the split that all of the source goes to; None: as the rule of the format says.
         shard_size: structures per shard.
+        chosen_by: text that differs where options make other structures of the same source.
 
     Raises:
         ValueError: if the source has no structures, its split rule cannot be followed, or shard_size < 1.
@@ -73,7 +74,7 @@ def plan_splits(
         by_split = choose(name, parts, source.name)
     plans = []
     for split_name, chosen in by_split.items():
-        state = hashlib.blake2b(f"{name} {shard_size}".encode(), digest_size=8)
+        state = hashlib.blake2b(f"{name} {shard_size}{chosen_by}".encode(), digest_size=8)
         for piece in chosen:
             state.update(f"\0{piece.part.name}\0{piece.part.count}\0".encode())
             whole = isinstance(piece.indices, range)

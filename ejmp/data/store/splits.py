@@ -177,7 +177,11 @@ def _sizes(rule: FileSplit | MoleculeSplit | FractionSplit | HeldOutSplit, total
         case MoleculeSplit():
             molecule = name.removeprefix("md22_").removesuffix(".npz").removesuffix(".xyz")
             if molecule not in rule.sizes:
-                raise ValueError(f"{name}: expected md22_MOLECULE.npz, MOLECULE one of {', '.join(rule.sizes)}")
+                known = ", ".join(rule.sizes)
+                raise ValueError(
+                    f"{name}: expected md22_MOLECULE.npz, MOLECULE one of {known}; for a molecule of your own, "
+                    "say --split train, val or test, which all of it goes to"
+                )
             _need(rule.sizes[molecule], total, name)
             val = int(rule.sizes[molecule] * rule.val)
             return rule.sizes[molecule] - val, val
