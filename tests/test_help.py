@@ -202,7 +202,6 @@ def test_launch_scripts_take_files(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "--config", str(tmp_path / "a.toml"), "--seed", "5"])
     name, request = main.main("pretrain")
     assert (name, request.device, request.run.config.lr, request.run.config.seed) == ("pretrain", "cpu", 0.5, 5)
-    assert request.run.given == {"lr", "seed"}
 
 
 def test_unknown_verbs_of_config_show(capsys):
