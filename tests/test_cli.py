@@ -196,7 +196,8 @@ def test_finetune(folder, data, tmp_path):
     assert "after, on the test split" in printed
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
     assert settings["validate_every"] == 2  # as RUN says
-    assert (settings["warmup_steps"], settings["cosine_steps"]) == (20, 128)  # JMP's 5 and 32 epochs of 4 steps
+    assert (settings["warmup_steps"], settings["cosine_steps"]) == (20, 108)  # 5 of JMP's 32 epochs, and 27, of 4 steps
+    assert "the run ends after 2 steps inside the warm-up" in printed
     model, start = ejmp.load(tmp_path / "run" / "final"), ejmp.load(folder / "model")
     assert not model.config.direct_forces
     assert model.task().forces == "gradient"

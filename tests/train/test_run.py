@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -32,7 +33,7 @@ from ejmp.train.evaluate import evaluate, score, table
 from ejmp.train.faults import session
 from ejmp.train.loop import FINAL, Run, train
 from ejmp.train.objective import Distillation, Supervised, freeze_blocks, predict
-from ejmp.train.sources import TaskData, demo_downstream, demo_mix, tasks_of, with_graph, with_tasks_of
+from ejmp.train.sources import TaskData, at_most, demo_downstream, demo_mix, tasks_of, with_graph, with_tasks_of
 from ejmp.train.start import for_finetuning, new_model
 from ejmp.train.task import Tasks, pretrain_tasks
 
@@ -138,6 +139,26 @@ def test_early_stop(tmp_path, ranks, sources, teacher):
     result = train(run)
     assert result.finished
     assert result.step < 6
+
+
+def test_training_time_and_epochs(tmp_path, ranks, sources, teacher, monkeypatch):
+    """A run ends when its time is up, validated and saved; more time lets it go on, without the seconds it has had."""
+    now = itertools.count(0, 10)
+    monkeypatch.setattr("ejmp.train.loop.time.perf_counter", lambda: float(next(now)))
+    changes = {"epochs": 2, "max_seconds": 30.0, "val_structures": 3, "early_stop": None}
+    run = run_of(tmp_path / "run", ranks, sources, ejmp.prune(teacher, blocks=1), **changes)
+    result = train(run)
+    assert result.finished
+    assert 1 <= result.step < 6
+    steps = json.loads((tmp_path / "run" / "run.json").read_text())["config"]["steps"]
+    assert steps == 2 * 8  # 4 datasets of 8 structures in steps of 4
+    chosen = [at_most(source, "val", 3, seed=0) for source in sources]
+    assert evaluate(load(tmp_path / "run" / FINAL), chosen, ranks) == result.after
+    again = train(run_of(tmp_path / "run", ranks, sources, ejmp.prune(teacher, blocks=1), **changes), resume=True)
+    assert again.step == result.step
+    more = {**changes, "max_seconds": 60.0}
+    later = train(run_of(tmp_path / "run", ranks, sources, ejmp.prune(teacher, blocks=1), **more), resume=True)
+    assert result.step < later.step <= 2 * result.step + 1
 
 
 def test_evaluation_by_hand(ranks, sources, teacher):

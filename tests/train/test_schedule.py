@@ -4,7 +4,6 @@ import copy
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch.optim import lr_scheduler
@@ -60,22 +59,19 @@ def test_rates_of_every_group_over_50_epochs(tiny, recipe):
     groups = parameter_groups(tiny, lr=steps.lr, weight_decay=steps.weight_decay, factors=factors)
     largest = [group["lr"] for group in groups]
     assert sorted(lr / 8e-5 for lr in largest) == pytest.approx([0.3, 0.3, 0.4, 0.55, 1.0])
-    values = [10 * (1 - 4e-5) ** epoch for epoch in range(50)]
+    values = [10 * (1 - 2e-6) ** epoch for epoch in range(50)]
     patience = 10 if recipe == "aspirin" else 3
     ours = Schedule(steps)
-    seen = set()
     for step, expected in enumerate(rates_by_hand(largest, 8e-5, per_epoch, patience, values)):
         found = [ours.lr(step, lr) for lr in largest]
         assert found == pytest.approx(expected, rel=1e-12, abs=0)
-        seen.add(round(found[0], 12))
         if (step + 1) % per_epoch == 0:
             assert steps.validate_every == per_epoch
             ours.validated(step + 1, values[step // per_epoch])
             state, ours = json.loads(json.dumps(ours.state_dict())), Schedule(steps)  # go on from a checkpoint
             ours.load_state_dict(state)
     assert step + 1 == 50 * per_epoch
-    assert min(seen) <= round(0.8 * 8e-6, 12)
-    assert len(seen) > 32
+    assert ours.plateau.falls == (1 if recipe == "aspirin" else 4)
 
 
 def test_warmup_and_cosine_are_torchs():
@@ -112,7 +108,7 @@ def test_plateau_is_torchs(patience):
     """Also where improvements are too small to count, and where the rate is too small to fall."""
     values = torch.rand(120, generator=torch.Generator().manual_seed(0)).tolist()
     values[5] = NAN
-    values[20] = np.nanmin(values) * (1 - 9e-5)
+    values[20] = min(v for v in values if not math.isnan(v)) * (1 - 9e-5)
     theirs = optimizer(2e-7)
     reference = lr_scheduler.ReduceLROnPlateau(theirs, factor=0.8, patience=patience)
     ours = Plateau(patience, 0.8)
