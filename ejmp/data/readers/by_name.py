@@ -11,6 +11,7 @@ from ejmp.data.readers.oc import OC20, OC22
 from ejmp.data.readers.oc_text import OC20_TEXT
 from ejmp.data.readers.qm9 import QM9
 from ejmp.data.readers.qmof import QMOF
+from ejmp.data.readers.validation import Refused
 from ejmp.graph.structure import Structure
 
 FORMATS: dict[str, Format] = {
@@ -55,7 +56,8 @@ def read(path: str | Path, *, format: str) -> Iterator[Structure]:  # noqa: A002
     source = Path(path)
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
-    return (structure for part in chosen.parts(source) for structure in chosen.read(source, part))
+    every = (structure for part in chosen.parts(source) for structure in chosen.read(source, part))
+    return (structure for structure in every if not isinstance(structure, Refused))
 
 
 read.FORMATS = FORMATS  # pyright: ignore[reportFunctionMemberAccess]

@@ -18,6 +18,8 @@ import numpy as np
 from ejmp.data.info import DatasetInfo
 from ejmp.data.readers.by_name import find_format
 from ejmp.data.readers.format import Format, Part
+from ejmp.data.readers.refused import without_refused
+from ejmp.data.readers.validation import current_checks
 from ejmp.data.store.dataset import INDEX_FILES
 from ejmp.data.store.durable import TEMPORARY, hash_file, written
 from ejmp.data.store.manifest import FILE_NAME, Manifest, read_manifest, write_manifest
@@ -68,6 +70,8 @@ def convert(
     with writers.ending_together():
         source, dest = Path(source), Path(dest).resolve()
         reader, name = (format, CUSTOM) if isinstance(format, Format) else (find_format(format), format)
+        if current_checks().on_error == "skip":
+            reader = without_refused(reader)
         plans: list[SplitPlan] = []
         if writers.rank == 0:
             plans = plan_splits(source, dest, reader, name, split, shard_size)
