@@ -22,9 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from ejmp.data.readers.cif import read_cif
 from ejmp.data.readers.files import SourceError, file_in, import_optional, list_files, reading
 from ejmp.data.readers.format import Format, Part, parse_slice, slices
-from ejmp.data.readers.validation import validate
+from ejmp.data.readers.validation import leaving_out, validate
 from ejmp.data.readers.xyz import iter_frames, read_frames, split_part, xyz_parts
 from ejmp.graph.structure import TAGS, Structure
 
@@ -83,7 +84,10 @@ def parse_frame(lines: list[str]) -> Any:
         # ASE would allocate memory for any number of columns.
         if sum(map(int, layout.split(":")[2::3])) > len(lines[2].split()):
             raise ValueError(f"more columns in {layout[:100]} than in the line of the first atom")
-    return next(import_optional("ase.io.extxyz").read_xyz(io.StringIO("".join(lines)), 0))
+    try:
+        return next(import_optional("ase.io.extxyz").read_xyz(io.StringIO("".join(lines)), 0))
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]!r} is no element (write D and T as H)") from error
 
 
 def read_text(file: Path) -> list[Any]:
@@ -97,13 +101,26 @@ def read_text(file: Path) -> list[Any]:
             known = ", ".join((*XYZ, ".traj", *DATABASES, ".cif", "POSCAR"))
             raise SourceError(file, "", f"expected one of {known}, got {inner.suffix or inner.name}")
         text = lines.read()
+        if kind == "cif":
+            return list(read_cif(text))
         if kind == "vasp":
             _check_poscar(text.splitlines())
         return list(import_optional("ase.io").iread(io.StringIO(text), index=":", format=kind))
 
 
 def _check_poscar(lines: list[str]) -> None:
-    """Raise ValueError if a POSCAR announces more atoms than it has lines: ASE would allocate memory for all."""
+    """Raise ValueError if a POSCAR names no elements, or announces more atoms than it has lines.
+
+    ASE would take elements from the comment or from other files in the folder, and allocate memory for all atoms.
+    """
+    counts = lines[5].split() if len(lines) > 5 else []
+    known = import_optional("ase.data").atomic_numbers
+    named = [word for word in lines[0].split() if word in known] if lines else []
+    if counts and all(word.isdecimal() for word in counts) and not len(counts) == len(named) == len(lines[0].split()):
+        raise ValueError(
+            f"a POSCAR without symbols (VASP 4): line 6 is {lines[5].strip()[:50]!r}; put the elements of its "
+            f"{len(counts)} species before it"
+        )
     for line in lines[5:7]:  # counts, after the elements or without them
         if sum(int(word) for word in line.split() if word.isdecimal()) > len(lines):
             raise ValueError(f"{line.strip()[:100]!r} atoms in {len(lines)} lines")
@@ -119,7 +136,7 @@ def _trajectory(file: Path) -> Any:
 def _parts(path: Path) -> list[Part]:
     parts = []
     for file in list_files(path, PATTERNS):
-        with reading(file):
+        with leaving_out(), reading(file):
             if file.suffix in XYZ:
                 parts += xyz_parts(file)
             elif file.suffix == ".traj":

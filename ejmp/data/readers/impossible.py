@@ -1,7 +1,7 @@
 """What no structure can be: atoms on top of each other, or a periodic cell without a volume.
 
 Two atoms are too near if they are nearer than NEAREST times the sum of their covalent radii (Cordero et al., Dalton
-Trans. 2008, 2832; 2.0 A where there is none), or than LEAST. So H2 at 0.5 A and anything a force field meets passes,
+Trans. 2008, 2832; 2.0 A where there is none), or than LEAST. So H2 at 0.5 A and the hottest dynamics pass,
 and a copy of an atom, two sites of a disordered crystal or coordinates in another unit do not. Periodic images count.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from ejmp.graph.structure import MAX_ATOMIC_NUMBER, MAX_CELLS_OUTSIDE, MIN_CELL_HEIGHT, Structure
 
-NEAREST = 0.45
+NEAREST = 0.35
 """Least distance of two atoms, as a fraction of the sum of their covalent radii."""
 LEAST = 0.31
 """Least distance of any two atoms, A."""
@@ -64,7 +64,7 @@ def all_far_apart(numbers: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """
     n = len(numbers)
     apart = np.zeros(len(positions), bool)
-    if n > MOST_AT_ONCE:
+    if n > MOST_AT_ONCE or min(numbers) < 1 or max(numbers) > MAX_ATOMIC_NUMBER:
         return apart
     limit = _reach(COVALENT_RADII[numbers]) ** 2 * (1 + 1e-6)
     step = max(1, MOST_AT_ONCE**2 // n**2)

@@ -70,6 +70,17 @@ def current_checks() -> Checks:
     return _CHECKS.get()
 
 
+@contextmanager
+def leaving_out() -> Iterator[None]:
+    """Note an error of a source instead of raising it, where what is refused is left out."""
+    try:
+        yield
+    except SourceError as error:
+        if _CHECKS.get().on_error == "raise":
+            raise
+        _CHECKS.get().skipped[str(error)] = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Refused(Structure):
     """What stands in a reader's sequence for a structure that is left out."""
