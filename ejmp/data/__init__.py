@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ejmp.data.info import Dataset, DatasetInfo, Statistics
     from ejmp.data.readers.by_name import FORMATS, read
     from ejmp.data.readers.format import Format, Part
+    from ejmp.data.readers.validation import checking
     from ejmp.data.sampling.batch import Batch, make_batch
     from ejmp.data.sampling.loader import Loader
     from ejmp.data.sampling.mix import InOrder, MixSampler
@@ -35,6 +36,7 @@ __all__ = [
     "Statistics",
     "Store",
     "Structure",
+    "checking",
     "convert",
     "demo",
     "make_batch",
@@ -47,6 +49,7 @@ _MODULES = {
     "data.info": ("Dataset", "DatasetInfo", "Statistics"),
     "data.readers.by_name": ("FORMATS", "read"),
     "data.readers.format": ("Format", "Part"),
+    "data.readers.validation": ("checking",),
     "data.sampling.batch": ("Batch", "make_batch"),
     "data.sampling.loader": ("Loader",),
     "data.sampling.mix": ("InOrder", "MixSampler"),

@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import os
+import pickle
 import re
 import shutil
 import tempfile
 import warnings
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -271,24 +272,38 @@ class _NotRead:
     def __setstate__(self, state: Any) -> None:
         pass
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
 
 def _load_without_objects(path: Path) -> Any:
     """Load a file with an empty object for each of an unknown kind; None if that is not possible.
 
     Nothing that the file names is imported or called.
     """
+    made: dict[str, type] = {}
     try:
         with torch.serialization.safe_globals(_harmless()):
             unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         if any(name.partition(".")[0] in SUSPICIOUS for name in unknown):
             return None
-        # torch tells allowed classes from others by type, so each name needs a class of its own
-        return _load_plain(path, [(type(name, (_NotRead,), {}), name) for name in unknown])
+        for _ in range(len(unknown) + 1):
+            # torch tells allowed classes from others by type, so each name needs a class of its own
+            stand_ins = [(_stand_in(name, made.get(name)), name) for name in unknown]
+            try:
+                return _load_plain(path, stand_ins)
+            except pickle.UnpicklingError as error:
+                # torch puts items into dicts and lists only: a class that is filled like one has to make one
+                filled = re.search(r"Can only (SETITEM|append|extend).* got <class '([^']+)'>", str(error))
+                if filled is None:
+                    return None
+                kind = OrderedDict if filled[1] == "SETITEM" else list
+                made |= {name: kind for name in unknown if filled[2].endswith(f".{name}") or filled[2] == name}
     except Exception:  # noqa: BLE001 - whatever it is, the first error is the one to show
         return None
+    return None
+
+
+def _stand_in(name: str, made: type | None) -> type:
+    """Return a class in place of an unknown one, whose objects keep nothing; or which makes a dict or a list."""
+    return type(name, (_NotRead,), {} if made is None else {"__new__": lambda _, *__, **___: made()})
 
 
 def _harmless() -> list[Any]:
