@@ -16,11 +16,13 @@ SAME_PLACE = 1e-4
 """Greatest difference of fractional coordinates of two sites that are one place."""
 UNKNOWN = (".", "?")
 _COORDINATES = tuple(f"_atom_site_{kind}_{axis}" for kind in ("fract", "cartn") for axis in "xyz")
-_SYMMETRY = (
-    *("_space_group_symop_operation_xyz", "_space_group_symop.operation_xyz", "_symmetry_equiv_pos_as_xyz"),
-    *("_space_group.it_number", "_space_group_it_number", "_symmetry_int_tables_number"),
-    *("_space_group_name_h-m_alt", "_symmetry_space_group_name_h-m", "_space_group.patterson_name_h-m"),
-)
+_OPERATIONS = (
+    "_space_group_symop_operation_xyz", "_space_group_symop.operation_xyz", "_symmetry_equiv_pos_as_xyz",
+)  # fmt: skip
+_GROUPS = (
+    "_space_group_it_number", "_space_group.it_number", "_symmetry_int_tables_number",
+    "_space_group_name_h-m_alt", "_symmetry_space_group_name_h-m", "_space_group.patterson_name_h-m",
+)  # fmt: skip
 """Items by which ase.io learns a crystal's symmetry; without them it takes P 1."""
 _HALL = ("_space_group_name_hall", "_symmetry_space_group_name_hall")
 
@@ -33,13 +35,19 @@ def read_cif(text: str) -> Iterator[Any]:
             `occupancy="ignore"`, occupied in part or by two species; or if no block has atoms.
     """
     names, has_atoms = [], False
-    for block in import_optional("ase.io.cif").parse_cif(io.StringIO(text)):
+    cif = import_optional("ase.io.cif")
+    for block in cif.parse_cif(io.StringIO(text)):
         names.append(block.name)
         if not any(name in block for name in ("_atom_site_label", "_atom_site_type_symbol", *_COORDINATES)):
             continue
         has_atoms = True
         _check_sites(block)
-        yield block.get_atoms()
+        if any(block.get(name) for name in _OPERATIONS) and not any(block.get(name) for name in _GROUPS):
+            block = cif.CIFBlock(block.name, {**block, _GROUPS[0]: 1})  # ase.io wants a group; the operations count
+        try:
+            yield block.get_atoms()
+        except Exception as error:  # ase.io documents no errors
+            raise ValueError(f"block {block.name}: {type(error).__name__}: {error}") from error
     if not has_atoms:
         raise ValueError(f"no atoms: none of the blocks {', '.join(names)[:200] or '(there are none)'} has a site")
 
@@ -65,7 +73,7 @@ def _check_sites(block: Any) -> None:
             if not isinstance(value, int | float):
                 raise ValueError(f"{where}, site {label}: {name}: expected a number, got {value!r}")
     elements = [_element(where, label, symbol) for label, symbol in zip(labels, symbols, strict=True)]
-    if not any(block.get(name) for name in _SYMMETRY) and any(block.get(name, "P 1") != "P 1" for name in _HALL):
+    if not any(block.get(name) for name in (*_OPERATIONS, *_GROUPS)) and any(block.get(name, "P 1") != "P 1" for name in _HALL):
         raise ValueError(f"{where}: only a Hall symbol says its symmetry; add _symmetry_equiv_pos_as_xyz")
     problem = _disorder(block, [str(label) for label in labels], elements, kind)
     if problem and current_checks().occupancy == "refuse":
