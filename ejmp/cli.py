@@ -61,17 +61,17 @@ def _show(options: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status, 2 for bad input."""
     options = make_parser().parse_args(arguments)
+    status = 2
     try:
         status = options.run(options)
         sys.stdout.flush()
-        return status
     except BrokenPipeError:  # as after `| head`: what reads the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it ends
-        return _ENOUGH
+        status = _ENOUGH
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get(error.name or "", "data" if options.command == "data" else "bench")
         advice = "" if "pip install" in str(error) else f"; pip install ejmp[{extra}] brings it"
         print(f"ejmp {options.command}: {error}{advice}", file=sys.stderr)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"ejmp {options.command}: {error}", file=sys.stderr)
-    return 2
+    return status

@@ -238,8 +238,7 @@ def _read_safetensors(path: Path) -> State:
 def _read_checkpoint(path: Path) -> Mapping[str, Any]:
     """Return the contents of a file that `torch.save` wrote, tensors and plain values only.
 
-    Objects of other kinds, such as the hyper-parameters of a Lightning file or what an optimiser or a log hold, are left
-    out of it.
+    Objects of other kinds, such as hyper-parameters of a Lightning file, are left out of it.
     """
     try:
         checkpoint: Any = _load_plain(path)
@@ -249,7 +248,9 @@ def _read_checkpoint(path: Path) -> Mapping[str, Any]:
         checkpoint = _load_without_objects(path)
         if checkpoint is None:
             asked = re.search(r"GLOBAL (\S+)", str(error))
-            why = f"it asks for {asked[1]}" if asked else f"{type(error).__name__}: {str(error).partition('. ')[0][:200]}"
+            why = (
+                f"it asks for {asked[1]}" if asked else f"{type(error).__name__}: {str(error).partition('. ')[0][:200]}"
+            )
             raise ValueError(
                 f"{path}: not a checkpoint of plain tensors ({why}); where it was made, save only the state_dict"
             ) from error

@@ -1,7 +1,7 @@
 """What the public JMP code calls the sizes and tensors of a model, and what they are called here.
 
-A model that was fine-tuned with that code has its embedding and heads under other names than a pre-trained one: those of
-rMD17, MD22 and SPICE are `out_energy`, without biases, and those of QM9, QMOF and MatBench `graph_outputs` by target.
+A model that was fine-tuned with that code has its embedding and heads under other names than a pre-trained one: those
+of rMD17, MD22 and SPICE are `out_energy`, without biases, and those of QM9, QMOF and MatBench `graph_outputs`.
 """
 
 import re
@@ -82,6 +82,7 @@ def sizes_from_upstream(config: Mapping[str, Any]) -> dict[str, Any]:
         **sizes,
     }
 
+
 ANCHOR = "backbone.int_blocks.0."
 """Part of a name that every JMP model has, by which a prefix is found."""
 STATES = ("state_dict", "model_state_dict", "model", "module")
@@ -104,7 +105,7 @@ def find_state(checkpoint: Mapping[str, Any]) -> State:
     """
     for key in (*AVERAGES, *STATES):
         found = checkpoint.get(key)
-        if _is_state(found):
+        if isinstance(found, Mapping) and _is_state(found):
             return dict(found)
         if isinstance(found, Mapping) and any(_is_state(found.get(inner)) for inner in STATES):
             return find_state(found)
@@ -167,11 +168,17 @@ def our_names(state: State) -> State:
         raise ValueError("checkpoint: a fine-tuned JMP model without a head for energies or another number")
     if not any(name.startswith("output.out_forces.") for name in named):
         named = {name: value for name, value in named.items() if not _FORCE_BRANCH.match(name)}
+    return named | _zero_biases(named)
+
+
+def _zero_biases(named: State) -> State:
+    """Return the biases that the hidden layers of a fine-tuned head lack."""
+    biases: State = {}
     for name in [name for name in named if name.startswith("output.") and name.endswith(".weight")]:
         bias, weight = name.removesuffix("weight") + "bias", named[name]
         if bias not in named and weight.ndim == 2 and weight.shape[0] == weight.shape[1]:
-            named[bias] = torch.zeros_like(weight[:, 0])
-    return named
+            biases[bias] = torch.zeros_like(weight[:, 0])
+    return biases
 
 
 def check_settings(settings: Any) -> str:
@@ -196,5 +203,7 @@ def check_settings(settings: Any) -> str:
     if not kinds:
         return "sum"
     if len(kinds) > 1 or not kinds <= {"sum", "mean"}:
-        raise ValueError(f"checkpoint: graph_scalar_reduction: expected sum or mean for all, got {sorted(map(str, kinds))}")
+        raise ValueError(
+            f"checkpoint: graph_scalar_reduction: expected sum or mean for all, got {sorted(map(str, kinds))}"
+        )
     return kinds.pop()

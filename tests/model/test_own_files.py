@@ -86,7 +86,10 @@ def test_fine_tuned_on_scalars(tmp_path, tiny, tiny_weights, inner, reduction):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ({"graph_outputs._module_dict.ft_mlp_R_2_Abs.scalar_mlp.0.weight": torch.zeros(2, 2)}, "fine-tuned.*scalar_mlp"),
+        (
+            {"graph_outputs._module_dict.ft_mlp_R_2_Abs.scalar_mlp.0.weight": torch.zeros(2, 2)},
+            "fine-tuned.*scalar_mlp",
+        ),
         ({"graph_classification_outputs._module_dict.ft_mlp_metal.out_mlp.0.weight": torch.zeros(2, 2)}, "fine-tuned"),
         ({}, "without a head"),
     ],
@@ -179,7 +182,7 @@ def test_hyper_parameters_that_are_objects(tmp_path, tiny_weights, monkeypatch):
 
 def test_no_message_advises_to_run_code(tmp_path, tiny_weights):
     torch.save({"state_dict": dict(tiny_weights), "hyper": Running()}, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match="not a checkpoint of plain tensors.*save only the state_dict") as caught:
+    with pytest.raises(ValueError, match=r"not a checkpoint of plain tensors.*save only the state_dict") as caught:
         ejmp.load(tmp_path / "x.pt")
     assert "weights_only" not in str(caught.value)
 

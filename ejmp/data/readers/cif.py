@@ -42,10 +42,11 @@ def read_cif(text: str) -> Iterator[Any]:
             continue
         has_atoms = True
         _check_sites(block)
+        crystal = block
         if any(block.get(name) for name in _OPERATIONS) and not any(block.get(name) for name in _GROUPS):
-            block = cif.CIFBlock(block.name, {**block, _GROUPS[0]: 1})  # ase.io wants a group; the operations count
+            crystal = cif.CIFBlock(block.name, {**block, _GROUPS[0]: 1})  # ase.io wants a group; the operations count
         try:
-            yield block.get_atoms()
+            yield crystal.get_atoms()
         except Exception as error:  # ase.io documents no errors
             raise ValueError(f"block {block.name}: {type(error).__name__}: {error}") from error
     if not has_atoms:
@@ -71,9 +72,11 @@ def _check_sites(block: Any) -> None:
     for name in kind:
         for label, value in zip(labels, columns[name] or (), strict=False):
             if not isinstance(value, int | float):
-                raise ValueError(f"{where}, site {label}: {name}: expected a number, got {value!r}")
+                raise ValueError(f"{where}, site {label}: {name}: expected a number, got {value!r}")  # noqa: TRY004
     elements = [_element(where, label, symbol) for label, symbol in zip(labels, symbols, strict=True)]
-    if not any(block.get(name) for name in (*_OPERATIONS, *_GROUPS)) and any(block.get(name, "P 1") != "P 1" for name in _HALL):
+    if not any(block.get(name) for name in (*_OPERATIONS, *_GROUPS)) and any(
+        block.get(name, "P 1") != "P 1" for name in _HALL
+    ):
         raise ValueError(f"{where}: only a Hall symbol says its symmetry; add _symmetry_equiv_pos_as_xyz")
     problem = _disorder(block, [str(label) for label in labels], elements, kind)
     if problem and current_checks().occupancy == "refuse":

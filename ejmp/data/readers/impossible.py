@@ -7,7 +7,6 @@ and a copy of an atom, two sites of a disordered crystal or coordinates in anoth
 
 import itertools
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
@@ -134,7 +133,8 @@ def _pairs_of_few(points: np.ndarray, half: np.ndarray, reach: float) -> tuple[n
     close = square < least
     if not close.any():
         return None
-    return np.nonzero(np.triu(close))
+    first, second = np.nonzero(np.triu(close))
+    return first, second
 
 
 def _pairs_by_boxes(points: np.ndarray, reach: float) -> tuple[np.ndarray, np.ndarray]:

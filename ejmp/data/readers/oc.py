@@ -3,7 +3,9 @@
 Energies are in eV and forces in eV/A already. The energy `y` of OC20 has slab and gas references subtracted; that of
 OC22 is the total energy, which some files call `y_relaxed`. Structures that have neither, as in the test splits, have
 no energy. JMP's preprocessed ANI-1x and Transition-1x (total energies) are such files without a cell: their structures
-are molecules, which have no tags. A folder that `lmdb.open` made (data.mdb) is read as one file. Ids are `<file>/<key>`, followed by `/<sid>` and `/<fid>` if the record has them.
+are molecules, which have no tags. A folder that `lmdb.open` made (data.mdb) is read as one file.
+
+Ids are `<file>/<key>`, followed by `/<sid>` and `/<fid>` if the record has them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -83,7 +85,11 @@ def _record(raw: bytes) -> Mapping[str, Any]:
 def _structure(values: Mapping[str, Any], place: str, energies: tuple[str, ...]) -> Structure:
     missing = {"pos", "atomic_numbers", "cell"} - values.keys()
     tags, is_molecule = values.get("tags"), missing == {"cell"}
-    if is_molecule and len(np.unique(np.asarray(0 if tags is None else tags))) == 1 and not np.any(values.get("pbc", 0)):
+    if (
+        is_molecule
+        and len(np.unique(np.asarray(0 if tags is None else tags))) == 1
+        and not np.any(values.get("pbc", 0))
+    ):
         missing, tags = set(), None  # the tags there are of ase.Atoms that had none
     if missing:
         raise ValueError(f"no {', '.join(sorted(missing))}; it has {', '.join(values)}")
