@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import os
 import sys
 from collections.abc import Sequence
 
@@ -18,6 +19,8 @@ from ejmp.train.flags import COMMANDS
 
 _EXTRAS = {"ase": "ase", "mpi4py": "mpi", "tblite": "demo"}
 """The extra to install for a module that the command's own extra does not bring."""
+_ENOUGH = 141
+"""Exit status of a program whose output nobody reads any more, as the shell has it for SIGPIPE."""
 
 
 def make_parser() -> Parser:
@@ -60,12 +63,17 @@ def _show(options: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status, 2 for bad input."""
     options = make_parser().parse_args(arguments)
+    status = 2
     try:
-        return options.run(options)
+        status = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as after `| head`: what reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it ends
+        status = _ENOUGH
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get(error.name or "", "data" if options.command == "data" else "bench")
         advice = "" if "pip install" in str(error) else f"; pip install ejmp[{extra}] brings it"
         print(f"ejmp {options.command}: {error}{advice}", file=sys.stderr)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"ejmp {options.command}: {error}", file=sys.stderr)
-    return 2
+    return status

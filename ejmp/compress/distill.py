@@ -93,7 +93,10 @@ def _pairs(student: Prediction, teacher: Prediction, graph: AtomGraph, config: D
 
 def _refuse(name: str, *, student: bool) -> None:
     who = "student" if student else "teacher"
-    raise ValueError(f"{name}: the {who} has no force branch; set DistillConfig.{name} to 0")
+    raise ValueError(
+        f"{name}: the {who} has no force branch, so no direct forces; set DistillConfig.{name} to 0, or say "
+        "--terms energy=1,node=1"
+    )
 
 
 def _layers(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], name: str) -> Pairs:

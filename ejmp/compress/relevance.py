@@ -1,6 +1,7 @@
 """How much each block's output matters to a loss: Grad-CAM on what the final MLP reads."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -53,7 +54,7 @@ def block_relevance(
     Source: Ghunaim et al., section 3.2, who take the loss of training on labelled data for L.
 
     Args:
-        model: model to score, which is not changed.
+        model: model to score, which is not changed; its parameters may be frozen.
         graphs: graphs or batches; scores are means over all of their atoms and edges.
         loss: returns the loss L of an output and the graph or batch it belongs to. One with labels is
             `lambda out, batch: multitask_loss(out.energy, out.forces, batch, tasks).total`. Where L is a mean over
@@ -80,7 +81,7 @@ def block_relevance(
 
 def _batch_scores(model: JMP, graph: AtomGraph, loss: Callable[[Output], Tensor]) -> list[Tensor]:
     """Return for each branch [blocks + 1] sums of ReLU(x * dL/dx)."""
-    with torch.enable_grad():
+    with torch.enable_grad(), _embedding_takes_gradients(model):
         features = model.features(graph)
         value = loss(model.heads(features, graph))
         branches = [x for x in (features.x_E, features.x_F) if x]
@@ -91,3 +92,15 @@ def _batch_scores(model: JMP, graph: AtomGraph, loss: Callable[[Output], Tensor]
         for x, g in zip(blocks, gradients, strict=True)
     ]
     return list(torch.stack(scores).detach().view(len(branches), -1))
+
+
+@contextmanager
+def _embedding_takes_gradients(model: JMP) -> Iterator[None]:
+    """Let everything that follows from the atom embedding be differentiated, also in a model that is frozen."""
+    weight = model.embedding.atom_embedding.weight
+    before = weight.requires_grad
+    weight.requires_grad_(True)  # noqa: FBT003 - torch's name is the explanation
+    try:
+        yield
+    finally:
+        weight.requires_grad_(before)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ejmp.data.readers.by_name import FORMATS, read
     from ejmp.data.readers.format import Format, Part
     from ejmp.data.readers.options import ReadOptions
+    from ejmp.data.readers.validation import checking
     from ejmp.data.sampling.batch import Batch, make_batch
     from ejmp.data.sampling.loader import Loader
     from ejmp.data.sampling.mix import InOrder, MixSampler
@@ -38,6 +39,7 @@ __all__ = [
     "Statistics",
     "Store",
     "Structure",
+    "checking",
     "convert",
     "demo",
     "make_batch",
@@ -51,6 +53,7 @@ _MODULES = {
     "data.readers.by_name": ("FORMATS", "read"),
     "data.readers.format": ("Format", "Part"),
     "data.readers.options": ("ReadOptions",),
+    "data.readers.validation": ("checking",),
     "data.sampling.batch": ("Batch", "make_batch"),
     "data.sampling.loader": ("Loader",),
     "data.sampling.mix": ("InOrder", "MixSampler"),

@@ -49,6 +49,10 @@ class ConvertRequest:
     """What tags are; None: as the format says."""
     on_error: Literal["raise", "skip"]
     """What an unreadable file of a folder does."""
+    allow_close: bool
+    """Whether atoms may be on top of each other."""
+    occupancy: Literal["refuse", "ignore"]
+    """What becomes of a CIF with partly occupied or shared sites."""
 
     def options(self) -> "ReadOptions":
         """Return what the reader is told.
@@ -87,9 +91,18 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     _add_label_flags(parser)
     parser.add_argument("--split", help="the split all of the source goes to (default: as the dataset's rule says)")
     parser.add_argument("--licence", default="not stated", help="to be written into dataset.json")
+    _add_allow_close(parser)
+    parser.add_argument(
+        "--occupancy",
+        choices=("refuse", "ignore"),
+        default="refuse",
+        help="of a CIF with partly occupied or shared sites: refuse it, or take each site's main species as whole",
+    )
     parser.add_argument("--shard-size", type=int, default=20_000, help="structures per shard (default: 20000)")
     _add_split_command(commands, "stats", _stats, "linear reference, means, deviations and histograms of one split")
-    _add_split_command(commands, "verify", _verify, "check every byte of one split")
+    verify = _add_split_command(commands, "verify", _verify, "check every byte and every structure of one split")
+    _add_allow_close(verify)
+    verify.set_defaults(run=lambda flags: _verify(flags.path, allow_close=flags.allow_close))
     _add_split_command(commands, "info", _info, "what dataset.json says of one split")
     get = commands.add_parser("fetch", help="download a dataset in its original form")
     get.set_defaults(run=lambda flags: _fetch(flags.name, flags.dest))
@@ -139,19 +152,27 @@ def _add_label_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_split_command(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, run: Callable[[Path], int], text: str
-) -> None:
-    """Add a command whose only argument is the folder of a split."""
+) -> argparse.ArgumentParser:
+    """Add a command whose argument is the folder of a split."""
     command = commands.add_parser(name, help=text)
     command.set_defaults(run=lambda flags: run(flags.path))
     command.add_argument("path", type=Path, help="the folder of a split")
+    return command
+
+
+def _add_allow_close(command: argparse.ArgumentParser) -> None:
+    text = "let atoms be on top of each other: nearer than 0.35 of the sum of their covalent radii, or than 0.31 A"
+    command.add_argument("--allow-close", action="store_true", help=text)
 
 
 def _convert(request: ConvertRequest) -> int:
+    from ejmp.data.readers.validation import checking  # noqa: PLC0415
     from ejmp.data.store.conversion import convert  # noqa: PLC0415
     from ejmp.data.store.dataset import open_store  # noqa: PLC0415
     from ejmp.data.store.writers import Writers  # noqa: PLC0415
 
-    with progress_bar("converting", "structures") as progress:
+    checks = checking(allow_close=request.allow_close, occupancy=request.occupancy, on_error=request.on_error)
+    with checks, progress_bar("converting", "structures") as progress:
         folders = convert(
             request.source,
             request.dest,
@@ -187,11 +208,12 @@ def _stats(path: Path) -> int:
     return 0
 
 
-def _verify(path: Path) -> int:
+def _verify(path: Path, *, allow_close: bool = False) -> int:
+    from ejmp.data.readers.validation import checking  # noqa: PLC0415
     from ejmp.data.store.dataset import verify  # noqa: PLC0415
 
     problems, files = [], 0
-    with progress_bar("verifying", "files") as progress:
+    with checking(allow_close=allow_close), progress_bar("verifying", "files") as progress:
         total = len(list(path.glob("shard-*.lmdb"))) + 3
         for files, (_, found) in enumerate(verify(path), 1):
             problems += found

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import os
+import pickle
 import re
 import shutil
 import tempfile
-from collections import defaultdict
+import warnings
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -20,12 +22,15 @@ from ejmp.model.fairchem import is_fairchem, read_fairchem
 from ejmp.model.jmp import JMP
 from ejmp.model.published import resolve
 from ejmp.model.task import Task, pretrain_tasks, read_tasks, tasks_text
+from ejmp.model.upstream import check_settings, find_state, our_names, without_prefix
 
 FORMAT = "ejmp-1"
 TASKS = "tasks.json"
 """File of a saved model that says what its heads predict, in which units and of which graphs."""
 ADDED = {"head", "forces_coupled", "rbf_cutoff_atom_edges", "rbf_cutoff_quad_edges", "rbf_cutoff_atom_pairs"}
 """Fields of the config that models saved by earlier versions lack; they have the defaults, which are JMP's."""
+SUSPICIOUS = ("builtins", "__builtin__", "os", "posix", "nt", "subprocess", "sys", "runpy", "shutil", "socket")
+"""Modules of which no checkpoint needs anything: a file that names one is refused as a whole."""
 State = dict[str, Tensor]
 
 
@@ -44,8 +49,9 @@ def load(
     Args:
         path: the name of a published model, such as "jmp-l", or "hf://OWNER/REPO" (see `ejmp.model.published`); a
             directory written by `save`; a .safetensors file (with config.json beside it, or sizes inferred from
-            the tensors); an upstream Lightning checkpoint; or one of fairchem 1.x's GemNet-OC. EMA weights are used
-            when there are any. Nothing but tensors and plain values is ever unpickled. The weights that JMP's authors
+            the tensors); an upstream checkpoint, pre-trained or fine-tuned, as Lightning or `torch.save` wrote it, with
+            `module.` or another prefix or without; or one of fairchem 1.x's GemNet-OC. EMA weights are used when there
+            are any. Nothing but tensors and plain values is ever unpickled. The weights that JMP's authors
             publish are licensed CC-BY-NC, those of the Open Catalyst Project CC-BY-4.0.
         backend: as for `JMP`.
         precision: as for `JMP`.
@@ -64,15 +70,21 @@ def load(
         path = directory / "model.safetensors" if path.is_dir() else path
     if path.suffix == ".safetensors":
         state = _read_safetensors(path)
-        config = infer_config(state) if config is None else config
+        if config is None:
+            state = our_names(without_prefix(state))
+            config = infer_config(state)
     else:
         checkpoint = _read_checkpoint(path)
         if is_fairchem(checkpoint):
             config, state, task = read_fairchem(path, checkpoint)
             tasks = (task,)
         else:
-            state, tasks = _lightning_state(path, checkpoint), pretrain_tasks()
+            plain = _plain_state(path, checkpoint)
+            state, tasks = our_names(plain), pretrain_tasks()
             config = infer_config(state)
+            if state is not plain:  # a fine-tuned model
+                reduction = check_settings(checkpoint.get("hyper_parameters"))
+                config, tasks = dataclasses.replace(config, energy_reduction=reduction), ()
             tasks = tasks if config.num_tasks == len(tasks) else ()  # one made of JMP's, which does not say what it is
     with torch.device("meta"):
         model = JMP(config, backend, precision, tasks=tasks)
@@ -223,10 +235,10 @@ def _read_safetensors(path: Path) -> State:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any]:
+def _read_checkpoint(path: Path) -> Mapping[str, Any]:
     """Return the contents of a file that `torch.save` wrote, tensors and plain values only.
 
-    Objects of other kinds, which an optimiser or a log in a checkpoint of fairchem may hold, are left out of it.
+    Objects of other kinds, such as hyper-parameters of a Lightning file, are left out of it.
     """
     try:
         checkpoint: Any = _load_plain(path)
@@ -234,10 +246,16 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:
         checkpoint = _load_without_objects(path)
-        if not isinstance(checkpoint, dict) or not is_fairchem(checkpoint):
-            raise ValueError(f"{path}: not a checkpoint of plain tensors ({error})") from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise ValueError(f"{path}: expected a checkpoint of JMP or fairchem, a dict with a state_dict")  # noqa: TRY004
+        if checkpoint is None:
+            asked = re.search(r"GLOBAL (\S+)", str(error))
+            why = (
+                f"it asks for {asked[1]}" if asked else f"{type(error).__name__}: {str(error).partition('. ')[0][:200]}"
+            )
+            raise ValueError(
+                f"{path}: not a checkpoint of plain tensors ({why}); where it was made, save only the state_dict"
+            ) from error
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"{path}: expected a checkpoint, a dict with a state_dict, got {type(checkpoint).__name__}")  # noqa: TRY004
     return checkpoint
 
 
@@ -261,13 +279,32 @@ def _load_without_objects(path: Path) -> Any:
 
     Nothing that the file names is imported or called.
     """
+    made: dict[str, type] = {}
     try:
         with torch.serialization.safe_globals(_harmless()):
             unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        # torch tells allowed classes from others by type, so each name needs a class of its own
-        return _load_plain(path, [(type(name, (_NotRead,), {}), name) for name in unknown])
+        if any(name.partition(".")[0] in SUSPICIOUS for name in unknown):
+            return None
+        for _ in range(len(unknown) + 1):
+            # torch tells allowed classes from others by type, so each name needs a class of its own
+            stand_ins = [(_stand_in(name, made.get(name)), name) for name in unknown]
+            try:
+                return _load_plain(path, stand_ins)
+            except pickle.UnpicklingError as error:
+                # torch puts items into dicts and lists only: a class that is filled like one has to make one
+                filled = re.search(r"Can only (SETITEM|append|extend).* got <class '([^']+)'>", str(error))
+                if filled is None:
+                    return None
+                kind = OrderedDict if filled[1] == "SETITEM" else list
+                made |= {name: kind for name in unknown if filled[2].endswith(f".{name}") or filled[2] == name}
     except Exception:  # noqa: BLE001 - whatever it is, the first error is the one to show
         return None
+    return None
+
+
+def _stand_in(name: str, made: type | None) -> type:
+    """Return a class in place of an unknown one, whose objects keep nothing; or which makes a dict or a list."""
+    return type(name, (_NotRead,), {} if made is None else {"__new__": lambda _, *__, **___: made()})
 
 
 def _harmless() -> list[Any]:
@@ -282,14 +319,22 @@ def _harmless() -> list[Any]:
     return [*made, np.dtype, np.ndarray, *kinds, defaultdict, dict, (PurePosixPath, "pathlib.PosixPath")]
 
 
-def _lightning_state(path: Path, checkpoint: Mapping[str, Any]) -> State:
-    """Return the state dict of a Lightning checkpoint, with the EMA weights in place when there are any."""
-    state: State = dict(checkpoint["state_dict"])
+def _plain_state(path: Path, checkpoint: Mapping[str, Any]) -> State:
+    """Return a checkpoint's tensors by name, without prefixes, with the EMA weights in place when there are any."""
+    try:
+        state = without_prefix(find_state(checkpoint))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a JMP state dict: {error}") from error
     optimizers = checkpoint.get("optimizer_states") or [{}]
-    ema = optimizers[0].get("ema")
-    if ema is not None:
+    ema = optimizers[0].get("ema") if isinstance(optimizers[0], Mapping) else None
+    if isinstance(ema, Mapping):
+        state |= without_prefix(dict(ema))
+    elif ema is not None and "embedding.weight" in state:
+        text = f"{path}: the moving averages of this fine-tuned model have no names and are left out"
+        warnings.warn(text, stacklevel=3)
+    elif ema is not None:
         _use_ema(path, state, ema)
-    return {name: value for name, value in state.items() if not name.startswith("task_steps")}
+    return state
 
 
 def _use_ema(path: Path, state: State, ema: tuple[Tensor, ...]) -> None:

@@ -12,31 +12,81 @@ from typing import Any, Self
 
 import numpy as np
 
+from ejmp.data.readers.ase_files import read_text
+from ejmp.data.readers.files import SourceError
 from ejmp.predict.predictor import Prediction, Predictor
 
 Frame = tuple[str, Any]
 """A structure, an ase.Atoms, with its name."""
 CHUNK = 256
 """Structures that are read ahead, of which batches are made."""
+PICKLES = ("trj", "bundletrajectory")
+"""Formats of ase.io whose contents may be pickles."""
 
 
 def read_frames(paths: Sequence[Path]) -> Iterator[Frame]:
     """Yield the structures of files that ase.io reads as ase.Atoms, each with its name "FILE:FRAME".
 
+    What `ejmp data convert` refuses of a CIF or a POSCAR is refused here: disordered crystals, and files without
+    elements. So are formats that are pickles, which would run code, and LAMMPS dumps that do not say the elements.
+
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if one cannot be read, naming it.
     """
-    import ase.io  # noqa: PLC0415
-
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
-        try:
-            for number, atoms in enumerate(ase.io.iread(path, index=":")):
-                yield f"{path}:{number}", atoms
-        except Exception as error:
-            raise ValueError(f"{path}: ase.io cannot read it ({type(error).__name__}: {error})") from error
+        frames, number = _frames(path), 0
+        while True:
+            try:
+                atoms = next(frames, None)
+            except SourceError:
+                raise
+            except KeyError as error:
+                problem = f"{error.args[0]!r} is no element (write D and T as H)"
+                raise ValueError(f"{path}: frame {number}: {problem}") from error
+            except Exception as error:
+                raise ValueError(f"{path}: ase.io cannot read it ({type(error).__name__}: {error})") from error
+            if atoms is None:
+                break
+            yield f"{path}:{number}", atoms
+            number += 1
+
+
+def _frames(path: Path) -> Iterator[Any]:
+    """Yield the ase.Atoms of a file, after checking what kind of file it is."""
+    import ase.io  # noqa: PLC0415
+    from ase.io.formats import UnknownFileTypeError, filetype  # noqa: PLC0415
+
+    with path.open("rb") as file:
+        head = file.read(16)
+    if head.startswith((b"\x80", b"PickleTrajectory")):
+        raise SourceError(path, "", "it is a pickle, which is not read because that runs code")
+    try:
+        kind = filetype(str(path))
+    except UnknownFileTypeError:
+        kind = ""
+    if kind in PICKLES:
+        raise SourceError(path, "", f"{kind} may hold pickles and is not read; write it as .traj with ase.io")
+    if kind.startswith("lammps-dump"):
+        _check_dump(path, kind)
+    if kind in ("cif", "vasp"):
+        return iter(read_text(path))
+    return ase.io.iread(path, index=":")
+
+
+def _check_dump(path: Path, kind: str) -> None:
+    """Refuse a LAMMPS dump that has only types: ase.io would take type 1 for hydrogen."""
+    with path.open("rb") as file:
+        columns = next((line.split() for line in file if line.startswith(b"ITEM: ATOMS")), [])
+    if kind == "lammps-dump-binary" or not {b"element", b"mass"} & set(columns):
+        raise SourceError(
+            path,
+            "",
+            "a LAMMPS dump without elements, whose types could be any: write it with the column element "
+            "(dump custom ... element, dump_modify ... element Si O)",
+        )
 
 
 def predicted(predictor: Predictor, frames: Iterable[Frame]) -> Iterator[tuple[Frame, Prediction]]:

@@ -6,6 +6,7 @@ can end the process while the main thread waits in a collective for a rank that 
 """
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -25,8 +26,25 @@ GRACE = 1.0
 """Time in seconds that a failing rank waits for news of an earlier fault elsewhere, which may have caused its own."""
 PATIENCE = 10.0
 """Time in seconds that a failing rank waits for rank 0 to show its message."""
+KEPT = "the last whole state stays, and the same command goes on from there"
+"""What becomes of a run whose disk is full."""
 CONNECT = 60.0
 """Time in seconds that the ranks have to connect."""
+
+
+def in_words(error: BaseException) -> str | None:
+    """Return what a fault of the user or of the machine comes to in one line; None if it is one of the program."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return f"{text}: {KEPT}"
+    if isinstance(error, ValueError | OSError | ModuleNotFoundError):
+        return text
+    if isinstance(error, RuntimeError) and ("EADDRINUSE" in text or "already in use" in text):
+        port = os.environ.get("MASTER_PORT", "")
+        return f"port {port} is taken: give the launcher another one, --master_port (or set MASTER_PORT)"
+    if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text):
+        return f"the disk is full or cannot be written ({text.partition(chr(10))[0][:200]}): {KEPT}"
+    return None
 
 
 @contextlib.contextmanager

@@ -25,12 +25,21 @@ def run(name: CommandName, options: argparse.Namespace) -> int:
     try:
         request = COMMANDS[name].request(options)
         from ejmp.train import commands, faults  # noqa: PLC0415 - they need torch
-
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        sys.stderr.write(f"{name}: {error}\n")
+        return 2
+    try:
         with faults.session(request.device) as ranks:
             text = commands.carry_out(request, ranks)
             if ranks.rank == 0:
                 sys.stdout.write(text + "\n")
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        sys.stderr.write(f"{name}: {error}\n")
+                sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        problem = faults.in_words(error)
+        if problem is None:
+            raise
+        sys.stderr.write(f"{name}: {problem}\n")
         return 2
     return 0

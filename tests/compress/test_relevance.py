@@ -45,6 +45,28 @@ def test_several_graphs_are_pooled(tiny):
     assert_close(scores.combined, (shares[0] + shares[1]) / 2)
 
 
+@pytest.mark.parametrize("frozen", ["all", "embedding and first output", "none"])
+def test_a_frozen_model_scores_as_a_free_one(tiny, frozen):
+    graph = ejmp.build_graph(load_golden("ethanol").structures, 8.0, dtype=torch.float64)
+    expected = by_hand(tiny, [graph], lambda out: out.energy.abs().sum() + out.forces.abs().sum())
+    chosen = {
+        name: parameter
+        for name, parameter in tiny.named_parameters()
+        if frozen == "all" or (frozen != "none" and name.startswith(("embedding", "backbone.out_blocks.0")))
+    }
+    try:
+        for parameter in chosen.values():
+            parameter.requires_grad_(False)
+        with torch.no_grad():
+            scores = ejmp.block_relevance(tiny, [graph])
+        assert [name for name, p in tiny.named_parameters() if not p.requires_grad] == list(chosen)
+        assert all(p.grad is None for p in tiny.parameters())
+    finally:
+        tiny.requires_grad_(True)
+    assert_close(scores.energy, expected[0])
+    assert_close(scores.forces, expected[1])
+
+
 def test_with_labels(tiny):
     data = demo("ani1x", "val")
     tasks = Tasks([Task.from_info(data.info, head=2, graph=GraphSettings(cutoff=8.0))])

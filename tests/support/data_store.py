@@ -16,8 +16,8 @@ def make_structure(number):
     wide = number % 2 == 0
     return Structure(
         numbers=random.choice([1, 6, 7, 8], n),
-        positions=random.normal(size=(n, 3)),
-        cell=random.normal(size=(3, 3)) if wide else None,
+        positions=random.normal(size=(n, 3)) + 4 * np.arange(n)[:, None],  # none on top of another
+        cell=random.normal(size=(3, 3)) + np.eye(3) * 8 * (n + 1) if wide else None,
         pbc=np.array([wide, wide, False]),
         fixed=random.random(n) < 0.3 if wide else None,
         energy=float(random.normal()) - 1000 * n,

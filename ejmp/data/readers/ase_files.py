@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ejmp.data.readers.cif import read_cif
 from ejmp.data.readers.files import SourceError, file_in, import_optional, reading
 from ejmp.data.readers.format import Format, Part, parse_slice, slices
 from ejmp.data.readers.kinds import is_packed, kind_of, name_kind, open_plain
@@ -45,7 +46,10 @@ def parse_frame(lines: list[str]) -> Any:
             raise ValueError(f"more columns in {layout[:100]} than in the line of the first atom")
         if "L" in words[1::3]:
             _check_logical(words, lines[2:])
-    return next(import_optional("ase.io.extxyz").read_xyz(io.StringIO("".join(lines)), 0))
+    try:
+        return next(import_optional("ase.io.extxyz").read_xyz(io.StringIO("".join(lines)), 0))
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]!r} is no element (write D and T as H)") from error
 
 
 def _check_logical(words: list[str], rows: list[str]) -> None:
@@ -72,13 +76,26 @@ def read_text(file: Path) -> list[Any]:
                 return [parse_frame(frame) for frame in iter_frames(io.BytesIO(contents.read()), file)]
             text = contents.read().decode(errors="replace")
         import_optional("ase.io.formats")
+        if kind == "cif":
+            return list(read_cif(text))
         if kind == "vasp":
             _check_poscar(text.splitlines())
         return list(import_optional("ase.io").iread(io.StringIO(text), index=":", format=kind))
 
 
 def _check_poscar(lines: list[str]) -> None:
-    """Raise ValueError if a POSCAR announces more atoms than it has lines: ASE would allocate memory for all."""
+    """Raise ValueError if a POSCAR names no elements, or announces more atoms than it has lines.
+
+    ASE would take elements from the comment or from other files in the folder, and allocate memory for all atoms.
+    """
+    counts = lines[5].split() if len(lines) > 5 else []
+    known = import_optional("ase.data").atomic_numbers
+    named = [word for word in lines[0].split() if word in known] if lines else []
+    if counts and all(word.isdecimal() for word in counts) and not len(counts) == len(named) == len(lines[0].split()):
+        raise ValueError(
+            f"a POSCAR without symbols (VASP 4): line 6 is {lines[5].strip()[:50]!r}; put the elements of its "
+            f"{len(counts)} species before it"
+        )
     for line in lines[5:7]:  # counts, after the elements or without them
         if sum(int(word) for word in line.split() if word.isdecimal()) > len(lines):
             raise ValueError(f"{line.strip()[:100]!r} atoms in {len(lines)} lines")

@@ -16,6 +16,7 @@ from ejmp.data.readers.qm9 import QM9
 from ejmp.data.readers.qmof import QMOF
 from ejmp.data.readers.recognise import recognise
 from ejmp.data.readers.tags import infer_tags
+from ejmp.data.readers.validation import Refused
 from ejmp.graph.structure import Structure
 
 FORMATS: dict[str, Format] = {
@@ -109,7 +110,8 @@ def read(
         format = recognised(source, survey)  # noqa: A001
         found = find_format(format)
     chosen = configured(found, str(format), options or ReadOptions(), survey)
-    return (structure for part in chosen.parts(source) for structure in chosen.read(source, part))
+    every = (structure for part in chosen.parts(source) for structure in chosen.read(source, part))
+    return (structure for structure in every if not isinstance(structure, Refused))
 
 
 read.FORMATS = FORMATS  # pyright: ignore[reportFunctionMemberAccess]

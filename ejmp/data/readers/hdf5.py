@@ -1,5 +1,8 @@
 """ANI-1x, Transition-1x and SPICE: HDF5 files of groups of conformations of one molecule.
 
+Groups without conformations are left out, and how many there are is said on stderr. A folder of LMDB files, or one, in
+place of an HDF5 file is read as JMP's preprocessed ANI-1x or Transition-1x, as `ejmp.data.readers.oc` reads it.
+
 - ANI-1x has a group per formula, with wB97x/6-31G(d) labels in hartree. Frames without energy or forces (NaN) are
   skipped, and groups of fewer than MIN_ATOMS atoms are dropped.
 - Transition-1x has groups split / formula / reaction, with wB97x/6-31G(d) labels in eV. The splits are train, val and
@@ -11,6 +14,7 @@
 Ids are `<group>:<frame>`, the frame's number in its group.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +24,9 @@ import numpy as np
 
 from ejmp.data.readers.files import SourceError, import_optional, list_files, reading
 from ejmp.data.readers.format import Format, Part, parse_slice, slices
+from ejmp.data.readers.impossible import all_far_apart
 from ejmp.data.readers.layout import Layout
+from ejmp.data.readers.oc import OC20
 from ejmp.data.readers.units import BOHR, HARTREE
 from ejmp.data.readers.validation import MAX_ATOMS, validate
 from ejmp.graph.structure import Structure
@@ -105,13 +111,23 @@ def _labelled(arrays: dict[str, Any], layout: Layout, start: int, stop: int) -> 
     return np.isfinite(energy) & np.isfinite(forces).all((1, 2))
 
 
+def _is_empty(group: Any, layout: Layout) -> bool:
+    """Return whether a group announces no conformations: SPICE 2.0.1 has such, with arrays of another shape."""
+    shape = getattr(group[layout.positions], "shape", None) if layout.positions in group else None
+    return shape is not None and len(shape) > 0 and shape[0] == 0
+
+
 def _parts(path: Path, layout: Layout, groups: Callable[[Any], list[tuple[str, str | None]]]) -> list[Part]:
     h5py = import_optional("h5py")
     (source,) = list_files(path, ())
-    parts = []
+    parts, empty, found = [], 0, []
     with reading(source), h5py.File(source, "r") as file:
-        for name, split in groups(file):
+        found = groups(file)
+        for name, split in found:
             with reading(source, name):
+                if _is_empty(file[name], layout):
+                    empty += 1
+                    continue
                 arrays = _arrays(file[name], layout)
                 atoms, frames = len(arrays[layout.numbers]), len(arrays[layout.positions])
                 if layout == ANI1X_LAYOUT and atoms < MIN_ATOMS:
@@ -122,8 +138,30 @@ def _parts(path: Path, layout: Layout, groups: Callable[[Any], list[tuple[str, s
                         count = int(_labelled(arrays, layout, *parse_slice(part)[1:]).sum())
                     parts.append(Part(name=part.name, count=count, split=split))
     if not parts:
-        raise SourceError(source, "", "no group holds any conformations")
+        with reading(source), h5py.File(source, "r") as file:
+            raise SourceError(source, "", _nothing(file, layout))
+    if empty:
+        sys.stderr.write(f"{source}: {empty} of {len(found)} groups hold no conformations and are left out\n")
     return parts
+
+
+def _nothing(file: Any, layout: Layout) -> str:
+    """Say why a file has no group to read: which arrays one needs, and which the first one has."""
+    arrays: dict[str, list[str]] = {}
+
+    def visit(name: str, item: Any) -> None:
+        if not hasattr(item, "keys"):
+            folder, _, array = name.rpartition("/")
+            arrays.setdefault(folder, []).append(array)
+
+    file.visititems(visit)
+    wanted = [layout.numbers, layout.positions, layout.energy, layout.forces, *layout.targets]
+    for folder, names in arrays.items():
+        missing = [name for name in wanted if name not in names]
+        if missing:
+            has = ", ".join(names)[:200]
+            return f"no group holds any conformations: group {folder or '/'} has {has}, and lacks {', '.join(missing)}"
+    return "no group holds any conformations"
 
 
 def _read(path: Path, part: Part, layout: Layout) -> Iterator[Structure]:
@@ -138,22 +176,40 @@ def _read(path: Path, part: Part, layout: Layout) -> Iterator[Structure]:
             numbers = arrays.pop(layout.numbers)
             values = {key: np.asarray(array[start:stop]) for key, array in arrays.items()}
         small = ":small" if layout == TRANSITION1X_LAYOUT and len(numbers) < MIN_ATOMS else ""
+    positions = values[layout.positions].astype(np.float64) * layout.length_unit
+    with np.errstate(all="ignore"):  # NaN and infinity are found by `validate`
+        far_apart = all_far_apart(numbers, positions)
     for k in keep.nonzero()[0].tolist():
         structure = Structure(
             numbers=numbers,
-            positions=values[layout.positions][k].astype(np.float64) * layout.length_unit,
+            positions=positions[k],
             energy=float(values[layout.energy][k]) * layout.energy_unit,
             forces=values[layout.forces][k] * layout.force_unit,
             targets={key: float(values[key][k]) * unit for key, unit in layout.targets.items()},
             id=f"{name}:{start + k}{small}",
         )
-        yield validate(structure, path, f"{name}, frame {start + k}")
+        yield validate(structure, path, f"{name}, frame {start + k}", far_apart=bool(far_apart[k]))
 
 
 def _format(layout: Layout, groups: Callable[[Any], list[tuple[str, str | None]]]) -> Format:
     return Format(parts=partial(_parts, layout=layout, groups=groups), read=partial(_read, layout=layout))
 
 
-ANI1X = _format(ANI1X_LAYOUT, _all_groups)
-TRANSITION1X = _format(TRANSITION1X_LAYOUT, _reactions)
+def _or_preprocessed(hdf5: Format) -> Format:
+    """Return a format that reads JMP's preprocessed LMDB files as well as HDF5."""
+
+    def is_lmdb(path: Path) -> bool:
+        return path.suffix == ".lmdb" or (path.is_dir() and any(path.glob("*.lmdb")))
+
+    def parts(path: Path) -> Sequence[Part]:
+        return (OC20 if is_lmdb(path) else hdf5).parts(path)
+
+    def read(path: Path, part: Part) -> Iterator[Structure]:
+        return (OC20 if is_lmdb(path) else hdf5).read(path, part)
+
+    return Format(parts=parts, read=read)
+
+
+ANI1X = _or_preprocessed(_format(ANI1X_LAYOUT, _all_groups))
+TRANSITION1X = _or_preprocessed(_format(TRANSITION1X_LAYOUT, _reactions))
 SPICE = _format(SPICE_LAYOUT, _all_groups)

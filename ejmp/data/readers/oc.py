@@ -2,7 +2,10 @@
 
 Energies are in eV and forces in eV/A already. The energy `y` of OC20 has slab and gas references subtracted; that of
 OC22 is the total energy, which some files call `y_relaxed`. Structures that have neither, as in the test splits, have
-no energy. Ids are `<file>/<key>`, followed by `/<sid>` and `/<fid>` if the record has them.
+no energy. JMP's preprocessed ANI-1x and Transition-1x (total energies) are such files without a cell: their structures
+are molecules, which have no tags. A folder that `lmdb.open` made (data.mdb) is read as one file.
+
+Ids are `<file>/<key>`, followed by `/<sid>` and `/<fid>` if the record has them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,23 +18,38 @@ import numpy as np
 from ejmp.data.readers.files import SourceError, file_in, list_files, reading
 from ejmp.data.readers.format import Format, Part, parse_slice, slices
 from ejmp.data.readers.lmdb_pages import LmdbFile
+from ejmp.data.readers.pickle_names import UnsafePickleError
 from ejmp.data.readers.unpickle import fields, loads
 from ejmp.data.readers.validation import validate
 from ejmp.graph.structure import Structure
 
-FIELDS = ("pos", "atomic_numbers", "cell", "natoms", "tags", "fixed", "y", "y_relaxed", "force", "sid", "fid")
+ENVIRONMENT = "data.mdb"
+"""File that holds everything in a folder that `lmdb.open` made."""
+ATOMS = b"ase.atoms"
+"""Module whose name a pickled ase.Atoms begins with."""
+FIELDS = ("pos", "atomic_numbers", "cell", "pbc", "natoms", "tags", "fixed", "y", "y_relaxed", "force", "sid", "fid")
 
 
 def _parts(path: Path) -> list[Part]:
     parts = []
-    for file in list_files(path, ("*.lmdb",)):
+    for file in _files(path):
         with reading(file), LmdbFile(file) as records:
             stored = records.get(b"length")
             length = records.entries if stored is None else _integer(loads(stored), "length")
             if not 0 <= length <= records.entries:
                 raise SourceError(file, "length", f"{length} records announced, {records.entries} entries")
-            parts += slices(file.name, length)
+            parts += slices(file.relative_to(path).as_posix() if path.is_dir() else file.name, length)
     return parts
+
+
+def _files(path: Path) -> list[Path]:
+    """Return the LMDB files of a source: itself, those in it, or what `lmdb.open` puts into a folder."""
+    if path.is_dir() and (path / ENVIRONMENT).is_file():
+        return [path / ENVIRONMENT]
+    if path.is_dir() and any(folder.is_dir() for folder in path.glob("*.lmdb")):
+        found = [item / ENVIRONMENT if item.is_dir() else item for item in sorted(path.glob("*.lmdb"))]
+        return [file for file in found if file.is_file()]
+    return list_files(path, ("*.lmdb",))
 
 
 def _read(path: Path, part: Part, energies: tuple[str, ...]) -> Iterator[Structure]:
@@ -43,12 +61,36 @@ def _read(path: Path, part: Part, energies: tuple[str, ...]) -> Iterator[Structu
                 raw = records.get(str(key).encode())
                 if raw is None:
                     raise SourceError(file, f"record {key}", "not there")
-                structure = _structure(_flat(fields(loads(raw))), f"{file.name}/{key}", energies)
+                structure = _structure(_flat(_record(raw)), f"{name}/{key}", energies)
             yield validate(structure, file, f"record {key}")
+
+
+def _record(raw: bytes) -> Mapping[str, Any]:
+    """Return the fields of a record, after checking that it is no other object than PyG data.
+
+    Raises:
+        ValueError: naming what it is instead.
+    """
+    try:
+        return fields(loads(raw))
+    except UnsafePickleError as error:
+        if ATOMS in raw[:200]:
+            raise ValueError(
+                "a pickled ase.Atoms, which is not read because unpickling one runs code; write them to an .extxyz "
+                "file or an ASE database, and convert that as format ase"
+            ) from error
+        raise
 
 
 def _structure(values: Mapping[str, Any], place: str, energies: tuple[str, ...]) -> Structure:
     missing = {"pos", "atomic_numbers", "cell"} - values.keys()
+    tags, is_molecule = values.get("tags"), missing == {"cell"}
+    if (
+        is_molecule
+        and len(np.unique(np.asarray(0 if tags is None else tags))) == 1
+        and not np.any(values.get("pbc", 0))
+    ):
+        missing, tags = set(), None  # the tags there are of ase.Atoms that had none
     if missing:
         raise ValueError(f"no {', '.join(sorted(missing))}; it has {', '.join(values)}")
     natoms, numbers = values.get("natoms"), values["atomic_numbers"]
@@ -58,9 +100,9 @@ def _structure(values: Mapping[str, Any], place: str, energies: tuple[str, ...])
     return Structure(
         numbers=numbers,
         positions=values["pos"],
-        cell=np.reshape(values["cell"], (3, 3)),
-        pbc=True,
-        tags=values.get("tags"),
+        cell=None if is_molecule else np.reshape(values["cell"], (3, 3)),
+        pbc=not is_molecule,
+        tags=tags,
         fixed=values.get("fixed"),
         energy=np.reshape(labels[0], ()) if labels else None,  # pyright: ignore[reportArgumentType]
         forces=values.get("force"),

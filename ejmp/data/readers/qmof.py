@@ -20,7 +20,7 @@ import numpy as np
 from ejmp.data.readers.ase_files import read_text
 from ejmp.data.readers.files import SourceError, cached_by_file, import_optional, list_files, reading
 from ejmp.data.readers.format import Format, Part, parse_slice, slices
-from ejmp.data.readers.validation import validate
+from ejmp.data.readers.validation import current_checks, validate
 from ejmp.graph.structure import Structure
 
 LABELS, STRUCTURES = "qmof.json", "qmof_structure_data.json"
@@ -113,6 +113,9 @@ def _read(path: Path, part: Part) -> Iterator[Structure]:
 def _from_pymatgen(record: Mapping[str, Any], name: str, gap: float) -> Structure:
     symbols = import_optional("ase.data").atomic_numbers
     structure = record.get("structure", record)
+    shared = [site for site in structure["sites"] if [s.get("occu", 1) for s in site.get("species", [{}])] != [1]]
+    if shared and current_checks().occupancy == "refuse":
+        raise ValueError(f"disordered: site {shared[0]['label']} is occupied in part or by two species")
     elements = [re.match("[A-Z][a-z]?", site["label"]) for site in structure["sites"]]
     numbers = [symbols.get(element[0]) if element else None for element in elements]
     if None in numbers:

@@ -1,27 +1,117 @@
 """The checks that every structure passes before a reader yields it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ejmp.data.readers.files import SourceError
+from ejmp.data.readers.impossible import check_possible
 from ejmp.graph.structure import MAX_ATOMIC_NUMBER, MAX_COORDINATE, TAGS, Structure
 
 MAX_ATOMS = 100_000
 """Most atoms of one structure; a source that claims more is taken to be damaged."""
 
 
-def validate(structure: Structure, path: Path, where: str) -> Structure:
+@dataclass(frozen=True, kw_only=True)
+class Checks:
+    """How strictly structures are checked, and what becomes of those that are refused.
+
+    Raises:
+        ValueError: naming the field that is impossible.
+    """
+
+    allow_close: bool = False
+    """Whether atoms may be on top of each other."""
+    occupancy: Literal["refuse", "ignore"] = "refuse"
+    """What becomes of a CIF with partly occupied or shared sites: "ignore" takes the main species as if it were there.
+    """
+    on_error: Literal["raise", "skip"] = "raise"
+    """What becomes of a structure that is refused: "raise" ends with it, "skip" leaves it out and notes it."""
+    skipped: dict[str, None] = field(default_factory=dict)
+    """Why structures were left out, in the order in which they were met."""
+
+    def __post_init__(self) -> None:
+        """Check the choices."""
+        for name, known in (("occupancy", ("refuse", "ignore")), ("on_error", ("raise", "skip"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: expected {' or '.join(known)}, got {getattr(self, name)!r}")
+
+
+_CHECKS: ContextVar[Checks] = ContextVar("ejmp checks", default=Checks())  # noqa: B039 - a default that raises notes nothing
+
+
+@contextmanager
+def checking(
+    *,
+    allow_close: bool = False,
+    occupancy: Literal["refuse", "ignore"] = "refuse",
+    on_error: Literal["raise", "skip"] = "raise",
+) -> Iterator[Checks]:
+    """Read, convert and verify in the `with` block with other checks than usual; the arguments are those of `Checks`.
+
+    Raises:
+        ValueError: for an unknown choice.
+    """
+    checks = Checks(allow_close=allow_close, occupancy=occupancy, on_error=on_error)
+    token = _CHECKS.set(checks)
+    try:
+        yield checks
+    finally:
+        _CHECKS.reset(token)
+
+
+def current_checks() -> Checks:
+    """Return how structures are checked here."""
+    return _CHECKS.get()
+
+
+@contextmanager
+def leaving_out() -> Iterator[None]:
+    """Note an error of a source instead of raising it, where what is refused is left out."""
+    try:
+        yield
+    except SourceError as error:
+        if _CHECKS.get().on_error == "raise":
+            raise
+        _CHECKS.get().skipped[str(error)] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused(Structure):
+    """What stands in a reader's sequence for a structure that is left out."""
+
+
+def validate(structure: Structure, path: Path, where: str, *, far_apart: bool = False) -> Structure:
     """Return a structure as float64 and int64 arrays, after checking that everything about it is possible.
+
+    Args:
+        structure: as a reader made it.
+        path: the file it is from.
+        where: the place in the file.
+        far_apart: whether it is known already that no two atoms are on top of each other.
+
+    Returns:
+        The structure; or a `Refused` where refused structures are left out (see `checking`).
 
     Raises:
         SourceError: naming the file, the place in it and the field.
     """
+    checks = _CHECKS.get()
     try:
-        return _validated(structure)
+        checked = _validated(structure)
+        check_possible(checked, allow_close=far_apart or checks.allow_close)
     except (ValueError, TypeError, OverflowError) as error:
-        raise SourceError(path, where, str(error)) from error
+        found = SourceError(path, where, str(error))
+        if checks.on_error == "skip":
+            checks.skipped[str(found)] = None
+            return Refused(numbers=(), positions=(), id=structure.id)
+        raise found from error
+    return checked
 
 
 def _validated(structure: Structure) -> Structure:
@@ -32,13 +122,16 @@ def _validated(structure: Structure) -> Structure:
     if numbers.min() < 1 or numbers.max() > MAX_ATOMIC_NUMBER:
         raise ValueError(f"atomic numbers: expected 1..{MAX_ATOMIC_NUMBER}, got {numbers.min()}..{numbers.max()}")
     positions = _floats("positions", structure.positions, (n, 3)).astype(np.float64)
-    if np.abs(positions).max() > MAX_COORDINATE:
+    if max(positions.max(), -positions.min()) > MAX_COORDINATE:
         raise ValueError(f"positions: beyond {MAX_COORDINATE:g} A")
     forces = None if structure.forces is None else _floats("forces", structure.forces, (n, 3))
-    pbc = np.broadcast_to(np.asarray(structure.pbc, dtype=bool), (3,)).copy()
+    pbc = np.empty(3, bool)
+    pbc[:] = structure.pbc
+    if pbc.any() and structure.cell is None:
+        raise ValueError("cell: expected [3, 3] of a periodic structure, got none")
     cell = _floats("cell", structure.cell, (3, 3)).astype(np.float64) if pbc.any() else None
     tags = None if structure.tags is None else _per_atom("tags", _integers("tags", structure.tags), n)
-    if tags is not None and not np.isin(tags, TAGS).all():
+    if tags is not None and not (tags.min() >= TAGS[0] and tags.max() <= TAGS[-1]):
         raise ValueError(f"tags: expected {TAGS}, got {np.unique(tags)[:10].tolist()}")
     fixed = None if structure.fixed is None else _per_atom("fixed", _integers("fixed", structure.fixed), n) != 0
     energy = None if structure.energy is None else float(_floats("energy", structure.energy, ()))
@@ -68,7 +161,7 @@ def _integers(field: str, value: Any) -> np.ndarray:
     if array.dtype.kind == "f" and not (np.abs(array) < 2**31).all():
         raise ValueError(f"{field}: expected integers, got others")
     whole = array.astype(np.int64)
-    if not np.array_equal(whole, array):
+    if not (whole == array).all():
         raise ValueError(f"{field}: expected integers, got fractions")
     return whole
 

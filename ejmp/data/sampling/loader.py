@@ -14,6 +14,7 @@ from ejmp.data.info import Dataset
 from ejmp.data.sampling.batch import Batch, Packed, make_batch, pack
 from ejmp.data.sampling.mix import Pairs, Sampler
 from ejmp.graph.settings import GraphSettings
+from ejmp.graph.structure import Structure
 
 Request = tuple[int, Pairs]
 """What a worker is asked for: the sampler's position after the batch, and the samples in it."""
@@ -127,5 +128,14 @@ class _Maker(TorchDataset[Packed]):
             )
         except ValueError as error:
             names = [f"{self.datasets[d].info.name}[{i}]" for d, i in pairs.tolist()]
-            raise ValueError(f"batch of {', '.join(names)}: {error}") from error
+            raise ValueError(f"batch of {', '.join(names)}: {error}{self._blame(structures, which, names)}") from error
         return pack(batch)
+
+    def _blame(self, structures: list[Structure], which: list[int], names: list[str]) -> str:
+        """Return which structure of a batch cannot be used, with its id; "" if each by itself can."""
+        for structure, d, name in zip(structures, which, names, strict=True):
+            try:
+                make_batch([structure], [d], settings=[self.settings[d]], dtype=self.dtype)
+            except ValueError:
+                return f" (in {name}, id {structure.id!r})"
+        return ""

@@ -19,6 +19,8 @@ from ejmp.data.info import DatasetInfo, LabelRow
 from ejmp.data.readers.by_name import configured, find_format, recognised
 from ejmp.data.readers.format import Format, Part
 from ejmp.data.readers.options import ReadOptions, Survey, join_rows
+from ejmp.data.readers.refused import without_refused
+from ejmp.data.readers.validation import current_checks
 from ejmp.data.store.dataset import INDEX_FILES
 from ejmp.data.store.durable import TEMPORARY, hash_file, written
 from ejmp.data.store.manifest import FILE_NAME, Manifest, read_manifest, write_manifest
@@ -73,6 +75,8 @@ def convert(  # noqa: PLR0913, all but two by name
         source, dest = Path(source), Path(dest).resolve()
         survey = Survey(quiet=writers.rank != 0)
         reader, name = _reader(source, format, options or ReadOptions(), survey)
+        if current_checks().on_error == "skip":
+            reader = without_refused(reader)
         plans: list[SplitPlan] = []
         if writers.rank == 0:
             chosen_by = "" if options in (None, ReadOptions()) else f" {options}"

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ejmp.data.readers.impossible import check_possible
+from ejmp.data.readers.validation import current_checks
 from ejmp.data.store.durable import hash_file
 from ejmp.data.store.manifest import FILE_NAME, read_manifest
 from ejmp.data.store.record import DamagedRecord, decode
@@ -142,6 +144,8 @@ class _File:
 def verify(path: str | Path) -> Iterator[tuple[str, list[str]]]:
     """Check every byte of a dataset: index and shards against their hashes, and that every record decodes.
 
+    Structures that no conversion lets through, with atoms on top of each other or a flat cell, are problems as well.
+
     Yields:
         The name of each file when it is done, and what is wrong with it.
 
@@ -171,6 +175,10 @@ def _verify_shard(store: Store, shard: Shard, numbers: range) -> list[str]:
         except DamagedRecord as error:
             problems.append(str(error))
             continue
+        try:
+            check_possible(structure, allow_close=current_checks().allow_close)
+        except ValueError as error:
+            problems.append(f"{path}, key {key_of(number)}, structure {structure.id}: {error}")
         known = (store.num_atoms[number], store.num_edges[number])
         if (len(structure.numbers), estimate_edges(structure)) != known:
             problems.append(f"{path}, key {key_of(number)}: the index says {known[0]} atoms, {known[1]} edges")

@@ -1,25 +1,40 @@
 """Files that exist either completely or not at all, even after a crash."""
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TEMPORARY = ".tmp"
 """Ending of the names of files that are still being written."""
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
+"""Errors of a disk that is full, damaged or not to be written."""
 _HASH_BYTES = 8
 
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """Yield a temporary name to write to; if the block ends without an error, sync the file and rename it to `path`."""
+    """Yield a temporary name to write to; if the block ends without an error, sync the file and rename it to `path`.
+
+    Raises:
+        OSError: if the disk is full or cannot be written, saying that what was finished before stays.
+    """
     temporary = path.with_name(path.name + TEMPORARY)
-    temporary.unlink(missing_ok=True)
-    yield temporary
-    sync(temporary)
-    temporary.replace(path)
-    sync(path.parent)
+    try:
+        temporary.unlink(missing_ok=True)
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if error.errno not in CANNOT_WRITE:
+            raise
+        text = f"{os.strerror(error.errno)}; what was finished before stays, and the same command goes on from there"
+        raise OSError(error.errno, text, str(path)) from error
 
 
 def hash_file(path: Path) -> str:

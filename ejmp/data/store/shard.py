@@ -7,6 +7,8 @@ reading a record is one `pread` there, which needs neither LMDB's pages nor LMDB
 record's hash covers all of it. The file stays an ordinary LMDB, which any LMDB library reads.
 """
 
+import errno
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ejmp.data.store.durable import hash_file, written
+from ejmp.data.store.durable import CANNOT_WRITE, hash_file, written
 from ejmp.data.store.record import encode
 from ejmp.graph.structure import Structure
 
@@ -100,8 +102,9 @@ def _write_records(path: Path, records: Sequence[bytes], first: int) -> np.ndarr
     # A record with its key and its share of the tree takes less than two pages more than its bytes. The map is address
     # space, not disk.
     map_size = sum(map(len, records)) + (2 * len(records) + 64) * _PAGE
-    environment = lmdb.open(str(path), subdir=False, lock=False, map_size=map_size, sync=False, readahead=False)
+    environment = None
     try:
+        environment = lmdb.open(str(path), subdir=False, lock=False, map_size=map_size, sync=False, readahead=False)
         with environment.begin(write=True) as transaction:
             for number, record in enumerate(records, first):
                 transaction.put(key_of(number).encode(), record, append=True)
@@ -109,8 +112,13 @@ def _write_records(path: Path, records: Sequence[bytes], first: int) -> np.ndarr
         with environment.begin(buffers=True) as transaction:
             # The values are views of the file's map: their addresses differ as their places in the file do.
             addresses = [np.frombuffer(value, np.uint8).ctypes.data for _, value in transaction.cursor()]
+    except lmdb.Error as error:
+        # The number of the system's error is in the text only.
+        number = next((n for n in CANNOT_WRITE if os.strerror(n) in str(error)), errno.ENOSPC)
+        raise OSError(number, f"LMDB: {error}", str(path)) from error
     finally:
-        environment.close()
+        if environment is not None:
+            environment.close()
     return _places(path, records, np.array(addresses, np.int64))
 
 
