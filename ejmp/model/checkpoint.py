@@ -21,8 +21,8 @@ from ejmp.model.config import JMPConfig, Precision
 from ejmp.model.fairchem import is_fairchem, read_fairchem
 from ejmp.model.jmp import JMP
 from ejmp.model.published import resolve
+from ejmp.model.state_names import check_settings, find_state, our_names, without_prefix
 from ejmp.model.task import Task, pretrain_tasks, read_tasks, tasks_text
-from ejmp.model.upstream import check_settings, find_state, our_names, without_prefix
 
 FORMAT = "ejmp-1"
 TASKS = "tasks.json"
