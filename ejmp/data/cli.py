@@ -161,7 +161,7 @@ def _add_split_command(
 
 
 def _add_allow_close(command: argparse.ArgumentParser) -> None:
-    text = "let atoms be on top of each other: nearer than 0.35 of the sum of their covalent radii, or than 0.31 A"
+    text = "let atoms be on top of each other: nearer than a quarter of the sum of their covalent radii, or than 0.31 A"
     command.add_argument("--allow-close", action="store_true", help=text)
 
 

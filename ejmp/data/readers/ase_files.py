@@ -27,7 +27,7 @@ from ejmp.data.readers.format import Format, Part, parse_slice, slices
 from ejmp.data.readers.kinds import is_packed, kind_of, name_kind, open_plain
 from ejmp.data.readers.labels import LabelReader
 from ejmp.data.readers.options import ReadOptions, Survey, listed
-from ejmp.data.readers.validation import validate
+from ejmp.data.readers.validation import leaving_out, validate
 from ejmp.data.readers.xyz import iter_frames, read_frames, split_part, xyz_parts
 from ejmp.graph.structure import Structure
 
@@ -139,13 +139,14 @@ def _parts(path: Path, options: ReadOptions | None = None, survey: Survey | None
     options, survey = options or ReadOptions(), survey or Survey()
     parts: list[Part] = []
     for file in files_in(path, survey):
-        try:
-            with reading(file):
-                parts += _some_parts(file)
-        except SourceError as error:
-            if options.on_error == "raise":
-                raise
-            survey.skip(file, str(error))
+        with leaving_out():
+            try:
+                with reading(file):
+                    parts += _some_parts(file)
+            except SourceError as error:
+                if options.on_error == "raise":
+                    raise
+                survey.skip(file, str(error))
     if not parts:
         raise SourceError(path, "", "no structures")
     return parts

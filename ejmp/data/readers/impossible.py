@@ -12,7 +12,7 @@ import numpy as np
 
 from ejmp.graph.structure import MAX_ATOMIC_NUMBER, MAX_CELLS_OUTSIDE, MIN_CELL_HEIGHT, Structure
 
-NEAREST = 0.35
+NEAREST = 0.25
 """Least distance of two atoms, as a fraction of the sum of their covalent radii."""
 LEAST = 0.31
 """Least distance of any two atoms, A."""
