@@ -44,7 +44,7 @@ fuzz: .venv/built
 	PYTHONPATH=tests $(BIN)/python -m support.fuzz_readers 100000
 
 demo: .venv/built
-	$(BIN)/ejmp reproduce table1 --run runs/demo --processes 2
+	$(BIN)/ejmp reproduce table1 --run runs/demo --processes 2 --seeds 1
 
 gpu:
 	$(GPU) all $(GPU_OPTIONS)

@@ -13,7 +13,7 @@ ON_LARGE_DATA = TrainConfig(validate_every=10_000, val_structures=10_000)
 TERMS = "forces=1,node=1,edge=1"
 """The paper's distillation terms and their weights, as the flag --terms writes them."""
 DEMO_TERMS = f"{TERMS},labels=0.2"
-"""Distillation terms for the demo mix, with labels, because the demo teacher knows less than its data could teach."""
+"""Distillation terms for the demo mix: with labels, which help a student that sees few samples."""
 
 
 def pretrain() -> TrainConfig:
@@ -87,7 +87,9 @@ def demo(command: Literal["pretrain", "distill", "finetune"]) -> TrainConfig:
         log_every=25,
     )
     if command == "distill":
-        return dataclasses.replace(small, steps=400, lr=1e-3, warmup_steps=20, validate_every=200, checkpoint_every=200)
+        return dataclasses.replace(
+            small, steps=360, warmup_steps=40, cosine_end=0.01, validate_every=180, checkpoint_every=180
+        )
     if command == "finetune":
         return dataclasses.replace(small, steps=400, batch_size=8, lr=1e-3, warmup_steps=40, validate_every=100)
     return small
