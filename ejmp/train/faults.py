@@ -64,6 +64,9 @@ def session(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[Ranks]:
         with Watch(ranks):
             yield ranks
     dist.destroy_process_group()
+    groups = sys.modules.get("deepspeed.utils.groups")
+    if groups is not None:  # else a later session of this process would get this one's groups
+        vars(groups)["_WORLD_GROUP"] = None
 
 
 class Watch:

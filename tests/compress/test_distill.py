@@ -101,7 +101,10 @@ def test_student_without_force_branch(tiny_config, tiny, graph):
     only = {"forces": 0.0, "edge": 0.0}
     losses = distill_loss(student, teacher, graph, DistillConfig(energy=1.0, **only))
     assert set(losses.parts) == {"kd_energy", "kd_node"}
-    with pytest.raises(ValueError, match=r"forces: the student has no force branch; set DistillConfig.forces to 0"):
+    with pytest.raises(
+        ValueError,
+        match=r"forces: the student has no force branch, so no direct forces; set DistillConfig.forces",
+    ):
         distill_loss(student, teacher, graph, DistillConfig())
     for name in ("edge", "edge_to_node", "vector_to_vector"):
         with pytest.raises(ValueError, match=f"^{name}: the student has no force branch"):

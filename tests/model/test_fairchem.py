@@ -3,6 +3,7 @@
 import collections
 import copy
 import dataclasses
+import fractions
 import json
 import shutil
 from collections import OrderedDict
@@ -246,11 +247,11 @@ def marker(tmp_path):
 def test_unknown_objects_are_left_out_and_not_run(write, marker, tmp_path):
     runs, made = marker
     expected = ejmp.load(write())
-    assert (
-        ejmp.load(write(amp=runs(), optimizer={"state": [runs(), collections.Counter("ab")]})).tasks == expected.tasks
-    )
-    with pytest.raises(ValueError, match=r"checkpoint.pt: not a checkpoint of fairchem 1.x: AttributeError"):
-        ejmp.load(write(normalizers=runs()))
+    unknown = {"state": [collections.Counter("ab"), fractions.Fraction(1, 3)]}
+    assert ejmp.load(write(optimizer=unknown)).tasks == expected.tasks
+    for places in ({"amp": runs()}, {"optimizer": {"state": [runs()]}}, {"normalizers": runs()}):
+        with pytest.raises(ValueError, match=r"not a checkpoint of plain tensors \(it asks for shutil.copy"):
+            ejmp.load(write(**places))
     torch.save({"state_dict": {}, "hyper_parameters": runs()}, tmp_path / "lightning.ckpt")
     with pytest.raises(ValueError, match="not a checkpoint of plain tensors"):
         ejmp.load(tmp_path / "lightning.ckpt")

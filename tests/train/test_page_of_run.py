@@ -154,7 +154,7 @@ def test_what_is_told(run):
     assert "Pre-trained" in text
     assert f"ejmp.Calculator('{folder / 'final'}', task='oc20')" in text
     assert json.dumps(json.loads((folder / "run.json").read_text()), indent=1) in text
-    assert "5 A, 14 neighbours" in text
+    assert "3.2 A, 8 neighbours" in text
     assert "skipped" not in text
 
 

@@ -134,7 +134,7 @@ def test_what_a_run_leaves(tmp_path, ranks, sources, teacher):
 
 def test_early_stop(tmp_path, ranks, sources, teacher):
     run = run_of(
-        tmp_path / "run", ranks, sources, ejmp.prune(teacher, blocks=1), early_stop=1, validate_every=1, lr=1e-9
+        tmp_path / "run", ranks, sources, ejmp.prune(teacher, blocks=1), early_stop=1, validate_every=1, lr=0.5
     )
     result = train(run)
     assert result.finished
