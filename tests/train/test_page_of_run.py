@@ -2,19 +2,18 @@
 
 import dataclasses
 import json
-import os
 import re
 import sys
 
 import numpy as np
 import pytest
+from support.few import few
 from support.pages import Page
 
 import ejmp
 from ejmp.train.config import TrainConfig
 from ejmp.train.demo import demo_config
 from ejmp.train.evaluate import evaluate
-from ejmp.train.faults import session
 from ejmp.train.loop import Run, train
 from ejmp.train.objective import Supervised
 from ejmp.train.page import compare, report_page, write_page
@@ -29,36 +28,9 @@ CONFIG = TrainConfig(
 KINDS = ("energy_meV", "energy_meV_per_atom", "forces_meV_per_A")
 
 
-class Few:
-    """Takes the first structures of a dataset."""
-
-    def __init__(self, dataset, count):
-        self.dataset, self.info = dataset, dataset.info
-        self.num_atoms, self.num_edges = dataset.num_atoms[:count], dataset.num_edges[:count]
-
-    def __len__(self):
-        return len(self.num_atoms)
-
-    def __getitem__(self, index):
-        return self.dataset[index]
-
-
-def few(source, count=6):
-    return dataclasses.replace(source, splits={name: Few(data, count) for name, data in source.splits.items()})
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    before = dict(os.environ)
-    with session("cpu") as ranks:
-        yield ranks
-    os.environ.clear()
-    os.environ.update(before)
-
-
 @pytest.fixture(scope="module")
 def sources():
-    return [few(source) for source in demo_mix()[::2]]  # oc20 and ani1x
+    return few(demo_mix()[::2], 6)  # oc20 and ani1x
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +145,7 @@ def test_predictions_and_labels(sources, model):
 
 def test_gradient_forces(model):
     """They are the model's negative gradient of the energy, in eV/A."""
-    source = few(demo_downstream("rmd17"), 2)
+    (source,) = few([demo_downstream("rmd17")], 2)
     tuned = for_finetuning(model, direct_forces=False, reduction="sum", seed=0)
     tuned.tasks = tasks_of([source])
     graph = ejmp.build_graph([source.split("test")[i] for i in range(2)], settings=source.task.graph)
@@ -183,7 +155,7 @@ def test_gradient_forces(model):
 
 def test_scalar_target_and_long_log(tmp_path, model):
     """A long log is thinned to means; of a step that was repeated after a stop, the last line counts."""
-    source = few(demo_downstream("qm9"))
+    (source,) = few([demo_downstream("qm9")], 6)
     tuned = for_finetuning(model, direct_forces=False, reduction="mean", seed=0)
     tuned.tasks = tasks_of([source])
     key = f"{source.task.target}_{source.task.unit}"

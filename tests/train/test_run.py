@@ -30,7 +30,6 @@ from ejmp.train.commands import fastest_precision
 from ejmp.train.config import TrainConfig
 from ejmp.train.demo import demo_config, demo_teacher
 from ejmp.train.evaluate import evaluate, score, table
-from ejmp.train.faults import session
 from ejmp.train.loop import FINAL, Run, train
 from ejmp.train.objective import Distillation, Supervised, freeze_blocks, predict
 from ejmp.train.sources import TaskData, at_most, demo_downstream, demo_mix, tasks_of, with_graph, with_tasks_of
@@ -49,15 +48,6 @@ SHORT = ejmp.GraphSettings(cutoff=6.0, max_neighbors=12)
 CONFIG = TrainConfig(
     steps=6, batch_size=4, lr=3e-3, warmup_steps=2, validate_every=3, checkpoint_every=2, log_every=1, zero_stage=0
 )
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    before = dict(os.environ)
-    with session("cpu") as ranks:
-        yield ranks
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

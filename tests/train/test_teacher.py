@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 
@@ -19,21 +18,11 @@ from ejmp.train import make_teacher, presets
 from ejmp.train.config import TrainConfig
 from ejmp.train.demo import RECIPE, demo_config, demo_teacher
 from ejmp.train.evaluate import evaluate
-from ejmp.train.faults import session
 from ejmp.train.sources import demo_mix, with_tasks_of
 
 pytest.importorskip("deepspeed")
 MAX_BYTES = 2_000_000
 FORCES = "forces_meV_per_A"
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    before = dict(os.environ)
-    with session("cpu") as ranks:
-        yield ranks
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +72,7 @@ def test_it_has_learnt_and_blocks_matter(errors):
 
 
 def test_it_is_made_again_by_its_command(tmp_path, ranks, monkeypatch):
-    """The same steps, twice and after an interruption, give the same bytes; the recipe has their hash."""
+    """The same steps give the same bytes twice; the recipe has their hash."""
     monkeypatch.setattr(make_teacher, "demo_mix", lambda: few(demo_mix()))
     config = dataclasses.replace(
         presets.teacher(), steps=4, validate_every=2, checkpoint_every=2, batch_size=4, zero_stage=0
