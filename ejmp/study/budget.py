@@ -57,7 +57,7 @@ DEMO = Budget(
     inference_batch=8,
     inference_seconds=30.0,
 )
-"""Lengths on the demo data: Table 1 within 9 minutes, everything within 45 minutes on two cores."""
+"""Lengths on the demo data, meant for 9 minutes of Table 1 and 45 of everything on two cores; not measured yet."""
 FULL = Budget(
     distill_steps=None,
     finetune_steps=None,

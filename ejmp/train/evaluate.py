@@ -60,11 +60,6 @@ def score(errors: Errors) -> float:
     return sum(values) / len(values) if values else float("nan")
 
 
-def forces_only(errors: Errors) -> Errors:
-    """Return the force errors alone, which are what Table 1 of Ghunaim et al. compares."""
-    return {name: {"forces meV/A": row["forces_meV_per_A"]} for name, row in errors.items()}
-
-
 def table(rows: dict[str, Errors]) -> str:
     """Return a Markdown table with a row per model and a column per dataset and error.
 

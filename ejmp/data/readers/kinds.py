@@ -4,8 +4,9 @@ import bz2
 import gzip
 import lzma
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from ejmp.data.readers.files import SourceError
 
@@ -37,17 +38,20 @@ _ATOM = re.compile(r"\s*[A-Za-z]|\s*\d+\s")
 
 def open_plain(file: Path) -> IO[bytes]:
     """Open a file, decompressing it if its first bytes say that it is compressed."""
-    with file.open("rb") as raw:
-        start = raw.read(8)
-    opener = next((opener for magic, opener in _PACKED if start.startswith(magic)), None)
-    return file.open("rb") if opener is None else opener(file, "rb")  # pyright: ignore[reportReturnType]
+    opener = _opener(file)
+    return file.open("rb") if opener is None else opener(file, "rb")
 
 
 def is_packed(file: Path) -> bool:
     """Return whether a file is compressed by xz, gzip or bzip2, by its first bytes."""
+    return _opener(file) is not None
+
+
+def _opener(file: Path) -> Callable[..., Any] | None:
+    """Return what opens a compressed file; None if it is not one."""
     with file.open("rb") as raw:
         start = raw.read(8)
-    return any(start.startswith(magic) for magic, _ in _PACKED)
+    return next((opener for magic, opener in _PACKED if start.startswith(magic)), None)
 
 
 def head_of(file: Path) -> bytes:
