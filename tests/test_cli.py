@@ -30,13 +30,13 @@ STARTED = set()
 """Verbs that a test of this file has run."""
 
 
-def ejmp_command(*arguments):
-    """Run `ejmp ARGUMENTS` in a process of its own, and return what it printed."""
+def ejmp_command(*arguments, status=0):
+    """Run `ejmp ARGUMENTS` in a process of its own that ends with a status, and return what it printed."""
     words = [str(argument) for argument in arguments]
     STARTED.add(" ".join(words[: 2 if words[0] in ("config", "data") else 1]))
     variables = environment(DS_ACCELERATOR="cpu")
     done = subprocess.run(["ejmp", *words], capture_output=True, text=True, timeout=300, env=variables, check=False)  # noqa: S607
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == status, done.stderr[-3000:]
     return done.stdout + done.stderr
 
 
@@ -232,6 +232,48 @@ def test_finetune_own_frames(folder, tmp_path):
     page = (run / "page.html").read_text()
     assert '<th scope="col">after, on the test split</th>' in page
     assert str(run / "final") in page
+
+
+def test_finetune_own_frames_is_told_of_their_labels(folder, tmp_path):
+    """Forces of another name are refused without the flag; a wrong name is refused with those that are there."""
+    frames = [atoms.copy() for atoms in ase.io.read(folder / "train.xyz", ":")]
+    for atoms in frames:
+        atoms.info["energy"], atoms.arrays["dft_force"] = -2000.0, np.zeros((6, 3))
+    ase.io.write(tmp_path / "own.xyz", frames)
+    asked = ("finetune", tmp_path / "own.xyz", "--start", folder / "model", "--run", tmp_path / "run", *RUN)
+    assert "say --forces-key dft_force" in ejmp_command(*asked, status=2)
+    assert "no 'dft_energy'; there is" in ejmp_command(*asked, "--energy-key", "dft_energy", status=2)
+    printed = ejmp_command(*asked, "--forces-key", "dft_force", "--unit-energy", "kcal/mol", "--steps", "1")
+    assert "the model:" in printed
+    first = open_store(tmp_path / "run" / "data" / "train")[0]
+    assert first.energy == pytest.approx(-2000 * 0.0433641, rel=1e-5)
+    assert not first.forces.any()
+    assert "are for a file or folder of your own" in ejmp_command("finetune", "--forces-key", "f", status=2)
+
+
+def test_a_target_of_ones_own_is_known_to_every_verb_after(folder, tmp_path):
+    """What `finetune --target gap` trained, `evaluate` and `relevance` take from the saved task, in the same unit."""
+    frames = [ase.Atoms(atoms.numbers, atoms.positions) for atoms in ase.io.read(folder / "train.xyz", ":")]
+    for number, atoms in enumerate(frames):
+        atoms.info["gap"] = 2.0 + 0.25 * number
+    ase.io.write(tmp_path / "own.xyz", frames)
+    run, output = tmp_path / "run", tmp_path / "errors.json"
+    made = ejmp_command(
+        "finetune", tmp_path / "own.xyz", "--target", "gap", "--start", folder / "model", "--run", run, *RUN
+    )
+    assert "gap" in made
+    model, stores = ejmp.load(run / "final"), f"own={run / 'data'}"
+    ejmp_command("evaluate", run / "final", "--data", stores, "--split", "train", "--output", output)
+    predict = ejmp.Predictor(run / "final")
+    truth = list(open_store(run / "data" / "train"))
+    found = predict([ase.Atoms(s.numbers, s.positions) for s in truth])
+    error = np.mean([abs(one.energy - s.targets["gap"]) for one, s in zip(found, truth, strict=True)])
+    (errors,) = json.loads(output.read_text())[str(run / "final")].values()
+    assert errors == {"gap": pytest.approx(error, rel=1e-4)}
+    assert model.task().target == "gap"
+    assert "| own | gap |" in ejmp_command(
+        "relevance", run / "final", "--data", stores, "--labels", "--structures", "2"
+    )
 
 
 def test_evaluate(folder, data, tmp_path):

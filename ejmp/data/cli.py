@@ -5,15 +5,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 from ejmp.catalog import DOWNLOADS
 from ejmp.data.progress import progress_bar
-from ejmp.data.readers.units import ENERGY_UNITS, LENGTH_UNITS
+from ejmp.data.source_flags import SourceRequest, add_allow_close, add_source_flags
 
 if TYPE_CHECKING:
     from ejmp.data.info import LabelRow, Statistics
-    from ejmp.data.readers.options import ReadOptions
     from ejmp.data.store.describe import Histogram
 
 _BAR = 40
@@ -35,44 +34,14 @@ class ConvertRequest:
     """Licence to write into `dataset.json`."""
     shard_size: int
     """Structures per shard."""
-    energy_key: str | None
-    """Name of the total energy; None: as the format's reader knows."""
-    forces_key: str | None
-    """Name of the forces; None: as the format's reader knows."""
-    target: list[str]
-    """Other labels, each KEY or KEY=NAME; empty: all that the format's reader knows."""
-    unit_energy: str | None
-    """Unit of the energy; None: as the file or the format says."""
-    unit_length: str | None
-    """Unit of positions and cell; None: as the file or the format says."""
-    tags: Literal["oc20", "none", "infer"] | None
-    """What tags are; None: as the format says."""
-    on_error: Literal["raise", "skip"]
-    """What an unreadable file of a folder does."""
-    allow_close: bool
-    """Whether atoms may be on top of each other."""
-    occupancy: Literal["refuse", "ignore"]
-    """What becomes of a CIF with partly occupied or shared sites."""
-
-    def options(self) -> "ReadOptions":
-        """Return what the reader is told.
-
-        Raises:
-            ValueError: naming the flag that is impossible.
-        """
-        from ejmp.data.readers.options import ReadOptions  # noqa: PLC0415
-
-        pairs = [text.rpartition("=") if "=" in text else (text, "", text) for text in self.target]
-        names = ("energy_key", "forces_key", "unit_energy", "unit_length", "tags", "on_error")
-        targets = {key: name for key, _, name in pairs}
-        if len(targets) < len(pairs):
-            raise ValueError(f"--target: expected each KEY once, got {self.target}")
-        return ReadOptions(targets=targets, **{name: getattr(self, name) for name in names})
+    reading: SourceRequest
+    """What it is told about the source."""
 
     @classmethod
     def from_flags(cls, flags: argparse.Namespace) -> Self:
         """Return the request that the parsed command line states."""
-        return cls(**{field: getattr(flags, field) for field in cls.__dataclass_fields__})
+        names = cls.__dataclass_fields__.keys() - {"reading"}
+        return cls(reading=SourceRequest.from_flags(flags), **{name: getattr(flags, name) for name in names})
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
@@ -88,66 +57,19 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", help="the format of the source: oc20, ani1x, ..., ase (default: as its contents say)"
     )
-    _add_label_flags(parser)
+    add_source_flags(parser, "labels, of the formats ase, rmd17 and md22")
     parser.add_argument("--split", help="the split all of the source goes to (default: as the dataset's rule says)")
     parser.add_argument("--licence", default="not stated", help="to be written into dataset.json")
-    _add_allow_close(parser)
-    parser.add_argument(
-        "--occupancy",
-        choices=("refuse", "ignore"),
-        default="refuse",
-        help="of a CIF with partly occupied or shared sites: refuse it, or take each site's main species as whole",
-    )
     parser.add_argument("--shard-size", type=int, default=20_000, help="structures per shard (default: 20000)")
     _add_split_command(commands, "stats", _stats, "linear reference, means, deviations and histograms of one split")
     verify = _add_split_command(commands, "verify", _verify, "check every byte and every structure of one split")
-    _add_allow_close(verify)
+    add_allow_close(verify)
     verify.set_defaults(run=lambda flags: _verify(flags.path, allow_close=flags.allow_close))
     _add_split_command(commands, "info", _info, "what dataset.json says of one split")
     get = commands.add_parser("fetch", help="download a dataset in its original form")
     get.set_defaults(run=lambda flags: _fetch(flags.name, flags.dest))
     get.add_argument("name", choices=DOWNLOADS, help="what to download")
     get.add_argument("dest", type=Path, help="the folder to put it in")
-
-
-def _add_label_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that choose labels, units and tags."""
-    add = parser.add_argument_group("labels, of the formats ase, rmd17 and md22").add_argument
-    add("--energy-key", metavar="KEY", help="Array KEY is the total energy; none leaves energies out.")
-    add(
-        "--forces-key",
-        metavar="KEY",
-        help="Array KEY of shape [n, 3] is the forces, or its columns are, as fx,fy,fz; none leaves forces out.",
-    )
-    add(
-        "--target",
-        metavar="KEY[=NAME]",
-        nargs="+",
-        default=[],
-        help="Each KEY is a label of the whole structure, called NAME; without this flag all single numbers are.",
-    )
-    add(
-        "--unit-energy",
-        choices=ENERGY_UNITS,
-        help="The energy is in this unit, and forces are in it per length (default: as the file or the format says).",
-    )
-    add(
-        "--unit-length",
-        choices=LENGTH_UNITS,
-        help="Positions and cell are in this unit (default: as the file or the format says).",
-    )
-    parser.add_argument(
-        "--tags",
-        choices=("oc20", "none", "infer"),
-        help="Tags are OC20's 0 bulk, 1 surface, 2 adsorbate; or are left out; or are inferred from which atoms are "
-        "held and from their elements (default: oc20 for the formats of OC20 and OC22, none for all others).",
-    )
-    parser.add_argument(
-        "--on-error",
-        choices=("raise", "skip"),
-        default="raise",
-        help="An unreadable file of a folder ends the conversion, or is left out and listed (default: raise).",
-    )
 
 
 def _add_split_command(
@@ -160,24 +82,17 @@ def _add_split_command(
     return command
 
 
-def _add_allow_close(command: argparse.ArgumentParser) -> None:
-    text = "let atoms be on top of each other: nearer than a quarter of the sum of their covalent radii, or than 0.31 A"
-    command.add_argument("--allow-close", action="store_true", help=text)
-
-
 def _convert(request: ConvertRequest) -> int:
-    from ejmp.data.readers.validation import checking  # noqa: PLC0415
     from ejmp.data.store.conversion import convert  # noqa: PLC0415
     from ejmp.data.store.dataset import open_store  # noqa: PLC0415
     from ejmp.data.store.writers import Writers  # noqa: PLC0415
 
-    checks = checking(allow_close=request.allow_close, occupancy=request.occupancy, on_error=request.on_error)
-    with checks, progress_bar("converting", "structures") as progress:
+    with request.reading.checking(), progress_bar("converting", "structures") as progress:
         folders = convert(
             request.source,
             request.dest,
             format=request.format,
-            options=request.options(),
+            options=request.reading.options,
             split=request.split,
             licence=request.licence,
             shard_size=request.shard_size,

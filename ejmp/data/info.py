@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
-from ejmp.graph.structure import Structure
+if TYPE_CHECKING:
+    from ejmp.graph.structure import Structure
 
 SCHEMA_VERSION = 1
 """Version of the contents of `dataset.json`."""
@@ -87,4 +88,4 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Structure: ...
+    def __getitem__(self, index: int) -> "Structure": ...

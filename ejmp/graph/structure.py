@@ -20,6 +20,8 @@ MAX_CELLS_OUTSIDE = 1 << 16
 """Most cells that an atom may be away from its own."""
 TAGS = (0, 1, 2)
 """Tags of atoms: bulk, surface, and adsorbate or molecule."""
+LAYER_DISTANCE = 0.5
+"""Least difference in height by which tags are told to be numbers of layers, A."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,10 +204,33 @@ def _cell(cell: Tensor | None, pbc: Tensor, b: int, device: torch.device) -> tup
     return cell, complete
 
 
+def are_layer_numbers(atoms: Any) -> bool:
+    """Return whether the tags of ASE atoms fall with the height, as the layer numbers of ASE's slab builders do.
+
+    OC20's tags rise: bulk, surface, adsorbate.
+
+    Args:
+        atoms: an ase.Atoms.
+    """
+    tags, cell = atoms.get_tags(), atoms.cell.array
+    kinds = np.unique(tags)
+    normal = np.cross(cell[0], cell[1])
+    if len(kinds) < 2 or not atoms.pbc.any() or not normal.any():
+        return False
+    normal *= (-1 if normal @ cell[2] < 0 else 1) / np.linalg.norm(normal)
+    heights = [(atoms.positions[tags == kind] @ normal).mean() for kind in kinds]
+    return bool((np.diff(heights) < -LAYER_DISTANCE).all())
+
+
 def _tags(structure: Any, n: int, b: int, device: torch.device) -> Tensor:
     """Return the tags; those of ASE atoms without a tags array are all 2, as for molecules."""
     if hasattr(structure, "get_tags"):
         value = structure.get_tags() if structure.has("tags") else None
+        if value is not None and are_layer_numbers(structure):
+            raise ValueError(
+                f"structure {b}: tags: expected 0 (bulk), 1 (surface), 2 (adsorbate), got {np.unique(value)}, which "
+                "fall with the height, as the layer numbers of ASE's slab builders do; set_tags changes them"
+            )
     else:
         value = getattr(structure, "tags", None)
     if value is None:

@@ -12,7 +12,7 @@ from ejmp.data.readers.files import import_optional
 from ejmp.graph.build import build_graph
 from ejmp.graph.graph import AtomGraph
 from ejmp.graph.shells import cut_shells
-from ejmp.graph.structure import TAGS, Structure
+from ejmp.graph.structure import TAGS, Structure, are_layer_numbers
 from ejmp.model.config import Precision
 from ejmp.model.jmp import JMP
 from ejmp.predict.predictor import VOIGT, prepare
@@ -135,16 +135,17 @@ class Calculator(ase.Calculator):
     def _tags(self, atoms: Any) -> np.ndarray[Any, Any] | None:
         """Return tags 0, 1, 2 (bulk, surface, adsorbate) if the atoms have such; say once what is done if not.
 
-        A molecule without tags has the right ones anyway.
+        A molecule without tags has the right ones anyway. The layer numbers of ASE's slab builders are no such tags.
         """
         tags = atoms.get_tags() if atoms.has("tags") else None
-        if tags is not None and np.isin(tags, TAGS).all():
+        layers = tags is not None and are_layer_numbers(atoms)
+        if tags is not None and np.isin(tags, TAGS).all() and not layers:
             return tags
         if tags is None and not atoms.pbc.any():
             return None
         if "tags" not in self._said:
             self._said.add("tags")
-            have = "no tags" if tags is None else "tags other than 0, 1, 2"
+            have = "no tags" if tags is None else "layer numbers as tags" if layers else "tags other than 0, 1, 2"
             warnings.warn(
                 f"ejmp: the atoms have {have}, so each counts as an adsorbate's or molecule's (tag 2); the model was "
                 "trained with 0 for atoms below the surface, 1 for the surface and 2 for the adsorbate",

@@ -13,6 +13,7 @@ from torch import distributed as dist
 from ejmp.catalog import FINETUNING
 from ejmp.compress.pruning import prune
 from ejmp.data import convert
+from ejmp.data.source_flags import SourceRequest
 from ejmp.data.store.writers import Writers
 from ejmp.model.checkpoint import load
 from ejmp.model.config import SIZES, JMPConfig, Precision
@@ -134,7 +135,7 @@ def fastest_precision(device: torch.device, otherwise: Precision) -> Precision:
 def finetune(request: FinetuneRequest, ranks: Ranks) -> str:
     """Fine-tune a model on one dataset."""
     if request.frames is not None:
-        _convert(request.frames, request.run.directory / "data", ranks)
+        _convert(request.frames, request.run.directory / "data", request.reading, ranks)
     start = load(request.start or demo_teacher())
     source = _finetuning_data(request, start)
     if ranks.rank == 0:
@@ -163,10 +164,11 @@ def finetune(request: FinetuneRequest, ranks: Ranks) -> str:
     return _report(run, result, rows) + page
 
 
-def _convert(frames: Path, store: Path, ranks: Ranks) -> None:
+def _convert(frames: Path, store: Path, reading: SourceRequest, ranks: Ranks) -> None:
     """Convert a user's frames to a record store with splits: on rank 0, or on all ranks that mpirun started."""
     if ranks.rank == 0 or Writers().size > 1:
-        convert(frames, store, format="ase")
+        with reading.checking():
+            convert(frames, store, format="ase", options=reading.options)
     dist.barrier()
 
 

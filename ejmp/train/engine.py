@@ -45,8 +45,8 @@ class StepResult:
     skipped: bool
     """Whether loss or gradient was not finite on some rank, so that no weight has changed."""
     suspects: tuple[str, ...]
-    """Ids of this rank's structures if the step was skipped and they may be why; empty if only other ranks' losses
-    were not finite."""
+    """This rank's structures, as `Objective.suspects` calls them, if the step was skipped and they may be why; empty
+    if only other ranks' losses were not finite."""
     lr: float
     """Learning rate of the first parameter group."""
 
@@ -192,7 +192,7 @@ class Engine:
                 self.zero.averaged_gradients[group] = None
 
     def _count(self, skipped: bool, loss: float, total: Tensor, batch: Batch) -> tuple[str, ...]:
-        """Update the counts and the loss scale; return the ids of structures that may have made the step fail."""
+        """Update the counts and the loss scale; return the structures that may have made the step fail."""
         if not skipped:
             self.skipped_in_row = 0
             self.good_steps += 1
@@ -203,7 +203,7 @@ class Engine:
         self.skipped_in_row += 1
         self.good_steps = 0
         innocent = not math.isfinite(loss) and bool(total.isfinite())
-        suspects = () if innocent else tuple(batch.ids)
+        suspects = () if innocent else self.objective.suspects(batch)
         what = "gradient" if math.isfinite(loss) else "loss"
         where = ", ".join(suspects) or "not here"
         LOG.warning("rank %d: step skipped, %s not finite: %s", self.ranks.rank, what, where)

@@ -1,8 +1,9 @@
 """Ends all ranks when one fails, and shows once what went wrong.
 
-Every rank keeps a TCP connection to rank 0, read by a thread. A rank that raises sends its traceback through it; of a
-rank that is killed, the system closes it. Rank 0 prints what it hears of first, tells the others, and ends. A thread
-can end the process while the main thread waits in a collective for a rank that will never come.
+Every rank keeps a TCP connection to rank 0, read by a thread. A rank that raises sends its message through it, which is
+a line for a mistake of the user or the state of the machine and a traceback for everything else; of a rank that is
+killed, the system closes it. Rank 0 prints what it hears of first, tells the others, and ends. A thread can end the
+process while the main thread waits in a collective for a rank that will never come.
 """
 
 import contextlib
@@ -26,6 +27,8 @@ GRACE = 1.0
 """Time in seconds that a failing rank waits for news of an earlier fault elsewhere, which may have caused its own."""
 PATIENCE = 10.0
 """Time in seconds that a failing rank waits for rank 0 to show its message."""
+FAULT, MISTAKE = 1, 2
+"""Exit status after a fault of the program or the loss of a rank, and after bad input or a machine that is full."""
 KEPT = "the last whole state stays, and the same command goes on from there"
 """What becomes of a run whose disk is full."""
 CONNECT = 60.0
@@ -38,7 +41,7 @@ def in_words(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return f"{text}: {KEPT}"
     if isinstance(error, ValueError | OSError | ModuleNotFoundError):
-        return text
+        return text or None
     if isinstance(error, RuntimeError) and ("EADDRINUSE" in text or "already in use" in text):
         port = os.environ.get("MASTER_PORT", "")
         return f"port {port} is taken: give the launcher another one, --master_port (or set MASTER_PORT)"
@@ -49,7 +52,9 @@ def in_words(error: BaseException) -> str | None:
 
 @contextlib.contextmanager
 def session(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[Ranks]:
-    """Join the process group and leave it at the end; an exception in the body ends all ranks with exit status 1.
+    """Join the process group and leave it at the end; of several ranks, an exception in the body of one ends all.
+
+    The exit status is then 2 for what `in_words` has words for, 1 for everything else.
 
     Args:
         device: device to compute on; "auto" takes CUDA if there is one and DS_ACCELERATOR is not cpu.
@@ -120,7 +125,7 @@ class Watch:
             for line in peer.makefile():
                 message = json.loads(line)
                 if message["what"] == "failed":
-                    self._end_all(rank, message["text"])
+                    self._end_all(rank, message["text"], message["status"])
                 with self.lock:
                     self.waiting.discard(rank)
                     if not self.waiting:
@@ -132,22 +137,23 @@ class Watch:
         """Listen to rank 0, on any other rank; end when it says so or falls silent."""
         with contextlib.suppress(OSError):
             for line in self.peers[0].makefile():
-                if json.loads(line)["what"] == "failed":
-                    _exit()
+                message = json.loads(line)
+                if message["what"] == "failed":
+                    _exit(message["status"])
                 self.all_done.set()
                 return
         if self.rank == 1:
             _show(0, "ended without a message: killed, or its node is gone\n")
         _exit()
 
-    def _end_all(self, rank: int, text: str) -> NoReturn:
-        """Show a fault and end all ranks, on rank 0."""
+    def _end_all(self, rank: int, text: str, status: int = FAULT) -> NoReturn:
+        """Show a fault and end all ranks with an exit status, on rank 0."""
         self.lock.acquire()  # for good: threads with later faults wait here until the process ends
         _show(rank, text)
         for peer in self.peers.values():
             with contextlib.suppress(OSError):
-                _send(peer, what="failed")
-        _exit()
+                _send(peer, what="failed", status=status)
+        _exit(status)
 
     def __enter__(self) -> Self:
         return self
@@ -157,15 +163,17 @@ class Watch:
         if error is None or (isinstance(error, SystemExit) and not error.code):
             self._finish()
             return
-        text = "".join(traceback.format_exception(error))
+        problem = in_words(error)
+        text = "".join(traceback.format_exception(error)) if problem is None else f"{problem}\n"
+        status = FAULT if problem is None else MISTAKE
         time.sleep(GRACE)
         if self.rank == 0:
-            self._end_all(0, text)
+            self._end_all(0, text, status)
         with contextlib.suppress(OSError):
-            _send(self.peers[0], what="failed", text=text)
+            _send(self.peers[0], what="failed", text=text, status=status)
             time.sleep(PATIENCE)
         _show(self.rank, text)
-        _exit()
+        _exit(status)
 
     def _finish(self) -> None:
         if self.rank != 0:
@@ -206,9 +214,9 @@ def _show(rank: int, text: str) -> None:
     sys.stderr.write(f"rank {rank}: {text}")
 
 
-def _exit() -> NoReturn:
+def _exit(status: int = FAULT) -> NoReturn:
     """End this process at once, whatever its other threads are waiting for."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    os._exit(1)
+    os._exit(status)

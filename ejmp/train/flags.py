@@ -9,6 +9,8 @@ from typing import Literal
 
 from ejmp.catalog import CATALOG, FINETUNING
 from ejmp.compress.config import parse_blocks, parse_terms
+from ejmp.data.readers.options import ReadOptions
+from ejmp.data.source_flags import SourceRequest, add_source_flags
 from ejmp.train import presets
 from ejmp.train.config import TrainConfig
 from ejmp.train.requests import (
@@ -28,6 +30,8 @@ PRESETS: dict[TrainingName, Callable[[], TrainConfig]] = {
     "distill": presets.distill,
     "finetune": presets.finetune,
 }
+NOTHING_TOLD = SourceRequest(options=ReadOptions(), allow_close=False, occupancy="refuse")
+"""What the flags on a source come to if none is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,12 +170,16 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     text = "how atoms' outputs make a structure's; default: sum, for qmof mean"
     parser.add_argument("--reduction", choices=("sum", "mean"), help=text)
     _add_graph(parser, "the start model's, or the paper's for the data's name")
+    add_source_flags(parser, "labels of FRAMES", targets=False)
     _add_run(parser, "finetune")
 
 
 def _finetune_request(options: argparse.Namespace) -> FinetuneRequest:
     if options.frames and options.data:
         raise ValueError("data: expected FRAMES or --data, got both")
+    reading = SourceRequest.from_flags(options)
+    if not options.frames and reading != NOTHING_TOLD:
+        raise ValueError("FRAMES: the flags on labels of FRAMES are for a file or folder of your own, got none")
     if options.frames:
         name = re.sub(r"[^\w.-]", "_", options.frames.name.split(".")[0]) or "own"
         options.data = f"{name}={options.directory / 'data'}"
@@ -184,6 +192,7 @@ def _finetune_request(options: argparse.Namespace) -> FinetuneRequest:
         device=options.device,
         data=options.data,
         frames=options.frames,
+        reading=reading,
         run=_run_request(options, _finetune_settings(options)),
         demo=options.demo,
         recipe=options.recipe,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ejmp.compress.config import DistillConfig
 from ejmp.compress.distill import combine, distill_loss
 from ejmp.compress.losses import Losses
+from ejmp.data.readers.impossible import LEAST
 from ejmp.data.sampling.batch import Batch
 from ejmp.model.jmp import JMP
 from ejmp.train.dropout import drop_edges, scaled_outputs
@@ -52,6 +53,8 @@ class Objective(nn.Module):
     """
 
     model: JMP
+    tasks: Tasks | None = None
+    """Tasks by dataset number."""
 
     def __init__(self, model: JMP) -> None:
         super().__init__()
@@ -60,6 +63,20 @@ class Objective(nn.Module):
     def forward(self, batch: Batch) -> Losses:
         """Return the losses of a batch, with their autograd graph."""
         raise NotImplementedError
+
+    def suspects(self, batch: Batch) -> tuple[str, ...]:
+        """Return dataset and id of each structure of a batch that made a step fail, the likeliest one first.
+
+        Those with two atoms on top of each other come first, and are called so.
+        """
+        if self.tasks is None:
+            return batch.ids
+        names = [f"{self.tasks[d].name}: {name}" for d, name in zip(batch.dataset.tolist(), batch.ids, strict=True)]
+        edges, structure_of = batch.graph.main, batch.graph.batch
+        nearest = torch.full((len(names),), torch.inf, dtype=edges.distance.dtype, device=batch.graph.device)
+        nearest.scatter_reduce_(0, structure_of[edges.target], edges.distance.detach(), "amin")
+        found = sorted(zip(nearest.tolist(), names, strict=True))
+        return tuple(name + f" (two atoms {d:.3g} A apart)" * (d < LEAST) for d, name in found)
 
 
 class Supervised(Objective):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ejmp.compress.config import DistillConfig
+from ejmp.data.source_flags import SourceRequest
 from ejmp.model.config import Precision
 from ejmp.train.config import TrainConfig
 from ejmp.train.logs import Tracker
@@ -100,6 +101,8 @@ class FinetuneRequest(TrainingRequest):
 
     frames: Path | None
     """Files of the user's own, to be converted to the record store that `data` names."""
+    reading: SourceRequest
+    """What is told about these files."""
     demo: str
     """Name of the demo set to train on if there is no record store."""
     recipe: str | None

@@ -1,20 +1,24 @@
 """Labels of files of a user's own: each is read right, or refused with file and frame; none is lost without a word."""
 
 import gzip
+import json
 import re
 
 import ase.db
 import ase.io
+import h5py
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.data_sources import oc_record, write_lmdb, write_qmof_json
 from support.inputs import shared_file
 
 from ejmp import cli
-from ejmp.data import Format, Part, ReadOptions, convert, open_store, read
+from ejmp.data import Format, Part, ReadOptions, Structure, convert, open_store, read
 
 HARTREE, KCAL, BOHR = 27.211386245988, 0.0433641042418, 0.529177210544
 EV = {"eV": 1, "meV": 1e-3, "kcal/mol": KCAL, "kJ/mol": KCAL / 4.184, "hartree": HARTREE, "rydberg": HARTREE / 2}
@@ -339,3 +343,57 @@ def test_other_options_make_another_conversion(tmp_path):
     convert(path, tmp_path / "set", split="train")
     with pytest.raises(ValueError, match="dest holds another conversion"):
         convert(path, tmp_path / "set", split="train", options=ReadOptions(unit_energy="hartree"))
+
+
+def table_of(source, dest, name):
+    """Convert a source and return what became of each of its arrays."""
+    (folder, *_) = convert(source, dest, format=name, split="train")
+    return {row.array: (row.per, row.label) for row in open_store(folder).info.labels}
+
+
+def test_every_array_of_an_hdf5_file_is_in_the_table(tmp_path):
+    source = shared_file("data/ani1x/ani1x_subset.h5")
+    found = table_of(source, tmp_path / "ani", "ani1x")
+    with h5py.File(source) as file:
+        names = {name for group in file.values() for name in group}
+    assert found.keys() == names - {"atomic_numbers", "coordinates"}
+    assert found.pop("wb97x_dz.energy") == ("structure", "energy")
+    assert found.pop("wb97x_dz.forces") == ("atom", "forces")
+    assert {label for _, label in found.values()} <= {"not read"}
+
+
+def test_every_field_of_an_oc_record_is_in_the_table(tmp_path):
+    more = {"distances": torch.ones(7), "charges": torch.ones(5)}
+    source = write_lmdb(tmp_path / "data.0000.lmdb", [oc_record(k, **more) for k in range(3)])
+    assert table_of(source, tmp_path / "oc", "oc20") == {
+        "y": ("structure", "energy"),
+        "force": ("atom", "forces"),
+        "tags": ("atom", "tags"),
+        "fixed": ("atom", "fixed"),
+        "distances": ("structure", "not read"),
+        "charges": ("atom", "not read"),
+    }
+
+
+def test_every_label_of_qm9_and_qmof_is_in_the_table(tmp_path):
+    found = table_of(shared_file("data/qm9"), tmp_path / "qm9", "qm9")
+    assert found["Mulliken charges"] == ("atom", "not read")
+    assert found["line 2"] == ("structure", "energy and 19 targets")
+    folder = tmp_path / "frameworks"
+    folder.mkdir()
+    labels = json.loads((write_qmof_json(folder) / "qmof.json").read_text())
+    for record in labels:
+        record["outputs"]["hse06"] = {"bandgap": 2.0}
+    (folder / "qmof.json").write_text(json.dumps(labels))
+    assert table_of(folder, tmp_path / "qmof", "qmof") == {
+        "outputs.pbe.bandgap": ("structure", "target bandgap"),
+        "outputs.hse06.bandgap": ("structure", "not read"),
+    }
+
+
+def test_a_format_of_ones_own_passes_the_same_checks(tmp_path):
+    """Two atoms at one place, from a reader that checks nothing."""
+    same = Structure(numbers=[6, 6], positions=np.zeros((2, 3)), energy=0.0, id="twin")
+    own = Format(parts=lambda _: [Part(name="all", count=2)], read=lambda *_: iter([same, same]))
+    with pytest.raises(ValueError, match=r"own: all, structure 0 \(twin\): positions: atoms 0 and 1"):
+        convert(tmp_path / "own", tmp_path / "store", format=own)

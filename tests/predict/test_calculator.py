@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from ase import units
-from ase.build import add_adsorbate, bulk, fcc111, molecule
+from ase.build import add_adsorbate, bcc100, bulk, fcc111, molecule
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_stress
 from ase.constraints import FixAtoms
@@ -130,6 +130,28 @@ def test_it_says_what_tags_it_takes(model):
             warnings.simplefilter("error")
             same = own.get_potential_energy() == energy
         assert same == (tag == 2)
+
+
+@pytest.mark.parametrize("build", [fcc111, bcc100])
+def test_layer_numbers_of_ase_are_no_tags_of_oc20(model, build):
+    """A slab of two layers has tags 1 and 2, with the surface on top; OC20's surface is 1 and its adsorbate 2."""
+    slab = build("Cu" if build is fcc111 else "Fe", (2, 2, 2), vacuum=6.0, periodic=True)
+    assert sorted(set(slab.get_tags())) == [1, 2]
+    slab.calc = ejmp.Calculator(model, "oc20")
+    with pytest.warns(UserWarning, match="layer numbers as tags, so each counts as an adsorbate's"):
+        energy = slab.get_potential_energy()
+    with pytest.raises(ValueError, match=r"structure 0: tags: .*layer numbers of ASE's slab builders"):
+        ejmp.build_graph(slab, settings=ejmp.GraphSettings(tags="oc20"))
+    every = slab.copy()
+    every.set_tags(2)
+    every.calc = ejmp.Calculator(model, "oc20")
+    assert every.get_potential_energy() == energy
+    own = slab.copy()
+    own.set_tags(2 - slab.get_tags())  # the upper layer is the surface, 1, and the lower one bulk, 0
+    own.calc = ejmp.Calculator(model, "oc20")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert own.get_potential_energy() != energy
 
 
 def test_other_tags_are_another_structure(model, crystal):

@@ -5,6 +5,7 @@ Each rank writes what it saw to OUT/rank<r>.json.
 
 import copy
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -285,6 +286,11 @@ def hello(ranks):
     return {"place": [ranks.rank, ranks.local_rank, ranks.world_size], "sum": total}
 
 
+def full_disk(text):
+    """What the system raises on a full disk."""
+    return OSError(errno.ENOSPC, text)
+
+
 def fault(ranks):
     """Let one rank (or both) fail in some way while the other waits for it in a collective."""
     kind, who = sys.argv[3], int(sys.argv[4])
@@ -293,7 +299,7 @@ def fault(ranks):
         time.sleep(1)
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        raise ValueError("oc20[17] is damaged")
+        raise {"mistake": ValueError, "full": full_disk}.get(kind, RuntimeError)("oc20[17] is damaged")
     if kind == "exit":
         time.sleep(600)
     sum_over_ranks(torch.zeros(1))

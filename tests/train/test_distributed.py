@@ -74,7 +74,7 @@ def test_a_fault_ends_all_ranks_and_is_shown_once(tmp_path, kind, who):
         assert "Traceback" not in text
     else:
         assert codes == [1, 1]
-        assert text.count("ValueError: oc20[17] is damaged") == 1
+        assert text.count("RuntimeError: oc20[17] is damaged") == 1
         assert text.count("Traceback") == 1
         assert kind == "both" or f"rank {who}: Traceback" in text
 
@@ -82,7 +82,17 @@ def test_a_fault_ends_all_ranks_and_is_shown_once(tmp_path, kind, who):
 def test_a_rank_that_is_busy_elsewhere_is_ended_too(tmp_path):
     codes, text, apart = finish(start_pair("fault", tmp_path, "exit", 1))
     assert codes == [1, 1]
-    assert text.count("ValueError: oc20[17] is damaged") == 1
+    assert text.count("RuntimeError: oc20[17] is damaged") == 1
+    assert apart < 10
+
+
+@pytest.mark.parametrize(("kind", "who"), [("mistake", 0), ("mistake", 1), ("full", 1)])
+def test_a_mistake_or_a_full_disk_is_one_line_without_a_trace(tmp_path, kind, who):
+    codes, text, apart = finish(start_pair("fault", tmp_path, kind, who))
+    assert codes == [2, 2]
+    assert text.count(f"rank {who}: ") == text.count("oc20[17] is damaged") == 1
+    assert ("the last whole state stays" in text) == (kind == "full")
+    assert "Traceback" not in text
     assert apart < 10
 
 

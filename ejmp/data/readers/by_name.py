@@ -16,7 +16,7 @@ from ejmp.data.readers.qm9 import QM9
 from ejmp.data.readers.qmof import QMOF
 from ejmp.data.readers.recognise import recognise
 from ejmp.data.readers.tags import infer_tags
-from ejmp.data.readers.validation import Refused
+from ejmp.data.readers.validation import Refused, validate
 from ejmp.graph.structure import Structure
 
 FORMATS: dict[str, Format] = {
@@ -76,6 +76,16 @@ def configured(found: Format, name: str, options: ReadOptions, survey: Survey) -
             yield replace(structure, tags=tags)
 
     return replace(found, read=retagged)
+
+
+def checked(found: Format) -> Format:
+    """Return a format of somebody's own with the checks that the structures of every format of ejmp pass."""
+
+    def read(path: Path, part: Part) -> Iterator[Structure]:
+        for number, structure in enumerate(found.read(path, part)):
+            yield validate(structure, path, f"{part.name}, structure {number} ({structure.id})")
+
+    return replace(found, read=read)
 
 
 def recognised(source: Path, survey: Survey) -> str:

@@ -27,6 +27,7 @@ from ejmp.data.readers.format import Format, Part, parse_slice, slices
 from ejmp.data.readers.impossible import all_far_apart
 from ejmp.data.readers.layout import Layout
 from ejmp.data.readers.oc import OC20
+from ejmp.data.readers.options import Rows, report, rows_of
 from ejmp.data.readers.units import BOHR, HARTREE
 from ejmp.data.readers.validation import MAX_ATOMS, validate
 from ejmp.graph.structure import Structure
@@ -38,6 +39,7 @@ MAX_FRAMES = 10_000_000
 SLICE_ATOMS = 1_000_000
 """Most atoms of all structures in one part."""
 SPLITS = ("train", "val", "test")
+_KNOWN_ROWS: dict[tuple[Layout, tuple[str, ...]], Rows] = {}
 
 ANI1X_LAYOUT = Layout(
     numbers="atomic_numbers", positions="coordinates", energy="wb97x_dz.energy", forces="wb97x_dz.forces",
@@ -164,12 +166,24 @@ def _nothing(file: Any, layout: Layout) -> str:
     return "no group holds any conformations"
 
 
+def _rows(group: Any, layout: Layout, n: int) -> Rows:
+    """Return what the arrays of a group became; names alone tell, as the groups of a file have the same ones."""
+    names = tuple(name for name in group if name not in (layout.numbers, layout.positions))
+    if (layout, names) not in _KNOWN_ROWS:
+        labels = {layout.energy: "energy", layout.forces: "forces"}
+        labels |= {name: labels.get(name, f"target {name}") for name in layout.targets}
+        shapes = {name: getattr(group[name], "shape", None) or () for name in names}
+        _KNOWN_ROWS[layout, names] = rows_of(shapes, labels, n)
+    return _KNOWN_ROWS[layout, names]
+
+
 def _read(path: Path, part: Part, layout: Layout) -> Iterator[Structure]:
     h5py = import_optional("h5py")
     name, start, stop = parse_slice(part)
     with reading(path, name):
         with h5py.File(path, "r") as file:
             arrays = _arrays(file[name], layout)
+            report(_rows(file[name], layout, len(arrays[layout.numbers])))
             keep = np.ones(stop - start, dtype=bool)
             if layout == ANI1X_LAYOUT:
                 keep = _labelled(arrays, layout, start, stop)

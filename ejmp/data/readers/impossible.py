@@ -89,7 +89,10 @@ def _check_distances(numbers: np.ndarray, positions: np.ndarray, cell: "_Cell | 
     reach = _reach(radii)
     points, atoms = positions, None
     if cell is not None:
-        points, atoms = cell.with_images(positions, reach)
+        scaled = cell.scaled(positions)
+        if len(scaled) <= MOST_AT_ONCE and cell.all_apart(scaled, reach):
+            return
+        points, atoms = cell.with_images(scaled, reach)
         radii = radii[atoms]
     if len(points) <= MOST_AT_ONCE:
         pairs = _pairs_of_few(points, NEAREST * radii, reach)
@@ -187,27 +190,55 @@ class _Cell:
                 f"are dependent: {vectors.tolist()}"
             )
         self.heights: list[float] = heights.tolist()
+        self.lowest = min(height for height, wraps in zip(self.heights, pbc, strict=True) if wraps)
         self.free: list[int] = free.tolist()
         self.complete = complete
         self._known: dict[float, tuple[np.ndarray, np.ndarray]] = {}
 
-    def with_images(self, positions: np.ndarray, reach: float) -> tuple[np.ndarray, np.ndarray]:
+    def scaled(self, positions: np.ndarray) -> np.ndarray:
+        """Return positions [n, 3] in units of the lattice vectors.
+
+        Raises:
+            ValueError: if an atom is too far outside the cell.
+        """
+        scaled = positions @ self.inverse
+        outside = np.delete(scaled, self.free, 1) if self.free else scaled
+        if not max(outside.max(), -outside.min()) <= MAX_CELLS_OUTSIDE:
+            raise ValueError(f"positions: more than {MAX_CELLS_OUTSIDE} cells outside the cell")
+        return scaled
+
+    def all_apart(self, scaled: np.ndarray, reach: float) -> bool:
+        """Return whether no two atoms are within `reach` for certain; False if that takes a closer look.
+
+        Two atoms that are nearer than half the least distance of opposite faces differ by less than half a lattice
+        vector, so that rounding finds their nearest images.
+        """
+        if self.lowest <= 2.1 * reach:
+            return False
+        apart = scaled[:, None] - scaled
+        whole = np.rint(apart)
+        if self.free:
+            whole[..., self.free] = 0
+        apart -= whole
+        apart = apart.reshape(-1, 3) @ self.complete
+        square = np.einsum("ij,ij->i", apart, apart)
+        square[:: len(scaled) + 1] = np.inf
+        return bool(square.min() > reach * reach * (1 + 1e-6))
+
+    def with_images(self, scaled: np.ndarray, reach: float) -> tuple[np.ndarray, np.ndarray]:
         """Return the atoms wrapped into the cell, with their images within `reach` beyond its upper faces.
 
         Returns:
             Positions, and the number of the atom that each is of.
         """
-        scaled = positions @ self.inverse
         whole = np.floor(scaled)
         if self.free:
             whole[:, self.free] = 0
-        if not max(whole.max(), -whole.min()) <= MAX_CELLS_OUTSIDE:
-            raise ValueError(f"positions: more than {MAX_CELLS_OUTSIDE} cells outside the cell")
-        scaled -= whole
+        scaled = scaled - whole
         shifts, beyond = self._images(reach)
         images = scaled + shifts
         kept = (images <= beyond).all(2).ravel().nonzero()[0]
-        return images.reshape(-1, 3)[kept] @ self.complete, kept % len(positions)
+        return images.reshape(-1, 3)[kept] @ self.complete, kept % len(scaled)
 
     def _images(self, reach: float) -> tuple[np.ndarray, np.ndarray]:
         """Return the cells in which images may be, [k, 1, 3], and how far they may be beyond the lower face, [3]."""

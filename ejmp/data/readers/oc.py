@@ -18,6 +18,7 @@ import numpy as np
 from ejmp.data.readers.files import SourceError, file_in, list_files, reading
 from ejmp.data.readers.format import Format, Part, parse_slice, slices
 from ejmp.data.readers.lmdb_pages import LmdbFile
+from ejmp.data.readers.options import Rows, report, rows_of
 from ejmp.data.readers.pickle_names import UnsafePickleError
 from ejmp.data.readers.unpickle import fields, loads
 from ejmp.data.readers.validation import validate
@@ -27,7 +28,11 @@ ENVIRONMENT = "data.mdb"
 """File that holds everything in a folder that `lmdb.open` made."""
 ATOMS = b"ase.atoms"
 """Module whose name a pickled ase.Atoms begins with."""
+OWN = ("pos", "atomic_numbers", "cell", "pbc", "natoms", "sid", "fid")
+"""Fields that are the structure itself, or its id."""
 FIELDS = ("pos", "atomic_numbers", "cell", "pbc", "natoms", "tags", "fixed", "y", "y_relaxed", "force", "sid", "fid")
+
+_KNOWN_ROWS: dict[tuple[tuple[str, ...], tuple[str, ...], bool], Rows] = {}
 
 
 def _parts(path: Path) -> list[Part]:
@@ -61,8 +66,25 @@ def _read(path: Path, part: Part, energies: tuple[str, ...]) -> Iterator[Structu
                 raw = records.get(str(key).encode())
                 if raw is None:
                     raise SourceError(file, f"record {key}", "not there")
-                structure = _structure(_flat(_record(raw)), f"{name}/{key}", energies)
+                values = _record(raw)
+                structure = _structure(_flat(values), f"{name}/{key}", energies)
+                report(_rows(values, energies, len(structure.numbers), tags=structure.tags is not None))
             yield validate(structure, file, f"record {key}")
+
+
+def _rows(values: Mapping[str, Any], energies: tuple[str, ...], n: int, *, tags: bool) -> Rows:
+    """Return what the fields of a record became; its names tell."""
+    key = tuple(values), energies, tags
+    if key not in _KNOWN_ROWS:
+        used = next((name for name in energies if name in values), "")
+        labels = {used: "energy", "force": "forces", "fixed": "fixed"} | ({"tags": "tags"} if tags else {})
+        shapes = {name: np.shape(value) for name, value in values.items() if name not in OWN and not _is_text(value)}
+        _KNOWN_ROWS[key] = rows_of(shapes, labels, n)
+    return _KNOWN_ROWS[key]
+
+
+def _is_text(value: Any) -> bool:
+    return not isinstance(value, np.ndarray | np.generic | float | int)
 
 
 def _record(raw: bytes) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from ejmp.data.readers.ase_files import parse_frame
 from ejmp.data.readers.files import SourceError, file_in, list_files, reading
 from ejmp.data.readers.format import Format, Part
 from ejmp.data.readers.labels import LabelReader
-from ejmp.data.readers.options import ReadOptions, Survey
+from ejmp.data.readers.options import ReadOptions, current_survey
 from ejmp.data.readers.validation import validate
 from ejmp.data.readers.xyz import iter_frames
 from ejmp.graph.structure import Structure
@@ -45,7 +45,7 @@ def _parts(path: Path) -> list[Part]:
 def _read(path: Path, part: Part) -> Iterator[Structure]:
     file = file_in(path, part.name)
     labels = _lines(file)
-    reader = LabelReader(ReadOptions(), Survey(), tags="oc20", name=str(file))
+    reader = LabelReader(ReadOptions(), current_survey(), tags="oc20", name=str(file))
     with reading(file), _open(file) as raw:
         frames = iter_frames(raw, file)
         for k, (system, frame, *reference) in enumerate(labels):

@@ -6,13 +6,17 @@ A reader that takes options is a `Format` with `configure`. Everything it leaves
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ejmp.data.info import LabelRow
 from ejmp.data.readers.units import unit_name
-from ejmp.graph.structure import Structure
+
+if TYPE_CHECKING:
+    from ejmp.graph.structure import Structure
 
 NOT_READ = "not read"
 LEFT_OUT = "none"
@@ -99,7 +103,7 @@ class Survey:
         """Note what the arrays of the structure became that a reader is about to yield."""
         self._last = rows
 
-    def counted(self, structures: Iterable[Structure]) -> Iterator[Structure]:
+    def counted(self, structures: "Iterable[Structure]") -> "Iterator[Structure]":
         """Yield structures, and count those that are taken; of a reader that reports nothing, count the labels."""
         for structure in structures:
             self._counts[_labels_of(structure) if self._last is None else self._last] += 1
@@ -116,7 +120,44 @@ class Survey:
         return join_rows(found)
 
 
-def _labels_of(structure: Structure) -> Rows:
+_SURVEY: ContextVar[Survey | None] = ContextVar("ejmp survey", default=None)
+
+
+@contextmanager
+def surveying(survey: Survey) -> Iterator[None]:
+    """Let readers that take no options report to a survey, in the `with` block, what they find."""
+    token = _SURVEY.set(survey)
+    try:
+        yield
+    finally:
+        _SURVEY.reset(token)
+
+
+def current_survey() -> Survey:
+    """Return the survey that readers report to here, or one that nobody reads."""
+    return _SURVEY.get() or Survey()
+
+
+def report(rows: Rows) -> None:
+    """Report what the arrays of the structures that a reader yields from here on became, if anybody surveys."""
+    current_survey().saw(rows)
+
+
+def rows_of(shapes: Mapping[str, tuple[int, ...]], labels: Mapping[str, str], n: int) -> Rows:
+    """Return what the arrays of a structure became.
+
+    Args:
+        shapes: shape of each array by its name.
+        labels: the label that an array became, by its name; all others are not read.
+        n: number of atoms.
+    """
+    return tuple(
+        (name, "atom" if n in shape[:2] and n > 1 else "structure", labels.get(name, NOT_READ))
+        for name, shape in shapes.items()
+    )
+
+
+def _labels_of(structure: "Structure") -> Rows:
     rows = [("energy", "structure", "energy")] * (structure.energy is not None)
     rows += [(name, "structure", f"target {name}") for name in structure.targets]
     per_atom = [name for name in ("forces", "tags", "fixed") if getattr(structure, name) is not None]

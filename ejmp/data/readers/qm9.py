@@ -20,6 +20,7 @@ import torch
 from ejmp.data.readers.files import SourceError, cached_by_file, import_optional, list_files, reading
 from ejmp.data.readers.format import Format, Part, parse_slice, slices
 from ejmp.data.readers.kinds import is_packed, kind_of
+from ejmp.data.readers.options import NOT_READ, Rows, report
 from ejmp.data.readers.units import HARTREE
 from ejmp.data.readers.unpickle import fields, load_pt
 from ejmp.data.readers.validation import validate
@@ -39,6 +40,12 @@ FREE_ATOMS = {
     "F": {"U0": -99.718730, "U": -99.717314, "H": -99.716370, "G": -99.733544},
 }
 """Energies of the free atoms by element, hartree, from the atomref.txt published with QM9."""
+RAW_ROWS: Rows = (
+    ("line 2", "structure", "energy and 19 targets"),
+    ("Mulliken charges", "atom", NOT_READ),
+    ("harmonic frequencies", "structure", NOT_READ),
+    ("SMILES and InChI", "structure", NOT_READ),
+)
 MAX_MOLECULES = 1_000_000
 RAW_NAME = re.compile(r"dsgdb9nsd_(\d+)\.xyz$")
 MAX_RAW = 1 << 20
@@ -106,6 +113,7 @@ def _read(path: Path, part: Part) -> Iterator[Structure]:
         for k, values in _molecules(path)[start:stop]:
             with reading(path, f"molecule {k}"):
                 structure = _from_pyg(values, k)
+            report(_pyg_rows(values))
             yield validate(structure, path, f"molecule {k}")
     elif form == "tar":
         with reading(path):
@@ -113,12 +121,14 @@ def _read(path: Path, part: Part) -> Iterator[Structure]:
                 with reading(path, member.name):
                     contents = archive.extractfile(member)
                     structure = _from_raw(contents.read(MAX_RAW) if contents else b"", member.name)
+                report(RAW_ROWS)
                 yield validate(structure, path, member.name)
     else:
         _, start, stop = parse_slice(part)
         for file in _raw_files(path)[start:stop]:
             with reading(file), file.open("rb") as contents:
                 structure = _from_raw(contents.read(MAX_RAW), file.name)
+            report(RAW_ROWS)
             yield validate(structure, file, "")
 
 
@@ -179,6 +189,11 @@ def _split(whole: Mapping[str, Any], bounds: Mapping[str, Any]) -> list[dict[str
         for k, item in enumerate(items):
             item[name] = whole[name][int(bound[k]) : int(bound[k + 1])]
     return items
+
+
+def _pyg_rows(values: Mapping[str, Any]) -> Rows:
+    others = [name for name in values if name not in ("z", "pos", "y", "name", "idx")]
+    return (("y", "structure", "energy and 19 targets"), *((name, "structure", NOT_READ) for name in others))
 
 
 def _number(values: Mapping[str, Any]) -> int | None:

@@ -20,6 +20,7 @@ import numpy as np
 from ejmp.data.readers.ase_files import read_text
 from ejmp.data.readers.files import SourceError, cached_by_file, import_optional, list_files, reading
 from ejmp.data.readers.format import Format, Part, parse_slice, slices
+from ejmp.data.readers.options import Rows, report, rows_of
 from ejmp.data.readers.validation import current_checks, validate
 from ejmp.graph.structure import Structure
 
@@ -89,9 +90,11 @@ def _parts(path: Path) -> list[Part]:
 def _read(path: Path, part: Part) -> Iterator[Structure]:
     kind, start, stop = parse_slice(part)
     if kind == "json":
+        labels = _records(path / LABELS)
         for name, record, gap in _pairs(path)[start:stop]:
             with reading(path / STRUCTURES, name):
                 structure = _from_pymatgen(record, name, gap)
+                report(_json_rows(labels[name]))
             yield validate(structure, path / STRUCTURES, name)
         return
     for file, targets in _rows(path)[start:stop]:
@@ -107,7 +110,16 @@ def _read(path: Path, part: Part) -> Iterator[Structure]:
             targets=targets,
             id=file.name,
         )
+        report(tuple((name, "structure", f"target {name}") for name in targets))
         yield validate(structure, file, "")
+
+
+def _json_rows(record: Mapping[str, Any]) -> Rows:
+    """Return what the labels of a record became: the gap alone is read."""
+    nested = record.get("outputs", {})
+    names = [name for name in record if name.startswith("outputs.")]
+    names += [f"outputs.{level}.{name}" for level, values in nested.items() for name in dict(values)]
+    return rows_of(dict.fromkeys(names, ()), {"outputs.pbe.bandgap": "target bandgap"}, 0)
 
 
 def _from_pymatgen(record: Mapping[str, Any], name: str, gap: float) -> Structure:

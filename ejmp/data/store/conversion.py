@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from ejmp.data.info import DatasetInfo, LabelRow
-from ejmp.data.readers.by_name import configured, find_format, recognised
+from ejmp.data.readers.by_name import checked, configured, find_format, recognised
 from ejmp.data.readers.format import Format, Part
-from ejmp.data.readers.options import ReadOptions, Survey, join_rows
+from ejmp.data.readers.options import ReadOptions, Survey, join_rows, surveying
 from ejmp.data.readers.refused import without_refused
 from ejmp.data.readers.validation import current_checks
 from ejmp.data.store.dataset import INDEX_FILES
@@ -85,7 +85,8 @@ def convert(  # noqa: PLR0913, all but two by name
                 _claim(plan)
         plans = writers.share(plans)
         tasks = [(plan, shard) for plan in plans for shard in range(plan.num_shards)][writers.rank :: writers.size]
-        _write_shards(tasks, source, reader, survey, progress if writers.rank == 0 else None)
+        with surveying(survey):
+            _write_shards(tasks, source, reader, survey, progress if writers.rank == 0 else None)
         writers.wait()
         if writers.rank == 0:
             for plan in sorted(plans, key=lambda plan: plan.split != "train"):
@@ -101,7 +102,7 @@ def _reader(source: Path, format: str | Format | None, options: ReadOptions, sur
         ValueError: if there is no such format, or it does not take the options.
     """
     if isinstance(format, Format):
-        return configured(format, CUSTOM, options, survey), CUSTOM
+        return checked(configured(format, CUSTOM, options, survey)), CUSTOM
     name = recognised(source, survey) if format is None else format
     return configured(find_format(name), name, options, survey), name
 
