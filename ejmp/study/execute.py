@@ -125,7 +125,7 @@ def _distilled(spec: RunSpec, inputs: Inputs) -> Outcome | None:
     if result is None:
         return None
     settings = config.to_dict() | {"terms": dataclasses.asdict(terms)}
-    return Outcome(values={"errors": result.after, "before": result.before}, config=settings, steps=result.step)
+    return Outcome(values={"errors": result.after}, config=settings, steps=result.step)
 
 
 def _from_scratch(spec: RunSpec, inputs: Inputs) -> Outcome | None:
@@ -192,7 +192,13 @@ def _trained(
     if not resume:
         _clear(directory)
     run = Run(
-        objective=objective, sources=sources, config=config, directory=directory, ranks=inputs.ranks, factors=factors
+        objective=objective,
+        sources=sources,
+        config=config,
+        directory=directory,
+        ranks=inputs.ranks,
+        factors=factors,
+        validate_first=spec.kind == "finetune",  # else a run of its own measures the model before it is trained
     )
     result = train(run, resume=resume)
     return result if result.finished else None

@@ -50,6 +50,8 @@ class Run:
     """Learning-rate factors by part of the model; None: 1 everywhere."""
     trackers: tuple[Tracker, ...] = ()
     """Services that get the logged numbers as well."""
+    validate_first: bool = True
+    """Whether the errors before the first step are measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ class Result:
     finished: bool
     """False if it was told to stop before its last step; a resumed run goes on."""
     before: Errors
-    """Validation errors before the first step."""
+    """Validation errors before the first step; empty if they were not asked for."""
     after: Errors
     """Errors of the best validation, whose weights are in the run's folder `final`."""
 
@@ -158,7 +160,7 @@ class _Trainer:
     def go(self, log: Log, checkpoints: Path) -> Result:
         """Train to the end, or until told to stop."""
         config = self.config
-        if self.step == 0:
+        if self.step == 0 and self.run.validate_first:
             self.before = self.validate()
             log.write("validation", 0, self.before)
         stop = self.position + (config.steps - self.step) * self.sampler.step_size

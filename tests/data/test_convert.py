@@ -134,7 +134,7 @@ def test_bad_sources(tmp_path):
         convert("x", tmp_path / "a", format=one_part([one, one], 3))
     with pytest.raises(ValueError, match="x: expected structures, got none"):
         convert("x", tmp_path / "b", format=one_part([]))
-    with pytest.raises(ValueError, match="structure 0: energy: expected finite numbers"):
+    with pytest.raises(ValueError, match=r"x: all, structure 0 \(structure 0\): energy: NaN or infinite"):
         convert("x", tmp_path / "c", format=one_part([dataclasses.replace(one, energy=float("nan"))]))
     with pytest.raises(ValueError, match="shard_size: expected 1 or more, got 0"):
         convert("x", tmp_path / "d", format=one_part([one]), shard_size=0)

@@ -396,4 +396,4 @@ def test_a_format_of_ones_own_passes_the_same_checks(tmp_path):
     same = Structure(numbers=[6, 6], positions=np.zeros((2, 3)), energy=0.0, id="twin")
     own = Format(parts=lambda _: [Part(name="all", count=2)], read=lambda *_: iter([same, same]))
     with pytest.raises(ValueError, match=r"own: all, structure 0 \(twin\): positions: atoms 0 and 1"):
-        convert(tmp_path / "own", tmp_path / "store", format=own)
+        convert(tmp_path / "own", tmp_path / "store", format=own, split="train")

@@ -39,7 +39,7 @@ MAX_FRAMES = 10_000_000
 SLICE_ATOMS = 1_000_000
 """Most atoms of all structures in one part."""
 SPLITS = ("train", "val", "test")
-_KNOWN_ROWS: dict[tuple[Layout, tuple[str, ...]], Rows] = {}
+_KNOWN_ROWS: dict[tuple[str, tuple[str, ...]], Rows] = {}
 
 ANI1X_LAYOUT = Layout(
     numbers="atomic_numbers", positions="coordinates", energy="wb97x_dz.energy", forces="wb97x_dz.forces",
@@ -169,12 +169,12 @@ def _nothing(file: Any, layout: Layout) -> str:
 def _rows(group: Any, layout: Layout, n: int) -> Rows:
     """Return what the arrays of a group became; names alone tell, as the groups of a file have the same ones."""
     names = tuple(name for name in group if name not in (layout.numbers, layout.positions))
-    if (layout, names) not in _KNOWN_ROWS:
+    if (layout.energy, names) not in _KNOWN_ROWS:
         labels = {layout.energy: "energy", layout.forces: "forces"}
         labels |= {name: labels.get(name, f"target {name}") for name in layout.targets}
         shapes = {name: getattr(group[name], "shape", None) or () for name in names}
-        _KNOWN_ROWS[layout, names] = rows_of(shapes, labels, n)
-    return _KNOWN_ROWS[layout, names]
+        _KNOWN_ROWS[layout.energy, names] = rows_of(shapes, labels, n)
+    return _KNOWN_ROWS[layout.energy, names]
 
 
 def _read(path: Path, part: Part, layout: Layout) -> Iterator[Structure]:
