@@ -74,9 +74,9 @@ SEEDS, FINETUNE_SEEDS = 3, 1
 """Seeds of each distillation and of each fine-tuning run, unless somebody asks for others."""
 
 
-def distill_config(budget: Budget, *, demo: bool, seed: int) -> TrainConfig:
-    """Return the settings of a distillation."""
-    config = presets.demo("distill") if demo else presets.distill()
+def distill_config(budget: Budget, *, demo: bool, blocks: int | None, seed: int) -> TrainConfig:
+    """Return the settings of a distillation into a student of so many blocks."""
+    config = presets.demo("distill", blocks=blocks) if demo else presets.distill()
     return _scaled(config, budget.distill_steps, budget.distill_validations, seed)
 
 

@@ -115,7 +115,7 @@ def _distilled(spec: RunSpec, inputs: Inputs) -> Outcome | None:
     teacher = inputs.teacher()
     sources = inputs.mix(teacher)
     demo = inputs.settings.demo
-    config = distill_config(inputs.settings.budget, demo=demo, seed=spec.seed)
+    config = distill_config(inputs.settings.budget, demo=demo, blocks=spec.blocks, seed=spec.seed)
     terms = parse_terms(presets.DEMO_TERMS if demo else presets.TERMS)
     student = _ready(_student(spec, teacher), config, inputs.ranks)
     precision = fastest_precision(inputs.ranks.device, config.precision)

@@ -134,7 +134,9 @@ def _distill_request(options: argparse.Namespace) -> DistillRequest:
     return DistillRequest(
         device=options.device,
         data=options.data,
-        run=_run_request(options, presets.distill() if options.data else presets.demo("distill")),
+        run=_run_request(
+            options, presets.distill() if options.data else presets.demo("distill", blocks=options.blocks)
+        ),
         teacher=options.teacher,
         teacher_precision=options.teacher_precision,
         blocks=options.blocks,
