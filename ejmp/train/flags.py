@@ -131,16 +131,16 @@ def _add_distill(parser: argparse.ArgumentParser) -> None:
 
 
 def _distill_request(options: argparse.Namespace) -> DistillRequest:
+    keep = parse_blocks(options.keep) if options.keep else None
+    demo = presets.demo("distill", blocks=len(keep) if keep else options.blocks)
     return DistillRequest(
         device=options.device,
         data=options.data,
-        run=_run_request(
-            options, presets.distill() if options.data else presets.demo("distill", blocks=options.blocks)
-        ),
+        run=_run_request(options, presets.distill() if options.data else demo),
         teacher=options.teacher,
         teacher_precision=options.teacher_precision,
         blocks=options.blocks,
-        keep=parse_blocks(options.keep) if options.keep else None,
+        keep=keep,
         student=options.student,
         final_mlp=options.final_mlp,
         freeze_blocks=options.freeze_blocks,
