@@ -18,6 +18,9 @@ LEAST = 0.31
 """Least distance of any two atoms, A."""
 MOST_AT_ONCE = 200
 """Most atoms, with the images at the cell's faces, of which all pairs are tried; more are sorted into boxes first."""
+FEW = 24
+"""Most atoms of a periodic structure of which all pairs are tried at once; of more, those that are near along an axis.
+"""
 MOST_IN_BOX = 1500
 """More points than a box of the longest least distance can hold if no two of them are nearer than LEAST."""
 _KNOWN_RADII = (
@@ -63,7 +66,8 @@ def all_far_apart(numbers: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """
     n = len(numbers)
     apart = np.zeros(len(positions), bool)
-    if n > MOST_AT_ONCE or min(numbers) < 1 or max(numbers) > MAX_ATOMIC_NUMBER:
+    known = numbers.dtype.kind in "iu" and 0 < n <= MOST_AT_ONCE
+    if not known or numbers.min() < 1 or numbers.max() > MAX_ATOMIC_NUMBER:
         return apart
     limit = _reach(COVALENT_RADII[numbers]) ** 2 * (1 + 1e-6)
     step = max(1, MOST_AT_ONCE**2 // n**2)
@@ -90,7 +94,7 @@ def _check_distances(numbers: np.ndarray, positions: np.ndarray, cell: "_Cell | 
     points, atoms = positions, None
     if cell is not None:
         scaled = cell.scaled(positions)
-        if len(scaled) <= MOST_AT_ONCE and cell.all_apart(scaled, reach):
+        if cell.all_apart(scaled, reach):
             return
         points, atoms = cell.with_images(scaled, reach)
         radii = radii[atoms]
@@ -215,15 +219,38 @@ class _Cell:
         """
         if self.lowest <= 2.1 * reach:
             return False
-        apart = scaled[:, None] - scaled
+        if len(scaled) <= FEW:
+            first, second = _every_pair(len(scaled))
+        else:
+            first, second = self._near_along_an_axis(scaled, reach)
+        if not len(first):
+            return True
+        apart = scaled[first] - scaled[second]
         whole = np.rint(apart)
         if self.free:
-            whole[..., self.free] = 0
+            whole[:, self.free] = 0
         apart -= whole
-        apart = apart.reshape(-1, 3) @ self.complete
-        square = np.einsum("ij,ij->i", apart, apart)
-        square[:: len(scaled) + 1] = np.inf
-        return bool(square.min() > reach * reach * (1 + 1e-6))
+        apart = apart @ self.complete
+        apart *= apart
+        return bool(apart.sum(1).min() > reach * reach * (1 + 1e-6))
+
+    def _near_along_an_axis(self, scaled: np.ndarray, reach: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return the pairs of atoms that are within `reach` along one axis, found by sorting."""
+        axis = self.free[0] if self.free else int(np.argmax(self.heights))
+        width = reach / self.heights[axis] * (1 + 1e-6)
+        place = scaled[:, axis]
+        if not self.free:
+            place = place - np.floor(place)
+        order = place.argsort()
+        place = place[order]
+        n = len(order)
+        if not self.free:  # the first ones once more, behind the last
+            again = int(place.searchsorted(width, "right"))
+            place, order = np.concatenate([place, place[:again] + 1]), np.concatenate([order, order[:again]])
+        count = place.searchsorted(place[:n] + width, "right") - np.arange(1, n + 1)
+        first = np.repeat(np.arange(n), count)
+        second = np.arange(len(first)) - np.repeat(count.cumsum() - count, count) + first + 1
+        return order[first], order[second]
 
     def with_images(self, scaled: np.ndarray, reach: float) -> tuple[np.ndarray, np.ndarray]:
         """Return the atoms wrapped into the cell, with their images within `reach` beyond its upper faces.
@@ -250,6 +277,11 @@ class _Cell:
             beyond = np.array([np.inf if axis in self.free else 1 + width for axis, width in enumerate(widths)])
             known = self._known[reach] = shifts, beyond
         return known
+
+
+@lru_cache(maxsize=FEW)
+def _every_pair(n: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.triu_indices(n, 1)
 
 
 @lru_cache(maxsize=16)

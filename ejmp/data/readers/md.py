@@ -15,6 +15,7 @@ import numpy as np
 
 from ejmp.data.readers.files import SourceError, cached_by_file, file_in, import_optional, list_files, reading
 from ejmp.data.readers.format import Format, Part, parse_slice, slices
+from ejmp.data.readers.impossible import all_far_apart
 from ejmp.data.readers.kinds import kind_of
 from ejmp.data.readers.labels import ENERGY_UNIT_KEYS, LENGTH_UNIT_KEYS
 from ejmp.data.readers.layout import Layout
@@ -147,6 +148,8 @@ def _read_npz(path: Path, part: Part, layout: Layout, options: ReadOptions, surv
     file = file_in(path, name)
     found = _load(file, layout, options)
     force_unit = found.energy_unit / found.length_unit
+    with np.errstate(all="ignore"):  # NaN and infinity are found by `validate`
+        far_apart = all_far_apart(found.numbers, found.positions[start:stop] * found.length_unit)
     for k in range(start, stop):
         structure = Structure(
             numbers=found.numbers,
@@ -157,7 +160,7 @@ def _read_npz(path: Path, part: Part, layout: Layout, options: ReadOptions, surv
             id=f"{file.stem}:{k}",
         )
         survey.saw(found.rows)
-        yield validate(structure, file, f"frame {k}")
+        yield validate(structure, file, f"frame {k}", far_apart=bool(far_apart[k - start]))
 
 
 def _md22_parts(path: Path, layout: Layout, options: ReadOptions, survey: Survey) -> list[Part]:
