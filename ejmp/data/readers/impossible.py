@@ -94,7 +94,7 @@ def _check_distances(numbers: np.ndarray, positions: np.ndarray, cell: "_Cell | 
     points, atoms = positions, None
     if cell is not None:
         scaled = cell.scaled(positions)
-        if cell.all_apart(scaled, reach):
+        if len(scaled) <= MOST_AT_ONCE and cell.all_apart(scaled, reach):
             return
         points, atoms = cell.with_images(scaled, reach)
         radii = radii[atoms]
