@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -98,10 +99,24 @@ def train(run: Run, *, resume: bool = False) -> Result:
         trainer.restore(checkpoints)
     if first_rank:
         checkpoints.mkdir(parents=True, exist_ok=True)
+        finish_save(run.directory / FINAL)
     description = _describe(run) if first_rank else {}
     path = run.directory / "log.jsonl" if first_rank else None
     with Log(path, run.config.steps, run.trackers, description, run.config.validate_every) as log:
         return trainer.go(log, checkpoints)
+
+
+def finish_save(path: Path) -> None:
+    """Put right what a save of a model left that was killed: the old model is put back if no new one is in its place.
+
+    Args:
+        path: the model's folder, in a folder that nobody but the run writes to.
+    """
+    aside = path.with_name(f"{path.name}.old")
+    if aside.exists() and not path.exists():
+        aside.rename(path)
+    for left_over in (aside, *path.parent.glob(f".{path.name}.*")):
+        shutil.rmtree(left_over, ignore_errors=True)
 
 
 def _sampler(run: Run) -> MixSampler:

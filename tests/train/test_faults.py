@@ -13,6 +13,7 @@ from support.launching import environment
 
 from ejmp.data import Structure, make_batch
 from ejmp.train import faults
+from ejmp.train.loop import finish_save
 from ejmp.train.objective import Supervised
 from ejmp.train.task import Tasks, pretrain_tasks
 
@@ -68,3 +69,14 @@ def test_the_structures_of_a_failed_step_are_named_with_their_dataset_and_the_li
     )
     named = Supervised(torch.nn.Module(), tasks).suspects(make_batch(structures, [0, 1]))
     assert named == ("mine: a.xyz:1 (two atoms 0.05 A apart)", "oxides: a.xyz:0")
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_model_whose_save_was_killed_is_whole_again(tmp_path, new):
+    """The old model is aside and the new one in its place, or not yet; the folder it was written to is left."""
+    for name in ("final.old", *(["final"] if new else []), ".final.abc"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+    finish_save(tmp_path / "final")
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    assert (tmp_path / "final" / "config.json").read_text() == ("final" if new else "final.old")
