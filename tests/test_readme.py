@@ -19,6 +19,7 @@ import torch
 import ejmp
 from ejmp import cli
 from ejmp.measure import report
+from ejmp.study import gather
 from ejmp.train.evaluate import table
 
 ROOT = Path(__file__).parents[1]
@@ -252,6 +253,10 @@ def smoothness_table():
     return markdown(["bend, A", *molecules], [[f"{b:g}", *(cells[b, name] for name in molecules)] for b in bends])
 
 
+def demo_table():
+    return gather.text("table1", result("study_cpu")["table1"])
+
+
 def aspirin_table():
     errors = result("aspirin_cpu")["errors"]
     return table({f"{name}, {when}": {"aspirin": rows[when]} for name, rows in errors.items() for when in rows})
@@ -263,6 +268,7 @@ TABLES = {
     "kernels": ("docs/benchmarks.md", lambda: report.kernel_table(result("kernels_cpu"))),
     "kernel growth": ("docs/benchmarks.md", kernel_growth_table),
     "graph growth": ("docs/benchmarks.md", graph_table),
+    "demo": ("docs/training.md", demo_table),
     "aspirin": ("docs/training.md", aspirin_table),
     "data": ("docs/data.md", lambda: report.data_table(result("data_cpu"))),
     "smoothness": ("docs/smoothness.md", smoothness_table),
@@ -306,6 +312,28 @@ def test_training_figures():
 def test_distillation_figure():
     (found,) = infos("distill_cpu").values()
     assert f"costs {found['step_over_parts']:.2f} times its parts" in WORDS["docs/training.md"]
+
+
+def table1():
+    """Mean force errors by strategy and blocks, then by dataset."""
+    rows = result("study_cpu")["table1"]["rows"]
+    return {
+        (row["strategy"], row["blocks"]): {name: value["mean"] for name, value in row["values"].items()} for row in rows
+    }
+
+
+def test_the_study_says_what_the_paper_says():
+    """Fewer blocks are worse, distillation wins back most of what cutting costs, and the teacher beats nothing."""
+    errors = table1()
+    for name in ("oc20", "oc22", "ani1x", "transition1x"):
+        teacher = errors["teacher", 6][name]
+        assert teacher < 0.5 * errors["zero", None][name]
+        for strategy in ("br", "br_kd"):
+            found = [errors[strategy, blocks][name] for blocks in (5, 4, 3, 2)]
+            assert sorted(found) == found
+        for blocks in (5, 4):
+            cut, taught = errors["br", blocks][name], errors["br_kd", blocks][name]
+            assert cut - taught > 0.7 * (cut - teacher)
 
 
 def test_calculator_figures():
