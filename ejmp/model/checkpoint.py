@@ -254,7 +254,7 @@ def _plain_state(path: Path, checkpoint: Mapping[str, Any]) -> State:
         state |= _checked(without_prefix(dict(ema)))
     elif ema is not None and "embedding.weight" in state:
         text = f"{path}: the moving averages of this fine-tuned model have no names and are left out"
-        warnings.warn(text, stacklevel=3)
+        warnings.warn(text, stacklevel=4)
     elif isinstance(ema, list | tuple):
         _use_ema(path, state, ema)
     return state

@@ -230,7 +230,7 @@ def _use_scales(state: State, scales: Mapping[str, Any] | None, few: Callable[[A
         else:
             unknown.append(name)
     if unknown:
-        warnings.warn(f"ejmp: scale factors that the model does not have: {', '.join(unknown)}", stacklevel=4)
+        warnings.warn(f"ejmp: scale factors that the model does not have: {', '.join(unknown)}", stacklevel=5)
 
 
 def _task(
