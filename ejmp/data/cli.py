@@ -3,13 +3,14 @@
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 from ejmp.catalog import DOWNLOADS
 from ejmp.data.progress import progress_bar
 from ejmp.data.readers.units import ENERGY_UNITS, LENGTH_UNITS
+from ejmp.limits import Limits, limiting, parse_limits
 
 if TYPE_CHECKING:
     from ejmp.data.info import LabelRow, Statistics
@@ -53,6 +54,8 @@ class ConvertRequest:
     """Whether atoms may be on top of each other."""
     occupancy: Literal["refuse", "ignore"]
     """What becomes of a CIF with partly occupied or shared sites."""
+    limit: list[str]
+    """Limits on what the source may ask for, each NAME=VALUE."""
 
     def options(self) -> "ReadOptions":
         """Return what the reader is told.
@@ -98,11 +101,13 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         default="refuse",
         help="of a CIF with partly occupied or shared sites: refuse it, or take each site's main species as whole",
     )
+    _add_limit(parser)
     parser.add_argument("--shard-size", type=int, default=20_000, help="structures per shard (default: 20000)")
     _add_split_command(commands, "stats", _stats, "linear reference, means, deviations and histograms of one split")
     verify = _add_split_command(commands, "verify", _verify, "check every byte and every structure of one split")
     _add_allow_close(verify)
-    verify.set_defaults(run=lambda flags: _verify(flags.path, allow_close=flags.allow_close))
+    _add_limit(verify)
+    verify.set_defaults(run=lambda flags: _verify(flags.path, allow_close=flags.allow_close, limit=flags.limit))
     _add_split_command(commands, "info", _info, "what dataset.json says of one split")
     get = commands.add_parser("fetch", help="download a dataset in its original form")
     get.set_defaults(run=lambda flags: _fetch(flags.name, flags.dest))
@@ -165,6 +170,14 @@ def _add_allow_close(command: argparse.ArgumentParser) -> None:
     command.add_argument("--allow-close", action="store_true", help=text)
 
 
+def _add_limit(command: argparse.ArgumentParser) -> None:
+    names = ", ".join(field.name for field in fields(Limits))
+    text = (
+        f"raise a limit on what files may ask for, which an error names; the limits are {names} (see docs/security.md)"
+    )
+    command.add_argument("--limit", metavar="NAME=VALUE", nargs="+", default=[], help=text)
+
+
 def _convert(request: ConvertRequest) -> int:
     from ejmp.data.readers.validation import checking  # noqa: PLC0415
     from ejmp.data.store.conversion import convert  # noqa: PLC0415
@@ -172,7 +185,7 @@ def _convert(request: ConvertRequest) -> int:
     from ejmp.data.store.writers import Writers  # noqa: PLC0415
 
     checks = checking(allow_close=request.allow_close, occupancy=request.occupancy, on_error=request.on_error)
-    with checks, progress_bar("converting", "structures") as progress:
+    with limiting(**parse_limits(request.limit)), checks, progress_bar("converting", "structures") as progress:
         folders = convert(
             request.source,
             request.dest,
@@ -208,12 +221,13 @@ def _stats(path: Path) -> int:
     return 0
 
 
-def _verify(path: Path, *, allow_close: bool = False) -> int:
+def _verify(path: Path, *, allow_close: bool = False, limit: Sequence[str] = ()) -> int:
     from ejmp.data.readers.validation import checking  # noqa: PLC0415
     from ejmp.data.store.dataset import verify  # noqa: PLC0415
 
     problems, files = [], 0
-    with checking(allow_close=allow_close), progress_bar("verifying", "files") as progress:
+    checks = checking(allow_close=allow_close)
+    with limiting(**parse_limits(limit)), checks, progress_bar("verifying", "files") as progress:
         total = len(list(path.glob("shard-*.lmdb"))) + 3
         for files, (_, found) in enumerate(verify(path), 1):
             problems += found

@@ -75,11 +75,12 @@ def cached_by_file(load: Callable[[Path], T]) -> Callable[[Path], T]:
 def versions(source: Path) -> Versions:
     """Return the state of a source, by which it is told whether its files change while they are read.
 
-    Of a folder these are the files in it, and those of LMDB folders in it.
+    Of a folder these are the files in it, and those of LMDB folders in it; of a name that is no file there is none.
     """
-    files = [Path(entry.path) for entry in os.scandir(source) if entry.is_file()] if source.is_dir() else [source]
-    inside = source.glob("*.lmdb/data.mdb") if source.is_dir() else ()
-    return {file: _version(file) for file in (*files, *inside)}
+    if not source.is_dir():
+        return {source: _version(source)} if source.exists() else {}
+    files = [Path(entry.path) for entry in os.scandir(source) if entry.is_file()]
+    return {file: _version(file) for file in (*files, *source.glob("*.lmdb/data.mdb"))}
 
 
 def unchanged(before: Versions, items: Iterable[T]) -> Iterator[T]:
@@ -103,8 +104,8 @@ def _check_unchanged(before: Versions) -> None:
         except FileNotFoundError as error:
             raise SourceError(file, "", "changed while it was read: it is gone") from error
         if now != version:
-            text = f"changed while it was read: {version[0]:,} bytes at first, then {now[0]:,}; nothing of it is stored"
-            raise SourceError(file, "", f"{text} that was read since the last shard. Run it again when it is complete")
+            sizes = f"{version[0]:,} bytes at first, then {now[0]:,}"
+            raise SourceError(file, "", f"changed while it was read: {sizes}; read it when it is complete")
 
 
 def _version(file: Path) -> tuple[int, int, int]:

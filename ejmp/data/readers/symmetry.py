@@ -99,18 +99,20 @@ def _place(values: np.ndarray) -> Place:
     return x, y, z
 
 
-def main_species(symbols: list[str], sites: np.ndarray, occupancies: list[Any]) -> list[str]:
-    """Return the species of each site that occupies its place most, as ase.io chooses it."""
+def shares(symbols: list[str], sites: np.ndarray, occupancies: list[Any]) -> list[dict[str, Any]]:
+    """Return how often each species is at the place of each site; the last of the most frequent is the main one."""
+    _, counts = np.unique(np.floor(sites * _CELLS), axis=0, return_counts=True)
+    if counts.max() > CROWD:
+        raise ValueError(f"{counts.max()} sites at one place")
     near: list[list[int]] = [[] for _ in symbols]
     tree = import_optional("scipy.spatial").cKDTree(sites)
     for first, second in tree.query_pairs(SAME_ATOM, output_type="ndarray").tolist():
         near[first].append(second)
         near[second].append(first)
-    chosen = []
-    for k, others in enumerate(near):
-        shares = {symbols[k]: occupancies[k]} | {symbols[other]: occupancies[other] for other in sorted(others)}
-        chosen.append(sorted(shares.items(), key=lambda item: item[1])[-1][0])  # noqa: FURB192 - the last of equals
-    return chosen
+    return [
+        {symbols[k]: occupancies[k]} | {symbols[other]: occupancies[other] for other in sorted(others)}
+        for k, others in enumerate(near)
+    ]
 
 
 def crystal(block: Any, path: Path) -> Any:
@@ -132,22 +134,16 @@ def crystal(block: Any, path: Path) -> Any:
     sites = asymmetric.get_scaled_positions()
     symbols, occupancies = list(asymmetric.symbols), block.get("_atom_site_occupancy")
     places, kinds = images(group, sites, path)
+    info: dict[str, Any] = {"spacegroup": group, "unit_cell": "conventional"}
     if occupancies is not None:
-        _check_crowd(sites)
-        occupancies = occupancies if isinstance(occupancies, list) else [occupancies]
-        symbols = main_species(symbols, sites, occupancies)
+        occupied = shares(symbols, sites, occupancies if isinstance(occupancies, list) else [occupancies])
+        symbols = [sorted(species.items(), key=lambda item: item[1])[-1][0] for species in occupied]  # noqa: FURB192
+        info["occupancy"] = {str(k): species for k, species in enumerate(occupied)}
     atoms = import_optional("ase").Atoms(
-        [symbols[kind] for kind in kinds], scaled_positions=places, cell=asymmetric.cell, pbc=True
+        [symbols[kind] for kind in kinds], scaled_positions=places, cell=asymmetric.cell, pbc=True, info=info
     )
     for name, values in asymmetric.arrays.items():
         if not atoms.has(name):
             atoms.new_array(name, values[kinds])
     atoms.new_array("spacegroup_kinds", np.array(kinds, dtype=int))
     return atoms
-
-
-def _check_crowd(sites: np.ndarray) -> None:
-    """Refuse sites of which very many are one: comparing all of them with each other would take very long."""
-    _, counts = np.unique(np.floor(sites * _CELLS), axis=0, return_counts=True)
-    if counts.max() > CROWD:
-        raise ValueError(f"{counts.max()} sites at one place")
