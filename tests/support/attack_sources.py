@@ -165,10 +165,19 @@ def sizes():
         config_file.read,
         "refused or RecursionError",
     )
-    laugh = "\n".join(
-        [f"a0: &a0 [{'x,' * 9}x]", *(f"a{k}: &a{k} [{f'*a{k - 1},' * 9}*a{k - 1}]" for k in range(1, 12))]
-    )
+    levels = ", ".join(f"&a{k} [{f'*a{k - 1}, ' * 9}x]" for k in range(1, 15))
+    laugh = f"seconds: [&a0 [x, x], {levels}]\n"
     yield Attempt("sizes", "billion laughs", files.text("a.yaml", laugh), _parse_flags)
+    yield Attempt("sizes", "100,000 atoms at one place", files.xyz_at_one_place, reads("ase"))
+    yield Attempt(
+        "sizes",
+        "a comment of 1 MB",
+        files.text("a.xyz", "1\n" + "a=1 " * 260_000 + "\nH 0 0 0\n"),
+        reads("ase"),
+        "read",
+    )
+    yield Attempt("sizes", "a trajectory of 10^12 frames", files.trajectory, reads("ase"))
+    yield Attempt("sizes", "JSON of 10^5 levels", files.text("a.json", '{"ids": ' + "[" * 10**5), reads("ase"))
 
 
 def _parse_flags(path):
@@ -296,7 +305,7 @@ def _frames(is_folder):
 
 
 def _converts(change):
-    """Return what converts a source that changes when the first shard of five is written; nothing may be published."""
+    """Return what converts a source that changes while its first shard is read; nothing of it may be stored."""
 
     def use(path):
         dest = path.parent / "store"
@@ -310,8 +319,7 @@ def _converts(change):
         try:
             convert(path, dest, format="ase", split="train", shard_size=150, progress=progress)
         finally:
-            shards = list(dest.glob("*/shard-*.lmdb"))
-            if list(dest.glob("*/dataset.json")) or len(shards) > 1:
+            if list(dest.glob("*/dataset.json")) + list(dest.glob("*/shard-*.lmdb")):
                 os._exit(9)
 
     return use

@@ -1,6 +1,7 @@
 """Hostile sources, small on disk, for `support.attack_sources`. Each function writes one, or returns what does."""
 
 import bz2
+import contextlib
 import functools
 import gzip
 import io
@@ -45,8 +46,8 @@ def special(kind, name):
         if kind == "fifo":
             os.mkfifo(path)
         elif kind == "socket":
-            os.chdir(path.parent)  # the address of a socket is short
-            socket.socket(socket.AF_UNIX).bind(path.name)
+            with contextlib.chdir(path.parent):  # the address of a socket is short
+                socket.socket(socket.AF_UNIX).bind(path.name)
         else:
             path.symlink_to("/dev/zero")
         return folder if "/" in name else path
@@ -130,6 +131,22 @@ def xyz_line(folder):
     """An xyz file of one atom, with a line of 200 MB."""
     (folder / "a.xyz").write_bytes(b"1\n" + b"a=1 " * (50 << 20) + b"\nH 0 0 0\n")
     return folder / "a.xyz"
+
+
+def xyz_at_one_place(folder):
+    (folder / "a.xyz").write_text("100000\n\n" + "H 0 0 0\n" * 100_000)
+    return folder / "a.xyz"
+
+
+def trajectory(folder):
+    """A trajectory that announces 10^12 frames."""
+    import ase.io
+
+    ase.io.write(folder / "a.traj", made.ase_frames())
+    content = bytearray((folder / "a.traj").read_bytes())
+    struct.pack_into("<q", content, 32, 10**12)
+    (folder / "a.traj").write_bytes(content)
+    return folder / "a.traj"
 
 
 def poscar(count):
