@@ -159,8 +159,8 @@ def check_unpacked(path: str | os.PathLike[str], unpacked: int, packed: int, wha
 
 
 def _over(name: str, found: int, most: int, text: str) -> str:
-    raised = f"--limit {name}={found} or ejmp.limits.limiting({name}={found})"
-    return f"{text}: the limit {name} is {most:,}; if you trust the file, {raised} raises it"
+    raised = f"--limit {name}={found} (of ejmp data convert and verify) or ejmp.limits.limiting({name}={found})"
+    return f"{text}: the limit {name} is {most:,}; if you trust the file, raise it: {raised}"
 
 
 def check_regular(path: str | os.PathLike[str]) -> os.stat_result:

@@ -56,14 +56,14 @@ class TensorFile:
         check_stored(value)
         if not value.is_meta:
             return value.detach()
-        storage = value.untyped_storage()
+        storage: Any = value.untyped_storage()
         span = _span(value) * value.element_size()
-        start = storage._checkpoint_offset + value.storage_offset() * value.element_size()  # noqa: SLF001 # pyright: ignore[reportAttributeAccessIssue]
+        start = storage._checkpoint_offset + int(value.storage_offset()) * value.element_size()  # noqa: SLF001 - torch's documented name
         if start + span > self._size:
             raise RefusedFileError(self.path, f"a tensor of {span:,} bytes from byte {start:,} of {self._size:,}")
         found = torch.empty(span, dtype=torch.uint8)
         self._file.seek(start)
-        if self._file.readinto(memoryview(found.numpy())) != span:  # pyright: ignore[reportAttributeAccessIssue]
+        if self._file.readinto(found.numpy()) != span:  # pyright: ignore[reportAttributeAccessIssue]
             raise RefusedFileError(self.path, "changed while it was read: it is shorter than at first")
         flat = torch.empty(0, dtype=value.dtype)
         return flat.set_(found.untyped_storage(), 0, value.shape, value.stride())
@@ -98,11 +98,11 @@ def check_stored(tensor: Any, name: str = "a tensor") -> None:
     Raises:
         ValueError: naming what it is instead.
     """
-    if tensor.layout != torch.strided or tensor.is_quantized or type(tensor) not in (Tensor, torch.nn.Parameter):
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        raise ValueError(f"checkpoint: {name}: expected a dense tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_quantized:
         kind = "quantised" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
-        raise ValueError(
-            f"checkpoint: {name}: expected a dense tensor, got a {kind} {type(tensor).__name__}; save it dense"
-        )
+        raise ValueError(f"checkpoint: {name}: expected a dense tensor, got a {kind} one; save it dense")
     if tensor.numel() > _span(tensor):
         raise ValueError(
             f"checkpoint: {name}: {tensor.numel():,} numbers {list(tensor.shape)} are {_span(tensor):,} repeated by "
@@ -120,7 +120,7 @@ def _span(tensor: Tensor) -> int:
 def _on_meta(dtype: torch.dtype, shape: list[int], offset: int) -> Tensor:
     storage = torch.UntypedStorage(math.prod(shape) * dtype.itemsize, device="meta")
     storage._checkpoint_offset = offset  # noqa: SLF001 # pyright: ignore[reportAttributeAccessIssue]
-    return torch.empty(0, dtype=dtype, device="meta").set_(storage, 0, shape)
+    return torch.empty(0, dtype=dtype, device="meta").set_(storage, 0, torch.Size(shape))
 
 
 def _safetensors(path: Path, file: IO[bytes], size: int) -> dict[str, Tensor]:

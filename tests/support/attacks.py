@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = 20
+"""Time that an attempt may compute; it may last three times as long, where others compute beside it."""
 MEMORY = 4 << 30
 RESIDENT = 700 << 20
 """Most resident memory that an attempt may add, bytes: contents of FLOOR bytes, and what becomes of them."""
@@ -43,13 +44,13 @@ def run(attempt, folder):
         finally:
             os._exit(0)
     os.close(writer)
-    ready = select.select([reader], [], [], SECONDS)[0]
+    ready = select.select([reader], [], [], 3 * SECONDS)[0]
     found = os.read(reader, 1 << 16) if ready else b""
     os.close(reader)
     if not ready:
         os.kill(pid, signal.SIGKILL)
     status = os.waitpid(pid, 0)[1]
-    if not ready:
+    if not ready or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU):
         return "too slow", f"more than {SECONDS} s"
     return json.loads(found) if found else ("crash", f"status {status}")
 
@@ -57,6 +58,7 @@ def run(attempt, folder):
 def _in_child(attempt, path):
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, now + MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, 2 * SECONDS))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with (
         Path(os.devnull).open("w") as nowhere,
