@@ -152,7 +152,9 @@ def sizes():
         reads("ase"),
     )
     yield Attempt("sizes", "CIF of 200 sites x 1,000 operations", files.cif_of_shifts, reads("ase"))
-    yield Attempt("sizes", "CIF of 200 sites x 1,000 equal operations", files.cif(200, 1000), reads("ase"), "read")
+    yield Attempt(
+        "sizes", "CIF of 200 sites x 1,000 equal operations", files.cif(200, 1000), reads("ase"), "read", short=False
+    )
     yield Attempt("sizes", "CIF of 2,000 sites", files.cif(2000), reads("ase"), "read")
     yield Attempt("sizes", "CIF of 20,000 sites", files.cif(20_000), reads("ase"), "read", short=False)
     yield Attempt(
@@ -173,7 +175,7 @@ def sizes():
     levels = ", ".join(f"&a{k} [{f'*a{k - 1}, ' * 9}x]" for k in range(1, 15))
     laugh = f"seconds: [&a0 [x, x], {levels}]\n"
     yield Attempt("sizes", "billion laughs", files.text("a.yaml", laugh), configures)
-    yield Attempt("sizes", "100,000 atoms at one place", files.xyz_at_one_place, reads("ase"))
+    yield Attempt("sizes", "100,000 atoms at one place", files.xyz_at_one_place, reads("ase"), short=False)
     yield Attempt(
         "sizes",
         "a comment of 1 MB",
@@ -333,6 +335,7 @@ def main():
     options = parser.parse_args()
     chosen = [a for a in all_attempts() if (a.short or not options.short) and a.kind in (options.kinds or [a.kind])]
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     models.weights()
     start = time.perf_counter()
     counts, failures = attack(chosen, None if options.quiet else sys.stdout)
