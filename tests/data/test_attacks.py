@@ -13,13 +13,12 @@ from support.inputs import TESTS, environment
 
 from ejmp.data import convert, limiting, open_store, read
 from ejmp.data.readers.hdf5 import ANI1X_LAYOUT
-from ejmp.limits import LimitError
 
 
 def test_attacks_are_refused():
     words = [sys.executable, "-m", "support.attack_sources", "--short", "--quiet"]
     done = subprocess.run(
-        words, capture_output=True, text=True, timeout=120, check=False, cwd=TESTS, env=environment(OMP_NUM_THREADS="1")
+        words, capture_output=True, text=True, timeout=900, check=False, cwd=TESTS, env=environment(OMP_NUM_THREADS="1")
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert " 0 failures" in done.stdout
@@ -37,7 +36,7 @@ def test_limits_can_be_raised(tmp_path, capsys):
     assert main([*arguments, "--limit", "atoms=300"]) == 0
     assert main(["data", "verify", str(tmp_path / "x" / "train"), "--limit", "manifest_bytes=10"]) != 0
     assert "dataset.json" in capsys.readouterr().err
-    with limiting(atoms=299), pytest.raises(LimitError, match="300 atoms"):
+    with limiting(atoms=299), pytest.raises(ValueError, match="300 atoms"):
         list(read(file, format="ase"))
 
 
@@ -113,14 +112,14 @@ def test_compressed_xyz_is_streamed(tmp_path):
 
     text = xyz_text(["Properties=species:S:1:pos:R:3:forces:R:3 energy={energy}"] * 3).encode()
     peaks = []
-    for frames in (3, 3000):
+    for frames in (3, 600):
         path = tmp_path / f"{frames}.xyz.gz"
         path.write_bytes(gzip.compress(text * (frames // 3)))
         tracemalloc.start()
         assert sum(1 for _ in read(path, format="ase")) == frames
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < peaks[0] + (1 << 20)
+    assert peaks[1] < peaks[0] + (1 << 19)
 
 
 CHANGES = {
