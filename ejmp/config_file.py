@@ -8,8 +8,13 @@ import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+from reprlib import Repr
 from typing import Any
 
+from ejmp.limits import RefusedFileError, read_whole
+
+_BRIEF = Repr()
+_BRIEF.maxlevel = 2  # lists in YAML can hold each other, and be endless when they are written out
 _FLAG, _DEST = "--config", "config_file"
 _HELP = "flags by their names without dashes, in a .toml, .yaml or .json file; what is given here as well wins"
 
@@ -136,29 +141,43 @@ def read(path: Path) -> dict[str, Any]:
     """Return what a configuration file says, by name.
 
     Raises:
-        ValueError: if its name does not end in .toml, .yaml, .yml or .json, or it does not hold names and values.
+        ValueError: if its name does not end in .toml, .yaml, .yml or .json, it does not hold names and values, or it
+            is not a regular file, or a larger one than `ejmp.limits` allows.
         OSError: if it cannot be read.
         ModuleNotFoundError: if it is YAML and pyyaml is not installed.
     """
-    kind = path.suffix.lower()
-    if kind == ".toml":
-        return tomllib.loads(path.read_text())
-    if kind == ".json":
-        values = json.loads(path.read_text())
-    elif kind in (".yaml", ".yml"):
-        try:
-            yaml = importlib.import_module("yaml")
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("YAML needs pyyaml: pip install pyyaml, or write TOML", name="yaml") from error
-        try:
-            values = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise ValueError(str(error)) from error
-    else:
-        raise ValueError(f"expected a name that ends in .toml, .yaml, .yml or .json, got {path.name}")
+    try:
+        values = _parsed(path)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if not isinstance(values, dict):
         raise ValueError(f"expected names and values, got {type(values).__name__}")  # noqa: TRY004 - of a file, not of an argument
     return {str(name): value for name, value in values.items()}
+
+
+def _parsed(path: Path) -> Any:
+    kind = path.suffix.lower()
+    if kind == ".toml":
+        return tomllib.loads(_text(path))
+    if kind == ".json":
+        return json.loads(_text(path))
+    if kind not in (".yaml", ".yml"):
+        raise ValueError(f"expected a name that ends in .toml, .yaml, .yml or .json, got {path.name}")
+    try:
+        yaml = importlib.import_module("yaml")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("YAML needs pyyaml: pip install pyyaml, or write TOML", name="yaml") from error
+    try:
+        return yaml.safe_load(_text(path))
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_whole(path, "config_bytes").decode()
+    except RefusedFileError as error:
+        raise ValueError(error.problem) from error  # whoever asked for the file names it
 
 
 def _name(action: argparse.Action) -> str:
@@ -182,21 +201,23 @@ def _checked(name: str, action: argparse.Action, value: Any) -> Any:
     """
     if action.nargs == 0:
         if not isinstance(value, bool):
-            raise ValueError(f"{name}: expected true or false, got {value!r}")
+            raise ValueError(f"{name}: expected true or false, got {_BRIEF.repr(value)}")
         return action.const if value else action.default
     many = action.nargs not in (None, "?")
     items = value if isinstance(value, list) else [value]
     if isinstance(value, list) != many and (not many or isinstance(action.nargs, int)):
-        raise ValueError(f"{name}: expected {'a list' if many else 'one value'}, got {value!r}")
+        raise ValueError(f"{name}: expected {'a list' if many else 'one value'}, got {_BRIEF.repr(value)}")
     if (action.nargs == "+" and not items) or (isinstance(action.nargs, int) and len(items) != action.nargs):
-        raise ValueError(f"{name}: expected a list of {action.nargs if items else '1 or more'}, got {value!r}")
+        raise ValueError(
+            f"{name}: expected a list of {action.nargs if items else '1 or more'}, got {_BRIEF.repr(value)}"
+        )
     found = [_converted(name, action, item) for item in items]
     return found if many else found[0]
 
 
 def _converted(name: str, action: argparse.Action, item: Any) -> Any:
     if isinstance(item, bool | dict | list) or item is None:
-        raise ValueError(f"{name}: expected text or a number, got {json.dumps(item)}")
+        raise ValueError(f"{name}: expected text or a number, got {_json(item)}")
     kind: Any = action.type or str
     try:
         value = kind(str(item))
@@ -206,6 +227,10 @@ def _converted(name: str, action: argparse.Action, item: Any) -> Any:
     if action.choices is not None and value not in action.choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(str, action.choices))}, got {item!r}")
     return value
+
+
+def _json(item: Any) -> str:
+    return json.dumps(item) if isinstance(item, bool) or item is None else _BRIEF.repr(item)
 
 
 def _toml(value: Any) -> str:

@@ -26,6 +26,7 @@ HEAVY = {
     "torch_sim",
 }
 ORDER = (
+    "limits",
     ("config_file", "provenance"),
     "graph",
     "catalog",

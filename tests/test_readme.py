@@ -18,13 +18,14 @@ import torch
 
 import ejmp
 from ejmp import cli
+from ejmp.limits import Limits
 from ejmp.measure import report
 from ejmp.study import gather
 from ejmp.train.evaluate import table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in PATHS}
 WORDS = {name: " ".join(text.split()) for name, text in PAGES.items()}
 """The pages with every line break and indentation replaced by one space."""
@@ -262,6 +263,10 @@ def aspirin_table():
     return table({f"{name}, {when}": {"aspirin": rows[when]} for name, rows in errors.items() for when in rows})
 
 
+def limits_table():
+    return markdown(["limit", "default"], [[f"`{name}`", f"{most:,}"] for name, most in vars(Limits()).items()])
+
+
 TABLES = {
     "short": ("README.md", short_table),
     "blocks": ("docs/benchmarks.md", lambda: report.table(result("blocks_mof_cpu"))),
@@ -272,6 +277,7 @@ TABLES = {
     "aspirin": ("docs/training.md", aspirin_table),
     "data": ("docs/data.md", lambda: report.data_table(result("data_cpu"))),
     "smoothness": ("docs/smoothness.md", smoothness_table),
+    "limits": ("docs/security.md", limits_table),
 }
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ejmp.data.store.dataset import Store, open_store, verify
     from ejmp.data.store.record import DamagedRecord
     from ejmp.graph.structure import Structure
+    from ejmp.limits import Limits, limiting
 
 __all__ = [
     "DEMO_DOWNSTREAM",
@@ -32,6 +33,7 @@ __all__ = [
     "Format",
     "InOrder",
     "LabelRow",
+    "Limits",
     "Loader",
     "MixSampler",
     "Part",
@@ -42,6 +44,7 @@ __all__ = [
     "checking",
     "convert",
     "demo",
+    "limiting",
     "make_batch",
     "open_store",
     "read",
@@ -61,6 +64,7 @@ _MODULES = {
     "data.store.dataset": ("Store", "open_store", "verify"),
     "data.store.record": ("DamagedRecord",),
     "graph.structure": ("Structure",),
+    "limits": ("Limits", "limiting"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Self
 
 from ejmp.catalog import DOWNLOADS
 from ejmp.data.progress import progress_bar
-from ejmp.data.source_flags import SourceRequest, add_allow_close, add_source_flags
+from ejmp.data.source_flags import SourceRequest, add_allow_close, add_limit, add_source_flags
+from ejmp.limits import limiting, parse_limits
 
 if TYPE_CHECKING:
     from ejmp.data.info import LabelRow, Statistics
@@ -64,7 +65,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     _add_split_command(commands, "stats", _stats, "linear reference, means, deviations and histograms of one split")
     verify = _add_split_command(commands, "verify", _verify, "check every byte and every structure of one split")
     add_allow_close(verify)
-    verify.set_defaults(run=lambda flags: _verify(flags.path, allow_close=flags.allow_close))
+    add_limit(verify)
+    verify.set_defaults(run=lambda flags: _verify(flags.path, allow_close=flags.allow_close, limit=flags.limit))
     _add_split_command(commands, "info", _info, "what dataset.json says of one split")
     get = commands.add_parser("fetch", help="download a dataset in its original form")
     get.set_defaults(run=lambda flags: _fetch(flags.name, flags.dest))
@@ -123,12 +125,13 @@ def _stats(path: Path) -> int:
     return 0
 
 
-def _verify(path: Path, *, allow_close: bool = False) -> int:
+def _verify(path: Path, *, allow_close: bool = False, limit: Sequence[str] = ()) -> int:
     from ejmp.data.readers.validation import checking  # noqa: PLC0415
     from ejmp.data.store.dataset import verify  # noqa: PLC0415
 
     problems, files = [], 0
-    with checking(allow_close=allow_close), progress_bar("verifying", "files") as progress:
+    checks = checking(allow_close=allow_close)
+    with limiting(**parse_limits(limit)), checks, progress_bar("verifying", "files") as progress:
         total = len(list(path.glob("shard-*.lmdb"))) + 3
         for files, (_, found) in enumerate(verify(path), 1):
             problems += found

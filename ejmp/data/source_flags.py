@@ -1,16 +1,14 @@
 """The flags by which every command that reads a source is told what its arrays are; needs no torch."""
 
 import argparse
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Self
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Literal, Self
 
 from ejmp.data.readers.options import ReadOptions
 from ejmp.data.readers.units import ENERGY_UNITS, LENGTH_UNITS
-
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    from ejmp.data.readers.validation import Checks
+from ejmp.limits import Limits, limiting, parse_limits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +21,8 @@ class SourceRequest:
     """Whether atoms may be on top of each other."""
     occupancy: Literal["refuse", "ignore"]
     """What becomes of a CIF with partly occupied or shared sites."""
+    limits: Mapping[str, int] = field(default_factory=dict)
+    """Limits on what the source may ask for, by their names in `ejmp.limits.Limits`."""
 
     @classmethod
     def from_flags(cls, flags: argparse.Namespace) -> Self:
@@ -38,13 +38,17 @@ class SourceRequest:
             raise ValueError(f"--target: expected each KEY once, got {given}")
         names = ("energy_key", "forces_key", "unit_energy", "unit_length", "tags", "on_error")
         options = ReadOptions(targets=targets, **{name: getattr(flags, name) for name in names})
-        return cls(options=options, allow_close=flags.allow_close, occupancy=flags.occupancy)
+        limits = parse_limits(flags.limit)
+        return cls(options=options, allow_close=flags.allow_close, occupancy=flags.occupancy, limits=limits)
 
-    def checking(self) -> "AbstractContextManager[Checks]":
-        """Return the context in which structures are checked as the flags say."""
+    @contextmanager
+    def checking(self) -> Iterator[None]:
+        """Check what is read in the `with` block as the flags say."""
         from ejmp.data.readers.validation import checking  # noqa: PLC0415 - it needs torch
 
-        return checking(allow_close=self.allow_close, occupancy=self.occupancy, on_error=self.options.on_error)
+        strictly = checking(allow_close=self.allow_close, occupancy=self.occupancy, on_error=self.options.on_error)
+        with strictly, limiting(**self.limits):
+            yield
 
 
 def add_source_flags(parser: argparse.ArgumentParser, title: str, *, targets: bool = True) -> None:
@@ -102,9 +106,19 @@ def add_source_flags(parser: argparse.ArgumentParser, title: str, *, targets: bo
         default="refuse",
         help="Of a CIF with partly occupied or shared sites: refuse it, or take each site's main species as whole.",
     )
+    add_limit(parser)
 
 
 def add_allow_close(parser: argparse.ArgumentParser) -> None:
     """Add the flag that lets atoms be on top of each other."""
     text = "let atoms be on top of each other: nearer than a quarter of the sum of their covalent radii, or than 0.31 A"
     parser.add_argument("--allow-close", action="store_true", help=text)
+
+
+def add_limit(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that raises limits on what a file may ask for."""
+    names = ", ".join(field.name for field in fields(Limits))
+    text = (
+        f"raise a limit on what files may ask for, which an error names; the limits are {names} (see docs/security.md)"
+    )
+    parser.add_argument("--limit", metavar="NAME=VALUE", nargs="+", default=[], help=text)

@@ -3,34 +3,32 @@
 import dataclasses
 import json
 import os
-import pickle
 import re
 import shutil
 import tempfile
 import warnings
-from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePosixPath
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ejmp.limits import RefusedFileError, read_whole
 from ejmp.model.config import JMPConfig, Precision
 from ejmp.model.fairchem import is_fairchem, read_fairchem
 from ejmp.model.jmp import JMP
 from ejmp.model.published import resolve
 from ejmp.model.state_names import check_settings, find_state, our_names, without_prefix
 from ejmp.model.task import Task, pretrain_tasks, read_tasks, tasks_text
+from ejmp.model.tensor_file import TensorFile, check_stored, open_tensors
 
 FORMAT = "ejmp-1"
 TASKS = "tasks.json"
 """File of a saved model that says what its heads predict, in which units and of which graphs."""
 ADDED = {"head", "forces_coupled", "rbf_cutoff_atom_edges", "rbf_cutoff_quad_edges", "rbf_cutoff_atom_pairs"}
 """Fields of the config that models saved by earlier versions lack; they have the defaults, which are JMP's."""
-SUSPICIOUS = ("builtins", "__builtin__", "os", "posix", "nt", "subprocess", "sys", "runpy", "shutil", "socket")
-"""Modules of which no checkpoint needs anything: a file that names one is refused as a whole."""
 State = dict[str, Tensor]
 
 
@@ -68,28 +66,39 @@ def load(
         directory = path if path.is_dir() else path.parent
         config, tasks = _read_config(directory / "config.json"), _read_tasks(directory / TASKS)
         path = directory / "model.safetensors" if path.is_dir() else path
-    if path.suffix == ".safetensors":
-        state = _read_safetensors(path)
-        if config is None:
-            state = our_names(without_prefix(state))
-            config = infer_config(state)
-    else:
-        checkpoint = _read_checkpoint(path)
-        if is_fairchem(checkpoint):
-            config, state, task = read_fairchem(path, checkpoint)
-            tasks = (task,)
-        else:
-            plain = _plain_state(path, checkpoint)
-            state, tasks = our_names(plain), pretrain_tasks()
-            config = infer_config(state)
-            if state is not plain:  # a fine-tuned model
-                reduction = check_settings(checkpoint.get("hyper_parameters"))
-                config, tasks = dataclasses.replace(config, energy_reduction=reduction), ()
-            tasks = tasks if config.num_tasks == len(tasks) else ()  # one made of JMP's, which does not say what it is
-    with torch.device("meta"):
-        model = JMP(config, backend, precision, tasks=tasks)
-    model.load_state_dict(_match(model, state), assign=True)
+    with open_tensors(path) as file:
+        config, state, tasks = _described(file) if config is None else (config, _checked(file.contents), tasks)
+        with torch.device("meta"):
+            model = JMP(config, backend, precision, tasks=tasks)
+        model.load_state_dict(_match(model, state, file.read), assign=True)
     return model.to(device)
+
+
+def _described(file: TensorFile) -> tuple[JMPConfig, State, tuple[Task, ...]]:
+    """Return sizes, tensors without their values, and tasks of a file that has no config.json beside it."""
+    path, checkpoint = file.path, file.contents
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"{path}: expected a checkpoint, a dict with a state_dict, got {type(checkpoint).__name__}")  # noqa: TRY004
+    if path.suffix == ".safetensors":
+        state = our_names(without_prefix(_checked(checkpoint)))
+        return infer_config(state), state, ()
+    if is_fairchem(checkpoint):
+        config, state, task = read_fairchem(path, checkpoint, file.read)
+        return config, state, (task,)
+    plain = _plain_state(path, checkpoint)
+    state, tasks = our_names(plain), pretrain_tasks()
+    config = infer_config(state)
+    if state is not plain:  # a fine-tuned model
+        reduction = check_settings(checkpoint.get("hyper_parameters"))
+        config, tasks = dataclasses.replace(config, energy_reduction=reduction), ()
+    return config, state, tasks if config.num_tasks == len(tasks) else ()  # else one made of JMP's, with other heads
+
+
+def _checked(state: Mapping[str, Tensor]) -> State:
+    """Return a state dict of tensors that are all stored number by number."""
+    for name, tensor in state.items():
+        check_stored(tensor, name)
+    return dict(state)
 
 
 def save(
@@ -204,119 +213,31 @@ def infer_config(state: State) -> JMPConfig:
 
 
 def _read_config(path: Path) -> JMPConfig:
-    values = json.loads(path.read_text())
-    if values.pop("format", None) != FORMAT:
-        raise ValueError(f"{path}: expected format {FORMAT!r}")
-    known = {field.name for field in dataclasses.fields(JMPConfig)}
-    if not known - ADDED <= set(values) <= known:
-        missing, unknown = sorted(known - ADDED - set(values)), sorted(set(values) - known)
-        raise ValueError(f"{path}: missing {missing}, unknown {unknown}")
-    if values["kept_blocks"] is not None:
-        values["kept_blocks"] = tuple(values["kept_blocks"])
-    return JMPConfig(**values)
+    try:
+        values = json.loads(read_whole(path, "config_bytes"))
+        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+            raise ValueError(f"expected format {FORMAT!r}")  # noqa: TRY301
+        known = {field.name for field in dataclasses.fields(JMPConfig)}
+        if not known - ADDED <= set(values) <= known:
+            missing, unknown = sorted(known - ADDED - set(values)), sorted(set(values) - known)
+            raise ValueError(f"missing {missing}, unknown {unknown}")  # noqa: TRY301
+        if values["kept_blocks"] is not None:
+            values["kept_blocks"] = tuple(values["kept_blocks"])
+        return JMPConfig(**values)
+    except RefusedFileError as error:
+        raise error if error.path == path else RefusedFileError(path, str(error)) from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _read_tasks(path: Path) -> tuple[Task, ...]:
     """Return the tasks that a file keeps; none if there is no such file."""
     try:
-        return read_tasks(path.read_text()) if path.exists() else ()
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _read_safetensors(path: Path) -> State:
-    from safetensors import SafetensorError  # noqa: PLC0415
-    from safetensors.torch import load_file  # noqa: PLC0415
-
-    try:
-        # Copies are aligned in memory as fresh tensors are; products with unaligned weights round differently.
-        return {name: value.clone() for name, value in load_file(path).items()}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
-
-
-def _read_checkpoint(path: Path) -> Mapping[str, Any]:
-    """Return the contents of a file that `torch.save` wrote, tensors and plain values only.
-
-    Objects of other kinds, such as hyper-parameters of a Lightning file, are left out of it.
-    """
-    try:
-        checkpoint: Any = _load_plain(path)
-    except FileNotFoundError:
+        return read_tasks(read_whole(path, "config_bytes").decode()) if path.exists() else ()
+    except RefusedFileError:
         raise
-    except Exception as error:
-        checkpoint = _load_without_objects(path)
-        if checkpoint is None:
-            asked = re.search(r"GLOBAL (\S+)", str(error))
-            why = (
-                f"it asks for {asked[1]}" if asked else f"{type(error).__name__}: {str(error).partition('. ')[0][:200]}"
-            )
-            raise ValueError(
-                f"{path}: not a checkpoint of plain tensors ({why}); where it was made, save only the state_dict"
-            ) from error
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"{path}: expected a checkpoint, a dict with a state_dict, got {type(checkpoint).__name__}")  # noqa: TRY004
-    return checkpoint
-
-
-def _load_plain(path: Path, more: Iterable[Any] = ()) -> Any:
-    with torch.serialization.safe_globals([*_harmless(), *more]):
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-class _NotRead:
-    """What stands for an object of an unknown kind: it takes whatever the file gives it, and keeps nothing."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def _load_without_objects(path: Path) -> Any:
-    """Load a file with an empty object for each of an unknown kind; None if that is not possible.
-
-    Nothing that the file names is imported or called.
-    """
-    made: dict[str, type] = {}
-    try:
-        with torch.serialization.safe_globals(_harmless()):
-            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        if any(name.partition(".")[0] in SUSPICIOUS for name in unknown):
-            return None
-        for _ in range(len(unknown) + 1):
-            # torch tells allowed classes from others by type, so each name needs a class of its own
-            stand_ins = [(_stand_in(name, made.get(name)), name) for name in unknown]
-            try:
-                return _load_plain(path, stand_ins)
-            except pickle.UnpicklingError as error:
-                # torch puts items into dicts and lists only: a class that is filled like one has to make one
-                filled = re.search(r"Can only (SETITEM|append|extend).* got <class '([^']+)'>", str(error))
-                if filled is None:
-                    return None
-                kind = OrderedDict if filled[1] == "SETITEM" else list
-                made |= {name: kind for name in unknown if filled[2].endswith(f".{name}") or filled[2] == name}
-    except Exception:  # noqa: BLE001 - whatever it is, the first error is the one to show
-        return None
-    return None
-
-
-def _stand_in(name: str, made: type | None) -> type:
-    """Return a class in place of an unknown one, whose objects keep nothing; or which makes a dict or a list."""
-    return type(name, (_NotRead,), {} if made is None else {"__new__": lambda _, *__, **___: made()})
-
-
-def _harmless() -> list[Any]:
-    """Return what makes NumPy's numbers and arrays, paths and dicts with defaults: optimisers and logs have some."""
-    scalar, array = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
-    made: list[Any] = [
-        (function, f"{home}.multiarray.{name}")
-        for function, name in ((scalar, "scalar"), (array, "_reconstruct"))
-        for home in ("numpy.core", "numpy._core")
-    ]
-    kinds = {type(np.dtype(kind)) for kind in "?bhilqBHILQefd"}
-    return [*made, np.dtype, np.ndarray, *kinds, defaultdict, dict, (PurePosixPath, "pathlib.PosixPath")]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _plain_state(path: Path, checkpoint: Mapping[str, Any]) -> State:
@@ -325,19 +246,21 @@ def _plain_state(path: Path, checkpoint: Mapping[str, Any]) -> State:
         state = without_prefix(find_state(checkpoint))
     except ValueError as error:
         raise ValueError(f"{path}: not a JMP state dict: {error}") from error
-    optimizers = checkpoint.get("optimizer_states") or [{}]
-    ema = optimizers[0].get("ema") if isinstance(optimizers[0], Mapping) else None
+    state = _checked(state)
+    optimizers = checkpoint.get("optimizer_states")
+    first = optimizers[0] if isinstance(optimizers, list | tuple) and optimizers else None
+    ema = first.get("ema") if isinstance(first, Mapping) else None
     if isinstance(ema, Mapping):
-        state |= without_prefix(dict(ema))
+        state |= _checked(without_prefix(dict(ema)))
     elif ema is not None and "embedding.weight" in state:
         text = f"{path}: the moving averages of this fine-tuned model have no names and are left out"
-        warnings.warn(text, stacklevel=3)
-    elif ema is not None:
+        warnings.warn(text, stacklevel=4)
+    elif isinstance(ema, list | tuple):
         _use_ema(path, state, ema)
     return state
 
 
-def _use_ema(path: Path, state: State, ema: tuple[Tensor, ...]) -> None:
+def _use_ema(path: Path, state: State, ema: Sequence[Tensor]) -> None:
     """Overwrite parameters by their moving averages, which upstream stores without names, in state-dict order."""
     names = [
         name
@@ -349,6 +272,7 @@ def _use_ema(path: Path, state: State, ema: tuple[Tensor, ...]) -> None:
     if len(names) != len(ema):
         raise ValueError(f"{path}: {len(ema)} EMA weights for {len(names)} parameters")
     for name, average in zip(names, ema, strict=True):
+        check_stored(average, f"EMA weight of {name}")
         if average.shape != state[name].shape:
             raise ValueError(
                 f"{path}: EMA weight of {name}: expected {list(state[name].shape)}, got {list(average.shape)}"
@@ -367,34 +291,48 @@ def _aliases(model: JMP) -> list[list[str]]:
     return list(groups.values())
 
 
-def _match(model: JMP, state: State) -> State:
+def _match(model: JMP, state: State, read: Callable[[Tensor], Tensor]) -> State:
     """Give every name of the model its tensor, strictly; one name of a shared tensor is enough.
 
-    Half-precision weights become float32: a model computes in low precision, but does not keep its weights in it.
-    A ScaleFactor of zero is upstream's mark for one that was never fitted; it acts as one.
+    Names and shapes are compared before any value is read. Half-precision weights become float32: a model computes in
+    low precision, but does not keep its weights in it. A ScaleFactor of zero is upstream's mark for one that was never
+    fitted; it acts as one.
     """
-    expected = model.state_dict()
-    missing, differing, matched = [], [], {}
-    for names in _aliases(model):
-        present = [name for name in names if name in state]
-        if not present:
-            missing.append(names[0])
-            continue
-        value = state[present[0]]
-        if any(not torch.equal(value, state[name]) for name in present[1:]):
-            raise ValueError(f"checkpoint: {' and '.join(present)} must be one tensor, but differ")
-        if value.shape != expected[names[0]].shape:
-            differing.append(f"{names[0]} {list(value.shape)} instead of {list(expected[names[0]].shape)}")
-        if not value.is_floating_point():
-            raise ValueError(f"checkpoint: {names[0]}: expected floats, got {value.dtype}")
-        if value.dtype not in (torch.float32, torch.float64):
-            value = value.float()
-        if names[0].endswith(".scale_factor"):
-            value = torch.where(value == 0, torch.ones_like(value), value)
-        matched.update(dict.fromkeys(names, value))
+    expected, groups = model.state_dict(), _aliases(model)
+    present = [[name for name in names if name in state] for names in groups]
+    missing = [names[0] for names, found in zip(groups, present, strict=True) if not found]
     unknown = [name for name in state if name not in expected]
+    differing = [
+        f"{name} {list(state[name].shape)} instead of {list(expected[name].shape)}"
+        for found in present
+        for name in found
+        if state[name].shape != expected[name].shape
+    ]
     for what, names in (("missing", missing), ("unknown", unknown), ("wrong shape", differing)):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise ValueError(f"checkpoint: {what}: {', '.join(names[:5])}{more}")
+    matched = {}
+    for names, found in zip(groups, present, strict=True):
+        value = _weight(found[0], read(state[found[0]]))
+        if any(not torch.equal(value, _weight(name, read(state[name]))) for name in found[1:]):
+            raise ValueError(f"checkpoint: {' and '.join(found)} must be one tensor, but differ")
+        matched.update(dict.fromkeys(names, value))
     return matched
+
+
+def _weight(name: str, value: Tensor) -> Tensor:
+    """Return a weight in float32 or float64.
+
+    Raises:
+        ValueError: if it is of a type that weights do not have, or NaN or infinite.
+    """
+    if value.dtype not in (torch.float32, torch.float64):
+        if value.dtype not in (torch.float16, torch.bfloat16):
+            kind = str(value.dtype).removeprefix("torch.")
+            raise ValueError(f"checkpoint: {name}: expected floats of 16, 32 or 64 bits, got {kind}; convert it first")
+        value = value.float()
+    if not value.sum().isfinite() and not value.isfinite().all():  # the sum is quick, but could overflow
+        wrong = int((~value.isfinite()).sum())
+        raise ValueError(f"checkpoint: {name}: {wrong:,} of {value.numel():,} numbers are NaN or infinite")
+    return torch.where(value == 0, 1, value) if name.endswith(".scale_factor") else value

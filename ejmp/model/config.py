@@ -5,12 +5,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+from ejmp.limits import check_limit
 from ejmp.model.upstream import sizes_from_upstream
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 """Type of the linear maps; see `ejmp.JMP`."""
 HEADS = ("mlp", "mlp-no-bias", "linear")
 """Kinds of heads; see `JMPConfig.head`."""
+MOST = 65_536
+"""Most channels, Gaussians, blocks, layers or heads of a model; `Limits` bounds what they make together."""
+MOST_SPHERICAL = 64
+"""Most Legendre polynomials of an angle."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +23,9 @@ class JMPConfig:
     """Sizes of a JMP model (GemNet-OC, arXiv 2204.02782; JMP, arXiv 2310.16802). Defaults are JMP-L.
 
     Raises:
-        ValueError: if a size is not positive, or `kept_blocks` does not name `blocks` blocks in order.
+        ValueError: if a size is not positive or beyond all models, or `kept_blocks` does not name `blocks` blocks in
+            order.
+        LimitError: if the model would have more parameters or weights than `ejmp.limits` allows.
     """
 
     blocks: int = 6
@@ -88,8 +95,11 @@ class JMPConfig:
         }
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < (0 if field.name in may_be_zero else 1)):
-                raise ValueError(f"JMPConfig.{field.name}: expected a positive integer, got {value!r}")
+            least, most = field.name not in may_be_zero, MOST_SPHERICAL if field.name == "num_spherical" else MOST
+            if field.type is int and (type(value) is not int or not least <= value <= most):
+                raise ValueError(f"JMPConfig.{field.name}: expected a positive integer up to {most:,}, got {value!r}")
+            if field.type is bool and type(value) is not bool:
+                raise ValueError(f"JMPConfig.{field.name}: expected True or False, got {value!r}")
         for edges, cutoff in self.rbf_cutoffs.items():
             if not isinstance(cutoff, int | float) or not 0 < cutoff < float("inf"):
                 raise ValueError(f"JMPConfig.rbf_cutoff: expected a positive number for {edges}, got {cutoff!r}")
@@ -97,8 +107,58 @@ class JMPConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"JMPConfig.{name}: expected one of {choices}, got {getattr(self, name)!r}")
         kept = self.kept_blocks
-        if kept is not None and (len(kept) != self.blocks or list(kept) != sorted(set(kept)) or kept[0] < 0):
-            raise ValueError(f"JMPConfig.kept_blocks: expected {self.blocks} ascending block numbers, got {kept}")
+        if kept is not None and (
+            len(kept) != self.blocks
+            or not all(type(block) is int for block in kept)
+            or list(kept) != sorted(set(kept))
+            or kept[0] < 0
+        ):
+            raise ValueError(f"JMPConfig.kept_blocks: expected {self.blocks} ascending block numbers, got {kept[:20]}")
+        parameters, tensors = self.count_parameters()
+        check_limit("JMPConfig", "parameters", parameters, "parameters")
+        check_limit("JMPConfig", "tensors", tensors, "weights")
+
+    def count_parameters(self) -> tuple[int, int]:
+        """Return how many parameters a model of these sizes has, and in how many tensors, without making it."""
+        atom, edge, rbf, cbf, radial = (
+            self.emb_size_atom, self.emb_size_edge, self.emb_size_rbf, self.emb_size_cbf, self.num_radial,
+        )  # fmt: skip
+        quad_in, quad_out, pair_in, pair_out = (
+            self.emb_size_quad_in, self.emb_size_quad_out, self.emb_size_pair_in, self.emb_size_pair_out,
+        )  # fmt: skip
+
+        def residuals(number: int, size: int) -> tuple[int, int]:
+            return 2 * number * size**2, 2 * number
+
+        def triplets(size: int, out: int, projections: int) -> tuple[int, int]:
+            trip_in, trip_out = self.emb_size_trip_in, self.emb_size_trip_out
+            inner = size**2 + rbf * size + cbf * trip_in * trip_out + size * trip_in
+            return inner + projections * trip_out * out, 4 + projections
+
+        def head(size: int) -> tuple[int, int]:
+            biases = self.head == "mlp"
+            return (size, 1) if self.head == "linear" else (4 * size * (size + biases) + size, 5 + 4 * biases)
+
+        update = [(rbf * edge + edge * atom, 2), residuals(self.num_atom, atom)]
+        quadruplets = edge**2 + rbf * edge + cbf * quad_in + self.emb_size_sbf * quad_in * quad_out
+        block = [
+            (edge**2, 1), triplets(edge, edge, 2), triplets(atom, edge, 2), triplets(edge, atom, 1),
+            (quadruplets + edge * quad_in + 2 * quad_out * edge, 7),
+            (rbf * pair_in * pair_out + atom * (pair_in + pair_out), 3),
+            residuals(self.num_before_skip + self.num_after_skip + self.num_concat, edge),
+            residuals(self.num_atom_emb_layers, atom), *update, ((2 * atom + edge) * edge, 1),
+        ]  # fmt: skip
+        readout = [*update, residuals(self.num_output_after_atom, atom)]
+        branches = [atom, edge] if self.direct_forces else [atom]
+        if self.direct_forces:
+            readout += [residuals(self.num_atom, edge), (rbf * edge, 1)]
+        bases = radial * (7 * rbf + 4 * self.num_spherical * cbf + self.num_spherical**2 * self.emb_size_sbf)
+        parts = [(1, (self.num_elements * atom, 1)), (1, (bases + (2 * atom + radial) * edge, 13))]
+        parts += [(self.blocks, part) for part in block] + [(self.blocks + 1, part) for part in readout]
+        for size in branches:
+            parts += [(1, ((self.blocks + 1) * size**2, 1)), (1, residuals(self.num_global_out_layers, size))]
+            parts.append((self.num_tasks, head(size)))
+        return sum(times * part[0] for times, part in parts), sum(times * part[1] for times, part in parts)
 
     @property
     def rbf_cutoffs(self) -> dict[str, float]:

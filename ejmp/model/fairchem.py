@@ -7,7 +7,8 @@ the scale factors. Arguments that no published checkpoint has are refused by nam
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ejmp.graph.settings import GraphSettings
 from ejmp.model.config import JMPConfig
 from ejmp.model.jmp import JMP
 from ejmp.model.task import Task
+from ejmp.model.tensor_file import check_stored
 from ejmp.model.upstream import NAMES
 
 State = dict[str, Tensor]
@@ -45,6 +47,8 @@ OTHER = {
     *("regress_forces", "direct_forces", "forces_coupled", "extensive", "envelope", "num_elements"),
 }
 """Arguments that are read below, or do not change what the model computes."""
+MOST_NUMBERS = 10_000
+"""Most numbers of a deviation, a reference or a scale factor."""
 PREFIXES = {
     "atom_emb.embeddings.": "embedding.atom_embedding.",
     "out_mlp_E.": "backbone.out_mlp_E.out_mlp.",
@@ -69,12 +73,15 @@ def is_fairchem(checkpoint: Mapping[str, Any]) -> bool:
     return isinstance(config, Mapping) and "model" in config
 
 
-def read_fairchem(path: Path, checkpoint: Mapping[str, Any]) -> tuple[JMPConfig, State, Task]:
+def read_fairchem(
+    path: Path, checkpoint: Mapping[str, Any], read: Callable[[Any], Any]
+) -> tuple[JMPConfig, State, Task]:
     """Return sizes, tensors under our names, and the task of a checkpoint.
 
     Args:
         path: where it comes from, for messages.
         checkpoint: contents of the file.
+        read: function that returns a tensor of it with its values, and other values as they are.
 
     Raises:
         ValueError: if the model is not GemNet-OC, has an argument that no published one has, or does not fit itself.
@@ -82,11 +89,14 @@ def read_fairchem(path: Path, checkpoint: Mapping[str, Any]) -> tuple[JMPConfig,
     try:
         arguments = _arguments(checkpoint["config"])
         state = {_our_name(_stripped(name)): value for name, value in checkpoint["state_dict"].items()}
+        for name, value in state.items():
+            check_stored(value, name)
         graph = _graph_settings(arguments)
         config = _config(arguments, state, graph)
         _use_ema(state, checkpoint.get("ema"), config)
-        _use_scales(state, checkpoint.get("scale_dict"))
-        task = _task(checkpoint, arguments, graph)
+        few = partial(_few, read)
+        _use_scales(state, checkpoint.get("scale_dict"), few)
+        task = _task(checkpoint, arguments, graph, few)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: not a checkpoint of fairchem 1.x: {type(error).__name__} {error}") from error
     except ValueError as error:
@@ -194,6 +204,7 @@ def _use_ema(state: State, ema: Mapping[str, Any] | None, config: JMPConfig) -> 
     if len(names) != len(averages):
         raise ValueError(f"ema: {len(averages)} averages for {len(names)} parameters")
     for name, average in zip(names, averages, strict=True):
+        check_stored(average, f"ema of {name}")
         expected = state[name].shape if name in state else None
         if average.shape != expected:
             raise ValueError(f"ema: {name}: expected {expected}, got {average.shape}")
@@ -202,26 +213,35 @@ def _use_ema(state: State, ema: Mapping[str, Any] | None, config: JMPConfig) -> 
         del state[name]  # another name of a tensor that was replaced
 
 
-def _use_scales(state: State, scales: Mapping[str, Any] | None) -> None:
+def _few(read: Callable[[Any], Any], value: Any) -> Tensor:
+    """Return numbers of a checkpoint that are not weights: deviations, references, scale factors."""
+    if isinstance(value, Tensor) and value.numel() > MOST_NUMBERS:
+        raise ValueError(f"expected at most {MOST_NUMBERS} numbers, got a tensor {list(value.shape)}")
+    return torch.as_tensor(read(value))
+
+
+def _use_scales(state: State, scales: Mapping[str, Any] | None, few: Callable[[Any], Tensor]) -> None:
     """Overwrite the scale factors that a checkpoint names."""
     unknown = []
     for name, value in (scales or {}).items():
         place = _our_name(f"{_stripped(name).removesuffix('.scale_factor')}.scale_factor")
         if place in state:
-            state[place] = torch.as_tensor(value, dtype=state[place].dtype).reshape(state[place].shape)
+            state[place] = few(value).to(state[place].dtype).reshape(state[place].shape)
         else:
             unknown.append(name)
     if unknown:
-        warnings.warn(f"ejmp: scale factors that the model does not have: {', '.join(unknown)}", stacklevel=4)
+        warnings.warn(f"ejmp: scale factors that the model does not have: {', '.join(unknown)}", stacklevel=5)
 
 
-def _task(checkpoint: Mapping[str, Any], arguments: Mapping[str, Any], graph: GraphSettings) -> Task:
+def _task(
+    checkpoint: Mapping[str, Any], arguments: Mapping[str, Any], graph: GraphSettings, few: Callable[[Any], Tensor]
+) -> Task:
     """Return what the model predicts: energies in eV, referenced as its dataset is, and forces in eV/A."""
     normalizers = checkpoint.get("normalizers") or {}
     energy = normalizers.get("energy", normalizers.get("target"))
     forces = normalizers.get("forces", normalizers.get("grad_target"))
-    mean, std = _moments(energy)
-    force_mean, force_std = _moments(forces)
+    mean, std = _moments(energy, few)
+    force_mean, force_std = _moments(forces, few)
     if force_mean:
         raise ValueError(f"normalizers: expected forces of mean 0, got {force_mean}")
     direct, regressed = arguments.get("direct_forces", False), arguments.get("regress_forces", True)
@@ -229,7 +249,7 @@ def _task(checkpoint: Mapping[str, Any], arguments: Mapping[str, Any], graph: Gr
         raise ValueError(f"normalizers: forces are gradients of the energy, but divided by {force_std} and not {std}")
     return Task(
         name=TASK,
-        linear_reference=_reference(checkpoint),
+        linear_reference=_reference(checkpoint, few),
         mean=mean,
         std=std,
         force_std=force_std,
@@ -239,22 +259,22 @@ def _task(checkpoint: Mapping[str, Any], arguments: Mapping[str, Any], graph: Gr
     )
 
 
-def _moments(normalizer: Mapping[str, Any] | None) -> tuple[float, float]:
+def _moments(normalizer: Mapping[str, Any] | None, few: Callable[[Any], Tensor]) -> tuple[float, float]:
     """Return mean and standard deviation of a normalizer's state dict; 0 and 1 if there is none."""
     if not normalizer:
         return 0.0, 1.0
-    return float(torch.as_tensor(normalizer["mean"])), float(torch.as_tensor(normalizer["std"]))
+    return float(few(normalizer["mean"])), float(few(normalizer["std"]))
 
 
-def _reference(checkpoint: Mapping[str, Any]) -> dict[int, float] | None:
+def _reference(checkpoint: Mapping[str, Any], few: Callable[[Any], Tensor]) -> dict[int, float] | None:
     """Return the energy of each element, which was subtracted; None if it was but the checkpoint does not say it."""
     references = checkpoint.get("elementrefs") or {}
     energy = references.get("energy", references.get("target"))
     if energy is not None:
         if isinstance(energy, Mapping) and "element_references" not in energy:
-            return {int(number): float(value) for number, value in energy.items()}
+            return {int(number): float(few(value)) for number, value in energy.items()}
         values = energy["element_references"] if isinstance(energy, Mapping) else energy
-        return {number: value for number, value in enumerate(torch.as_tensor(values).double().tolist()) if number > 0}
+        return {number: value for number, value in enumerate(few(values).double().tolist()) if number > 0}
     datasets = checkpoint["config"].get("dataset") or {}
     splits = datasets.values() if isinstance(datasets, Mapping) else datasets
     subtracted = any(isinstance(split, Mapping) and split.get("lin_ref") for split in (datasets, *splits))

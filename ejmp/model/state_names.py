@@ -106,7 +106,7 @@ def _zero_biases(named: State) -> State:
     for name in [name for name in named if name.startswith("output.") and name.endswith(".weight")]:
         bias, weight = name.removesuffix("weight") + "bias", named[name]
         if bias not in named and weight.ndim == 2 and weight.shape[0] == weight.shape[1]:
-            biases[bias] = torch.zeros_like(weight[:, 0])
+            biases[bias] = torch.zeros(len(weight), dtype=weight.dtype)
     return biases
 
 

@@ -24,12 +24,13 @@ from typing import Any
 from ejmp.data.readers.cif import read_cif
 from ejmp.data.readers.files import SourceError, file_in, import_optional, reading
 from ejmp.data.readers.format import Format, Part, parse_slice, slices
-from ejmp.data.readers.kinds import is_packed, kind_of, name_kind, open_plain
+from ejmp.data.readers.kinds import check_tables, is_packed, kind_of, name_kind, open_plain, read_plain
 from ejmp.data.readers.labels import LabelReader
 from ejmp.data.readers.options import ReadOptions, Survey, listed
 from ejmp.data.readers.validation import leaving_out, validate
 from ejmp.data.readers.xyz import iter_frames, read_frames, split_part, xyz_parts
 from ejmp.graph.structure import Structure
+from ejmp.limits import check_limit, check_regular, open_regular
 
 KINDS = ("xyz", "cif", "vasp", "traj", "db", "json")
 """What this module reads, as `kind_of` calls it."""
@@ -65,22 +66,27 @@ def _check_logical(words: list[str], rows: list[str]) -> None:
 
 def read_text(file: Path) -> list[Any]:
     """Return the structures of a CIF, a POSCAR or a compressed text file as ASE atoms."""
+    return list(_iterate_text(file))
+
+
+def _iterate_text(file: Path) -> Iterator[Any]:
     with reading(file):
         kind = kind_of(file)
         if kind not in ("xyz", "cif", "vasp"):
             packed = " in a compressed file: unpack it" * is_packed(file)
             got = f"{kind}{packed}" if kind in KINDS else kind or file.suffix or file.name
             raise SourceError(file, "", f"expected one of {_KNOWN}, got {got}")
-        with open_plain(file) as contents:
-            if kind == "xyz":
-                return [parse_frame(frame) for frame in iter_frames(io.BytesIO(contents.read()), file)]
-            text = contents.read().decode(errors="replace")
+        if kind == "xyz":
+            with open_plain(file) as contents:
+                yield from map(parse_frame, iter_frames(contents, file))
+            return
+        text = read_plain(file).decode(errors="replace")
         import_optional("ase.io.formats")
         if kind == "cif":
-            return list(read_cif(text))
-        if kind == "vasp":
-            _check_poscar(text.splitlines())
-        return list(import_optional("ase.io").iread(io.StringIO(text), index=":", format=kind))
+            yield from read_cif(text, file)
+            return
+        _check_poscar(text.splitlines())
+        yield from import_optional("ase.io").iread(io.StringIO(text), index=":", format=kind)
 
 
 def _check_poscar(lines: list[str]) -> None:
@@ -97,12 +103,20 @@ def _check_poscar(lines: list[str]) -> None:
             f"{len(counts)} species before it"
         )
     for line in lines[5:7]:  # counts, after the elements or without them
-        if sum(int(word) for word in line.split() if word.isdecimal()) > len(lines):
+        if sum(map(_count, line.split())) > len(lines):
             raise ValueError(f"{line.strip()[:100]!r} atoms in {len(lines)} lines")
 
 
+def _count(word: str) -> int:
+    """Return a number of atoms as ASE understands it; 0 for any other word."""
+    try:
+        return abs(int(word))
+    except ValueError:
+        return 0
+
+
 def _trajectory(file: Path) -> Any:
-    with file.open("rb") as raw:
+    with open_regular(file) as raw:
         if raw.read(8) != b"- of Ulm":  # the format before this one was a pickle
             raise SourceError(file, "", "not a traj file, or one of before 2016, which ase.io converts")
     return import_optional("ase.io.trajectory").TrajectoryReader(file)
@@ -110,6 +124,10 @@ def _trajectory(file: Path) -> Any:
 
 def _database(file: Path) -> Any:
     """Return an ASE database, of the kind that its contents are."""
+    if kind_of(file) == "db":
+        check_tables(file)
+    else:
+        check_limit(file, "read_bytes", check_regular(file).st_size, "bytes")
     return import_optional("ase.db").connect(file, type=kind_of(file), use_lock_file=False)
 
 
@@ -123,7 +141,8 @@ def files_in(path: Path, survey: Survey) -> list[Path]:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    if path.is_file():
+    if not path.is_dir():
+        check_regular(path)
         return [path]
     inside = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
     found = [file for file in inside if name_kind(file)] or [file for file in inside if kind_of(file) in KINDS]
@@ -168,7 +187,7 @@ def _file_parts(file: Path) -> list[Part]:
         return slices(file.name, _database(file).count())
     if kind == "xyz" and not is_packed(file):
         return xyz_parts(file)
-    count = len(read_text(file))
+    count = sum(1 for _ in _iterate_text(file))
     return [Part(name=f"{file.name}:0-{count}", count=count)]
 
 
@@ -212,7 +231,7 @@ def _frames(file: Path, kind: str | None, start: int, stop: int) -> Iterator[tup
         for row in _database(file).select(offset=start, limit=stop - start):
             yield row.toatoms(), {**row.data, **row.key_value_pairs}
     else:
-        for atoms in read_text(file):
+        for atoms in _iterate_text(file):
             yield atoms, {}
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ejmp.data.readers.ase_files import ASE
-from ejmp.data.readers.files import SourceError
+from ejmp.data.readers.files import SourceError, unchanged, versions
 from ejmp.data.readers.format import Format, Part
 from ejmp.data.readers.hdf5 import ANI1X, SPICE, TRANSITION1X
 from ejmp.data.readers.md import MD22, RMD17
@@ -121,7 +121,7 @@ def read(
         found = find_format(format)
     chosen = configured(found, str(format), options or ReadOptions(), survey)
     every = (structure for part in chosen.parts(source) for structure in chosen.read(source, part))
-    return (structure for structure in every if not isinstance(structure, Refused))
+    return (structure for structure in unchanged(versions(source), every) if not isinstance(structure, Refused))
 
 
 read.FORMATS = FORMATS  # pyright: ignore[reportFunctionMemberAccess]

@@ -1,14 +1,18 @@
 """CIF files whose every site is one whole atom, with their symmetry applied; disordered crystals are no structures."""
 
 import io
+import math
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ejmp.data.readers.files import import_optional
+from ejmp.data.readers.symmetry import CROWD, crystal
 from ejmp.data.readers.validation import current_checks
+from ejmp.limits import LimitError, check_limit
 
 WHOLE = 0.995
 """Least occupancy of a site that counts as occupied; refined ones are rarely 1 to the last digit."""
@@ -27,14 +31,20 @@ _GROUPS = (
 _HALL = ("_space_group_name_hall", "_symmetry_space_group_name_hall")
 
 
-def read_cif(text: str) -> Iterator[Any]:
+def read_cif(text: str, path: Path) -> Iterator[Any]:
     """Yield the crystal of each block of a CIF as ase.Atoms; blocks without atoms are passed over.
 
+    Args:
+        text: the CIF.
+        path: the file it is from, for messages.
+
     Raises:
+        LimitError: for more atoms, or longer lines, than `ejmp.limits` allows.
         ValueError: naming block and site: without coordinates or element, or, unless `checking` says
             `occupancy="ignore"`, occupied in part or by two species; or if no block has atoms.
     """
     names, has_atoms = [], False
+    check_limit(path, "cif_line_bytes", max(map(len, text.split("\n"))), "bytes in one line")
     cif = import_optional("ase.io.cif")
     for block in cif.parse_cif(io.StringIO(text)):
         names.append(block.name)
@@ -42,11 +52,13 @@ def read_cif(text: str) -> Iterator[Any]:
             continue
         has_atoms = True
         _check_sites(block)
-        crystal = block
+        named = block
         if any(block.get(name) for name in _OPERATIONS) and not any(block.get(name) for name in _GROUPS):
-            crystal = cif.CIFBlock(block.name, {**block, _GROUPS[0]: 1})  # ase.io wants a group; the operations count
+            named = cif.CIFBlock(block.name, {**block, _GROUPS[0]: 1})  # ase.io wants a group; the operations count
         try:
-            yield crystal.get_atoms()
+            yield crystal(named, path)
+        except LimitError:
+            raise
         except Exception as error:  # ase.io documents no errors
             raise ValueError(f"block {block.name}: {type(error).__name__}: {error}") from error
     if not has_atoms:
@@ -71,8 +83,8 @@ def _check_sites(block: Any) -> None:
         raise ValueError(f"{where}: its sites have no coordinates")
     for name in kind:
         for label, value in zip(labels, columns[name] or (), strict=False):
-            if not isinstance(value, int | float):
-                raise ValueError(f"{where}, site {label}: {name}: expected a number, got {value!r}")  # noqa: TRY004
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{where}, site {label}: {name}: expected a number, got {value!r}")
     elements = [_element(where, label, symbol) for label, symbol in zip(labels, symbols, strict=True)]
     if not any(block.get(name) for name in (*_OPERATIONS, *_GROUPS)) and any(
         block.get(name, "P 1") != "P 1" for name in _HALL
@@ -108,14 +120,16 @@ def _disorder(block: Any, labels: list[str], elements: list[str], kind: tuple[st
         if value < WHOLE:
             return f"site {label} is occupied to {value:g}"
     places = np.array([_column(block, name) for name in kind], np.float64).T
-    order = np.argsort(places[:, 0])
-    for step in range(1, len(order)):
-        first, second = order[:-step], order[step:]
-        near = places[second, 0] - places[first, 0] < SAME_PLACE
-        if not near.any():
-            break
-        near &= np.abs(places[second] - places[first]).max(1) < SAME_PLACE
-        for i, j in zip(first[near].tolist(), second[near].tolist(), strict=True):
-            if elements[i] != elements[j]:
-                return f"sites {labels[i]} and {labels[j]} are one place"
+    _check_crowd(places)
+    pairs = import_optional("scipy.spatial").cKDTree(places).query_pairs(SAME_PLACE, p=np.inf, output_type="ndarray")
+    for i, j in pairs.tolist():
+        if elements[i] != elements[j]:
+            return f"sites {labels[i]} and {labels[j]} are one place"
     return ""
+
+
+def _check_crowd(places: np.ndarray) -> None:
+    """Refuse sites of which very many are one place: comparing all of them with each other would take very long."""
+    _, counts = np.unique(np.floor(places / SAME_PLACE), axis=0, return_counts=True)
+    if counts.max(initial=0) > CROWD:
+        raise ValueError(f"{counts.max()} sites are one place")

@@ -1,13 +1,18 @@
-"""The files of a source: finding and loading them, and errors that name the one that is damaged."""
+"""The files of a source: finding and loading them, and errors that name the one that is damaged or changes."""
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ejmp.limits import RefusedFileError, check_limit, check_regular
+
 T = TypeVar("T")
+Versions = dict[Path, tuple[int, int, int]]
+"""Size, time of the last change in ns, and number of each file of a source."""
 
 
 class SourceError(ValueError):
@@ -28,6 +33,8 @@ def reading(path: Path, where: str = "") -> Iterator[None]:
         yield
     except (SourceError, FileNotFoundError, PermissionError, ImportError):
         raise
+    except RefusedFileError as error:
+        raise SourceError(error.path, where if error.path == path else "", error.problem) from error
     except Exception as error:
         # What h5py, ase, zipfile and json raise on damaged input is not documented, so everything is caught.
         problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
@@ -58,10 +65,52 @@ def cached_by_file(load: Callable[[Path], T]) -> Callable[[Path], T]:
         return load(path)
 
     def cached(path: Path) -> T:
-        status = path.stat()
+        status = check_regular(path)
+        check_limit(path, "read_bytes", status.st_size, "bytes")
         return version(path, status.st_size, status.st_mtime_ns)
 
     return cached
+
+
+def versions(source: Path) -> Versions:
+    """Return the state of a source, by which it is told whether its files change while they are read.
+
+    Of a folder these are the files in it, and those of LMDB folders in it; of a name that is no file there is none.
+    """
+    if not source.is_dir():
+        return {source: _version(source)} if source.exists() else {}
+    files = [Path(entry.path) for entry in os.scandir(source) if entry.is_file()]
+    return {file: _version(file) for file in (*files, *source.glob("*.lmdb/data.mdb"))}
+
+
+def unchanged(before: Versions, items: Iterable[T]) -> Iterator[T]:
+    """Yield what is read of a source, and at the end check that no file of it has changed since then.
+
+    Raises:
+        SourceError: naming the first file that has changed or is gone; also in place of an error that reading meets.
+    """
+    try:
+        yield from items
+    except (SourceError, OSError):
+        _check_unchanged(before)
+        raise
+    _check_unchanged(before)
+
+
+def _check_unchanged(before: Versions) -> None:
+    for file, version in before.items():
+        try:
+            now = _version(file)
+        except FileNotFoundError as error:
+            raise SourceError(file, "", "changed while it was read: it is gone") from error
+        if now != version:
+            sizes = f"{version[0]:,} bytes at first, then {now[0]:,}"
+            raise SourceError(file, "", f"changed while it was read: {sizes}; read it when it is complete")
+
+
+def _version(file: Path) -> tuple[int, int, int]:
+    state = file.stat()
+    return state.st_size, state.st_mtime_ns, state.st_ino
 
 
 def list_files(path: Path, patterns: tuple[str, ...]) -> list[Path]:
@@ -73,7 +122,8 @@ def list_files(path: Path, patterns: tuple[str, ...]) -> list[Path]:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    if path.is_file():
+    if not path.is_dir():
+        check_regular(path)
         return [path]
     found = sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()})
     if not found:

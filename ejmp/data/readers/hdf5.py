@@ -24,18 +24,18 @@ import numpy as np
 
 from ejmp.data.readers.files import SourceError, import_optional, list_files, reading
 from ejmp.data.readers.format import Format, Part, parse_slice, slices
+from ejmp.data.readers.hdf5_checks import check_links, check_stored, inside
 from ejmp.data.readers.impossible import all_far_apart
 from ejmp.data.readers.layout import Layout
 from ejmp.data.readers.oc import OC20
 from ejmp.data.readers.options import Rows, report, rows_of
 from ejmp.data.readers.units import BOHR, HARTREE
-from ejmp.data.readers.validation import MAX_ATOMS, validate
+from ejmp.data.readers.validation import validate
 from ejmp.graph.structure import Structure
+from ejmp.limits import check_limit, check_regular, check_unpacked
 
 MIN_ATOMS = 4
 """Fewest atoms of a system that JMP is trained on."""
-MAX_FRAMES = 10_000_000
-"""Most conformations of one molecule; a damaged HDF5 file can claim any number without storing them."""
 SLICE_ATOMS = 1_000_000
 """Most atoms of all structures in one part."""
 SPLITS = ("train", "val", "test")
@@ -59,7 +59,7 @@ def _all_groups(file: Any) -> list[tuple[str, str | None]]:
     found: list[tuple[str, str | None]] = []
 
     def visit(name: str, item: Any) -> None:
-        if hasattr(item, "keys") and "atomic_numbers" in item:  # a group
+        if hasattr(item, "keys") and item.id.links.exists(b"atomic_numbers"):  # a group
             found.append((name, None))
 
     file.visititems(visit)
@@ -79,9 +79,7 @@ def _reactions(file: Any) -> list[tuple[str, str | None]]:
 
 def _array(group: Any, name: str, shape: tuple[int | None, ...]) -> Any:
     """Return an array of a group without reading it, after checking that it holds numbers and has the given shape."""
-    if name not in group:
-        raise ValueError(f"no {name}; it has {', '.join(sorted(group))[:200]}")
-    array = group[name]
+    array = inside(group, name)
     found = getattr(array, "shape", None)
     fits = (
         found is not None
@@ -97,11 +95,10 @@ def _array(group: Any, name: str, shape: tuple[int | None, ...]) -> Any:
 def _arrays(group: Any, layout: Layout) -> dict[str, Any]:
     """Return the arrays of a group after checking that their shapes agree; only the atomic numbers are read."""
     count = _array(group, layout.numbers, (None,))
-    if not 1 <= len(count) <= MAX_ATOMS:
-        raise ValueError(f"{layout.numbers}: expected 1 to {MAX_ATOMS} atoms, got {len(count)}")
+    if not len(count):
+        raise ValueError(f"{layout.numbers}: expected 1 or more atoms, got none")
+    check_limit(group.file.filename, "atoms", len(count), "atoms")
     positions = _array(group, layout.positions, (None, len(count), 3))
-    if len(positions) > MAX_FRAMES:
-        raise ValueError(f"{layout.positions}: expected at most {MAX_FRAMES} frames, got {len(positions)}")
     arrays = {name: _array(group, name, (len(positions),)) for name in (layout.energy, *layout.targets)}
     forces = _array(group, layout.forces, positions.shape)
     return {layout.numbers: count[:], layout.positions: positions, layout.forces: forces, **arrays}
@@ -115,15 +112,18 @@ def _labelled(arrays: dict[str, Any], layout: Layout, start: int, stop: int) -> 
 
 def _is_empty(group: Any, layout: Layout) -> bool:
     """Return whether a group announces no conformations: SPICE 2.0.1 has such, with arrays of another shape."""
-    shape = getattr(group[layout.positions], "shape", None) if layout.positions in group else None
+    there = group.id.links.exists(layout.positions.encode())
+    shape = getattr(inside(group, layout.positions), "shape", None) if there else None
     return shape is not None and len(shape) > 0 and shape[0] == 0
 
 
 def _parts(path: Path, layout: Layout, groups: Callable[[Any], list[tuple[str, str | None]]]) -> list[Part]:
     h5py = import_optional("h5py")
     (source,) = list_files(path, ())
-    parts, empty, found = [], 0, []
+    parts, empty, found, total, unpacked = [], 0, [], 0, 0
+    packed = check_regular(source).st_size
     with reading(source), h5py.File(source, "r") as file:
+        check_links(file)
         found = groups(file)
         for name, split in found:
             with reading(source, name):
@@ -132,6 +132,10 @@ def _parts(path: Path, layout: Layout, groups: Callable[[Any], list[tuple[str, s
                     continue
                 arrays = _arrays(file[name], layout)
                 atoms, frames = len(arrays[layout.numbers]), len(arrays[layout.positions])
+                total += frames
+                check_limit(source, "frames", total, "frames or more")
+                unpacked += sum(check_stored(source, array) for array in arrays.values() if hasattr(array, "chunks"))
+                check_unpacked(source, unpacked, packed)
                 if layout == ANI1X_LAYOUT and atoms < MIN_ATOMS:
                     continue
                 for part in slices(name, frames, SLICE_ATOMS // atoms):
@@ -181,6 +185,7 @@ def _read(path: Path, part: Part, layout: Layout) -> Iterator[Structure]:
     h5py = import_optional("h5py")
     name, start, stop = parse_slice(part)
     with reading(path, name):
+        check_regular(path)
         with h5py.File(path, "r") as file:
             arrays = _arrays(file[name], layout)
             report(_rows(file[name], layout, len(arrays[layout.numbers])))

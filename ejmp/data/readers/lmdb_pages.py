@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from ejmp.limits import check_limit, open_regular
+
 MAGIC, VERSION = 0xBEEFC0DE, 1
 BRANCH, LEAF, OVERFLOW, META = 1, 2, 4, 8
 BIG_DATA = 1
@@ -31,9 +33,11 @@ class LmdbFile:
         """Open a file.
 
         Raises:
-            ValueError: if it is not an LMDB file, or shorter than its last commit says.
+            ValueError: if it is not an LMDB file, or not a regular one, or shorter than its last commit says.
         """
-        self._fd = os.open(path, os.O_RDONLY)
+        with open_regular(path) as file:
+            self._fd = os.dup(file.fileno())
+        self._path = path
         try:
             self._size = os.fstat(self._fd).st_size
             self._read_meta()
@@ -86,6 +90,7 @@ class LmdbFile:
             )
         if self.entries * NODE.size > self._size:
             raise ValueError(f"damaged LMDB file: {self.entries} entries in {self._size} bytes")
+        check_limit(self._path, "frames", self.entries, "records")
 
     def _meta(self, number: int, at: int) -> tuple[int, ...] | None:
         raw = os.pread(self._fd, HEADER.size + META_BODY.size, at)
@@ -128,6 +133,7 @@ class LmdbFile:
             raise ValueError(f"an LMDB node with flags {flags:#x} is not read here")
         if not flags:
             return _piece(page, start, size)
+        check_limit(self._path, "record_bytes", size, f"bytes of record {key.decode(errors='replace')}")
         number = struct.unpack("<Q", _piece(page, start, 8))[0]
         value = self._page(number, -(-(HEADER.size + size) // self._page_size))
         if not HEADER.unpack_from(value)[2] & OVERFLOW:

@@ -16,7 +16,7 @@ import numpy as np
 from ejmp.data.readers.files import SourceError, cached_by_file, file_in, import_optional, list_files, reading
 from ejmp.data.readers.format import Format, Part, parse_slice, slices
 from ejmp.data.readers.impossible import all_far_apart
-from ejmp.data.readers.kinds import kind_of
+from ejmp.data.readers.kinds import check_zip, kind_of
 from ejmp.data.readers.labels import ENERGY_UNIT_KEYS, LENGTH_UNIT_KEYS
 from ejmp.data.readers.layout import Layout
 from ejmp.data.readers.options import LEFT_OUT, NOT_READ, ReadOptions, Rows, Survey
@@ -33,6 +33,8 @@ _XYZ_ROWS = (("energy in the comment", "structure", "energy"), ("forces [n, 3]",
 
 @cached_by_file
 def _arrays(file: Path) -> dict[str, np.ndarray]:
+    with reading(file):
+        check_zip(file, file)
     with reading(file), np.load(file, allow_pickle=False) as arrays:
         found = {}
         for name in arrays.files:

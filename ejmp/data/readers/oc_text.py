@@ -5,7 +5,6 @@ reference, as in fairchem's LMDB files; if the line has no reference, it is the 
 that `move_mask` holds in place are `fixed`. Ids are `<file>/<frame of the file>/<system>/<frame>`.
 """
 
-import lzma
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from ejmp.data.readers.ase_files import parse_frame
 from ejmp.data.readers.files import SourceError, file_in, list_files, reading
 from ejmp.data.readers.format import Format, Part
+from ejmp.data.readers.kinds import open_plain, read_plain
 from ejmp.data.readers.labels import LabelReader
 from ejmp.data.readers.options import ReadOptions, current_survey
 from ejmp.data.readers.validation import validate
@@ -26,15 +26,11 @@ def _lines(file: Path) -> list[list[str]]:
     found = [beside for ending in (".txt", ".txt.xz") if (beside := file.with_name(base + ending)).exists()]
     if not found:
         raise SourceError(file, "", f"{base}.txt or {base}.txt.xz should be beside it")
-    with reading(found[0]), _open(found[0]) as raw:
-        lines = [line.split(",") for line in raw.read().decode().split()]
+    with reading(found[0]):
+        lines = [line.split(",") for line in read_plain(found[0]).decode().split()]
         if any(len(line) not in (2, 3) for line in lines):
             raise SourceError(found[0], "", 'expected lines of "system,frame,reference energy"')
         return lines
-
-
-def _open(file: Path) -> lzma.LZMAFile:
-    return lzma.open(file) if file.suffix == ".xz" else file.open("rb")  # pyright: ignore[reportReturnType]
 
 
 def _parts(path: Path) -> list[Part]:
@@ -46,7 +42,7 @@ def _read(path: Path, part: Part) -> Iterator[Structure]:
     file = file_in(path, part.name)
     labels = _lines(file)
     reader = LabelReader(ReadOptions(), current_survey(), tags="oc20", name=str(file))
-    with reading(file), _open(file) as raw:
+    with reading(file), open_plain(file) as raw:
         frames = iter_frames(raw, file)
         for k, (system, frame, *reference) in enumerate(labels):
             with reading(file, f"frame {k}"):

@@ -6,11 +6,16 @@ import pickle
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ejmp.data.readers.kinds import check_zip
+from ejmp.limits import RefusedFileError, open_regular
+
+ZIP = b"PK\x03\x04"
 MAX_AXES = 8
 """Most axes of an array."""
 DTYPES = (
@@ -81,16 +86,23 @@ class Array:
         self.array = _array(raw, dtype, shape, "F" if fortran else "C")
 
 
-def weights_only(file: Any) -> Any:
+def weights_only(file: Path | io.BytesIO) -> Any:
     """Load a file of torch.save.
 
     Raises:
         UnsafePickleError: if it asks for a name that torch does not allow.
-        ValueError: if it is damaged.
+        ValueError: if it is damaged, or unpacks to more than `ejmp.limits` allows.
     """
     try:
+        if isinstance(file, Path):
+            with open_regular(file) as contents:
+                is_zip = contents.read(4) == ZIP
+        else:
+            is_zip = file.getbuffer()[:4] == ZIP
+        if is_zip:
+            check_zip(file, file if isinstance(file, Path) else Path("tensors in a pickle"))
         return torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, RefusedFileError):
         raise
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))

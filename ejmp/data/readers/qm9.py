@@ -19,7 +19,7 @@ import torch
 
 from ejmp.data.readers.files import SourceError, cached_by_file, import_optional, list_files, reading
 from ejmp.data.readers.format import Format, Part, parse_slice, slices
-from ejmp.data.readers.kinds import is_packed, kind_of
+from ejmp.data.readers.kinds import is_packed, kind_of, open_tar, read_plain
 from ejmp.data.readers.options import NOT_READ, Rows, report
 from ejmp.data.readers.units import HARTREE
 from ejmp.data.readers.unpickle import fields, load_pt
@@ -59,7 +59,7 @@ def _uncharacterized(path: Path) -> set[int]:
     if not file.exists():
         return set()
     with reading(file):
-        rows = [line.split() for line in file.read_text().splitlines()]
+        rows = [line.split() for line in read_plain(file).decode().splitlines()]
         found = {int(row[0]) for row in rows if row and row[0].isdecimal() and len(row[0]) < 10}
     if not found:
         raise SourceError(file, "", "expected lines that start with a molecule's number, got none")
@@ -78,7 +78,7 @@ def _raw_files(path: Path) -> list[Path]:
 
 def _tar_members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     left_out = _uncharacterized(path)
-    with tarfile.open(path) as archive:
+    with open_tar(path) as archive:
         for member in archive:
             if member.isfile() and _wanted(member.name, left_out):
                 yield archive, member

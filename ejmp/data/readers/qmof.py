@@ -20,6 +20,7 @@ import numpy as np
 from ejmp.data.readers.ase_files import read_text
 from ejmp.data.readers.files import SourceError, cached_by_file, import_optional, list_files, reading
 from ejmp.data.readers.format import Format, Part, parse_slice, slices
+from ejmp.data.readers.kinds import read_plain
 from ejmp.data.readers.options import Rows, report, rows_of
 from ejmp.data.readers.validation import current_checks, validate
 from ejmp.graph.structure import Structure
@@ -37,7 +38,7 @@ STRUCTURE_ENDINGS = ("", ".cif", ".CONTCAR")
 def _records(file: Path) -> dict[str, Mapping[str, Any]]:
     """Return the records of one of the JSON files by their ids."""
     with reading(file):
-        records = json.loads(file.read_bytes())
+        records = json.loads(read_plain(file))
         return {str(record["qmof_id"]): record for record in records}
 
 

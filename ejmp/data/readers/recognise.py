@@ -7,7 +7,6 @@ energies, and whether molecules in an extxyz file of sGDML's columns are in eV o
 import csv
 import io
 import re
-import tarfile
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 from ejmp.data.readers.ase_files import KINDS
 from ejmp.data.readers.files import SourceError, import_optional, reading
 from ejmp.data.readers.hdf5 import ANI1X_LAYOUT, SPICE_LAYOUT, TRANSITION1X_LAYOUT
-from ejmp.data.readers.kinds import NUMBER, head_of, is_packed, kind_of, plain_name
+from ejmp.data.readers.kinds import NUMBER, check_zip, head_of, is_packed, kind_of, open_tar, plain_name
 from ejmp.data.readers.labels import ENERGY_UNIT_KEYS
 from ejmp.data.readers.layout import Layout
 from ejmp.data.readers.md import MD22_LAYOUT, RMD17_LAYOUT
@@ -24,6 +23,7 @@ from ejmp.data.readers.options import listed
 from ejmp.data.readers.qm9 import QM9, RAW_NAME
 from ejmp.data.readers.qmof import FILE_COLUMNS, GAP_COLUMNS, LABELS, STRUCTURES
 from ejmp.data.readers.units import TOO_MUCH, binding_energy
+from ejmp.limits import check_regular
 
 _TITLES = {
     "xyz": "extxyz", "cif": "CIF", "vasp": "a POSCAR", "traj": "an ASE trajectory", "db": "an ASE database",
@@ -56,7 +56,8 @@ def recognise(source: Path) -> Recognised:
     """
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such file or folder")
-    if source.is_file():
+    if not source.is_dir():
+        check_regular(source)
         return _of_file(source)
     files = sorted(file for file in source.iterdir() if file.is_file() and not file.name.startswith("."))
     names = {file.name for file in files}
@@ -160,6 +161,7 @@ def _of_hdf5(file: Path) -> Recognised:
 
 
 def _of_zip(file: Path) -> Recognised:
+    check_zip(file, file)
     with zipfile.ZipFile(file) as archive:
         inside = archive.namelist()
     if any(name.endswith("data.pkl") for name in inside):
@@ -176,7 +178,7 @@ def _of_zip(file: Path) -> Recognised:
 
 
 def _of_tar(file: Path) -> Recognised:
-    with tarfile.open(file) as archive:
+    with open_tar(file) as archive:
         names = [member.name for member, _ in zip(archive, range(100), strict=False)]
     if any(RAW_NAME.search(name) for name in names):
         return Recognised("qm9", "a tar of dsgdb9nsd_*.xyz")

@@ -12,9 +12,7 @@ import numpy as np
 from ejmp.data.readers.files import SourceError
 from ejmp.data.readers.impossible import check_possible
 from ejmp.graph.structure import MAX_ATOMIC_NUMBER, MAX_COORDINATE, TAGS, Structure
-
-MAX_ATOMS = 100_000
-"""Most atoms of one structure; a source that claims more is taken to be damaged."""
+from ejmp.limits import RefusedFileError, check_limit, current_limits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +101,11 @@ def validate(structure: Structure, path: Path, where: str, *, far_apart: bool = 
     """
     checks = _CHECKS.get()
     try:
+        check_limit(path, "atoms", np.size(structure.numbers), "atoms")
         checked = _validated(structure)
         check_possible(checked, allow_close=far_apart or checks.allow_close)
     except (ValueError, TypeError, OverflowError) as error:
-        found = SourceError(path, where, str(error))
+        found = SourceError(path, where, error.problem if isinstance(error, RefusedFileError) else str(error))
         if checks.on_error == "skip":
             checks.skipped[str(found)] = None
             return Refused(numbers=(), positions=(), id=structure.id)
@@ -117,8 +116,8 @@ def validate(structure: Structure, path: Path, where: str, *, far_apart: bool = 
 def _validated(structure: Structure) -> Structure:
     numbers = _integers("atomic numbers", structure.numbers)
     n = len(numbers)
-    if numbers.ndim != 1 or not 1 <= n <= MAX_ATOMS:
-        raise ValueError(f"atomic numbers: expected [n] with n in 1..{MAX_ATOMS}, got {list(numbers.shape)}")
+    if numbers.ndim != 1 or not n:
+        raise ValueError(f"atomic numbers: expected [n] with n of 1 or more, got {list(numbers.shape)}")
     if numbers.min() < 1 or numbers.max() > MAX_ATOMIC_NUMBER:
         raise ValueError(f"atomic numbers: expected 1..{MAX_ATOMIC_NUMBER}, got {numbers.min()}..{numbers.max()}")
     positions = _floats("positions", structure.positions, (n, 3)).astype(np.float64)
@@ -156,8 +155,9 @@ def _floats(field: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
 def _integers(field: str, value: Any) -> np.ndarray:
     """Return an int64 array; whole numbers that are stored as floats, as in OC20, are accepted."""
     array = np.asarray(value)
-    if array.dtype.kind not in "biuf" or array.size > MAX_ATOMS:
-        raise ValueError(f"{field}: expected integers, at most {MAX_ATOMS}, got {array.dtype} {list(array.shape)}")
+    if array.dtype.kind not in "biuf" or array.size > current_limits().atoms:
+        most = f"at most {current_limits().atoms} (limit atoms)"
+        raise ValueError(f"{field}: expected integers, {most}, got {array.dtype} {list(array.shape)}")
     if array.dtype.kind == "f" and not (np.abs(array) < 2**31).all():
         raise ValueError(f"{field}: expected integers, got others")
     whole = array.astype(np.int64)

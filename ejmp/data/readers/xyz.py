@@ -6,7 +6,10 @@ from typing import IO
 
 from ejmp.data.readers.files import SourceError
 from ejmp.data.readers.format import SLICE, Part, parse_slice
-from ejmp.data.readers.validation import MAX_ATOMS
+from ejmp.limits import check_limit, current_limits, open_regular
+
+AVERAGE = 256
+"""How many lines of atoms have as many bytes as the longest line may have."""
 
 
 def iter_frames(lines: IO[bytes], file: Path, first: int = 0) -> Iterator[list[str]]:
@@ -14,13 +17,24 @@ def iter_frames(lines: IO[bytes], file: Path, first: int = 0) -> Iterator[list[s
 
     Raises:
         SourceError: if a frame has no number of atoms, ends early or is not text.
+        LimitError: if it has too many atoms, or a line that is too long.
     """
-    k = first
-    while (line := lines.readline()).strip():
+    k, limits = first, current_limits()
+    most, readline = limits.line_bytes, lines.readline
+    while (line := readline(most)).strip():
         text = line.strip()
-        if not (text.isdigit() and len(text) < 10 and 1 <= int(text) <= MAX_ATOMS):
-            raise SourceError(file, f"frame {k}", f"expected 1 to {MAX_ATOMS} atoms, got {text[:50]!r}")
-        frame = [line, *(lines.readline() for _ in range(int(text) + 1))]
+        if not (text.isdigit() and len(text) < 20 and int(text)):
+            raise SourceError(file, f"frame {k}", f"expected 1 to {limits.atoms} atoms, got {text[:50]!r}")
+        count = int(text)
+        check_limit(file, "atoms", count, f"atoms in frame {k}")
+        frame, left = [line], most + count * (most // AVERAGE)
+        for _ in range(count + 1):
+            row = readline(most)
+            left -= len(row)
+            if left < 0 or len(row) == most:
+                at_least = AVERAGE * len(b"".join(frame)) // count if left < 0 else most + 1
+                check_limit(file, "line_bytes", max(at_least, most + 1), f"bytes or more in a line of frame {k}")
+            frame.append(row)
         if not frame[-1].strip():
             raise SourceError(file, f"frame {k}", "it ends early")
         try:
@@ -39,7 +53,7 @@ def xyz_parts(file: Path) -> list[Part]:
         SourceError: if a frame has no number of atoms, or ends early.
     """
     offsets, count = [], 0
-    with file.open("rb") as lines:
+    with open_regular(file) as lines:
         frames = iter_frames(lines, file)
         while True:
             at = lines.tell()
@@ -48,6 +62,7 @@ def xyz_parts(file: Path) -> list[Part]:
             if count % SLICE == 0:
                 offsets.append(at)
             count += 1
+    check_limit(file, "frames", count, "frames")
     if not count:
         raise SourceError(file, "", "no frames")
     stops = [min(start + SLICE, count) for start in range(0, count, SLICE)]
@@ -67,7 +82,7 @@ def split_part(part: Part) -> tuple[str, int, int, int]:
 def read_frames(file: Path, part: Part) -> Iterator[tuple[int, list[str]]]:
     """Yield number and lines of each frame in a part."""
     _, at, start, stop = split_part(part)
-    with file.open("rb") as lines:
+    with open_regular(file) as lines:
         lines.seek(at)
         frames = iter_frames(lines, file, start)
         for k in range(start, stop):

@@ -17,6 +17,7 @@ import numpy as np
 
 from ejmp.data.info import DatasetInfo, LabelRow
 from ejmp.data.readers.by_name import checked, configured, find_format, recognised
+from ejmp.data.readers.files import Versions, unchanged, versions
 from ejmp.data.readers.format import Format, Part
 from ejmp.data.readers.options import ReadOptions, Survey, join_rows, surveying
 from ejmp.data.readers.refused import without_refused
@@ -78,15 +79,16 @@ def convert(  # noqa: PLR0913, all but two by name
         if current_checks().on_error == "skip":
             reader = without_refused(reader)
         plans: list[SplitPlan] = []
+        before = versions(source)
         if writers.rank == 0:
             chosen_by = "" if options in (None, ReadOptions()) else f" {options}"
             plans = plan_splits(source, dest, reader, name, split, shard_size, chosen_by)
             for plan in plans:
                 _claim(plan)
-        plans = writers.share(plans)
+        plans, before = writers.share((plans, before))
         tasks = [(plan, shard) for plan in plans for shard in range(plan.num_shards)][writers.rank :: writers.size]
         with surveying(survey):
-            _write_shards(tasks, source, reader, survey, progress if writers.rank == 0 else None)
+            _write_shards(tasks, source, reader, survey, before, progress if writers.rank == 0 else None)
         writers.wait()
         if writers.rank == 0:
             for plan in sorted(plans, key=lambda plan: plan.split != "train"):
@@ -135,14 +137,20 @@ def _write_shards(
     source: Path,
     reader: Format,
     survey: Survey,
+    before: Versions,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Write the given shards of the given splits, except those that are already finished."""
+    """Write the given shards of the given splits, except those that are already finished.
+
+    Raises:
+        SourceError: if a file of the source has changed since then; the shard that it was read for is not written.
+    """
     total, done = sum(plan.first(shard + 1) - plan.first(shard) for plan, shard in tasks), 0
     for plan, shard in tasks:
         if _finished(plan, shard) is None:
             tally = Tally()
-            structures = tally.watch(survey.counted(_structures(plan, shard, source, reader)))
+            structures = unchanged(before, _structures(plan, shard, source, reader))
+            structures = tally.watch(survey.counted(structures))
             if progress is not None:
                 structures = _reported(structures, done, total, progress)
             entry, index = write_shard(plan.folder / f"{_shard_name(shard)}.lmdb", structures, plan.first(shard))

@@ -17,9 +17,12 @@ from ejmp.data.store.manifest import FILE_NAME, read_manifest
 from ejmp.data.store.record import DamagedRecord, decode
 from ejmp.data.store.shard import PLACE, Shard, estimate_edges, key_of
 from ejmp.graph.structure import Structure
+from ejmp.limits import RefusedFileError, check_regular, open_regular
 
 INDEX_FILES = {"num_atoms": np.dtype("<i4"), "num_edges": np.dtype("<i4"), "places": PLACE}
 """Type of the array in each index file `<name>.npy`; it holds one value per structure of all shards."""
+MOST_HEADER = 4096
+"""Most bytes that an index file has besides its array."""
 OPEN_SHARDS = 64
 """Most shards a store keeps open: 120 million structures have thousands, more than a process may open."""
 
@@ -77,7 +80,7 @@ class Store:
         which = int(np.searchsorted(self._ends, number, side="right"))
         try:
             return decode(self._open(which).read(self._places[number]), number)
-        except (DamagedRecord, OSError) as error:
+        except (DamagedRecord, RefusedFileError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.EIO):
                 raise  # too many open files or no permission is no damage, and not to be skipped
             name = self.path / self.manifest.shards[which].name
@@ -112,7 +115,12 @@ class Store:
     def _map(self, name: str) -> np.ndarray[Any, Any]:
         path, dtype = self.path / f"{name}.npy", INDEX_FILES[name]
         try:
+            size, expected = check_regular(path).st_size, self.info.count * dtype.itemsize
+            if not expected < size <= expected + MOST_HEADER:
+                raise ValueError(f"expected {expected} bytes and a header, got {size}")  # noqa: TRY301
             array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except RefusedFileError:
+            raise
         except (ValueError, OSError, EOFError, SyntaxError, TokenError) as error:
             raise ValueError(f"{path}: missing or damaged: {error}") from error
         if array.dtype != dtype or array.shape != (self.info.count,):
@@ -125,7 +133,8 @@ class _File:
 
     def __init__(self, path: Path, shard: Shard) -> None:
         self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with open_regular(path) as file:
+            self.descriptor = os.dup(file.fileno())
         self.bytes = os.fstat(self.descriptor).st_size
         if self.bytes != shard.bytes:
             raise DamagedRecord(f"expected a shard of {shard.bytes} bytes, got {self.bytes}: cut off or overwritten")
