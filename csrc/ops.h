@@ -34,14 +34,14 @@ struct Neighbors {
 struct NeighborQuery {
     int64_t num_structures, num_atoms;
     const double* positions;  // [N, 3] A, anywhere in space (not wrapped)
-    const double* cell;       // [B, 3, 3] A, rows are lattice vectors; rows of directions that are not periodic complete
-                              // the cell to a right-angled one; only their direction and length matter, for the binning
-    const bool* pbc;          // [B, 3]
-    const int64_t* ptr;       // [B + 1] first atom of each structure
-    const double* cutoff;     // [B] A; an edge is kept if its length, rounded to 1e-6 A, is at most the cutoff
-    const int64_t* limits;    // [B, 4] most neighbours per atom: pairs, main, atom_edges, quad_edges (the first is the
-                              // largest)
-    const bool* quad_atom;    // [N] whether an atom may be an end of a quad edge; one end is enough
+    const double* cell;     // [B, 3, 3] A, rows are lattice vectors; rows of directions that are not periodic complete
+                            // the cell to a right-angled one; only their direction and length matter, for the binning
+    const bool* pbc;        // [B, 3]
+    const int64_t* ptr;     // [B + 1] first atom of each structure
+    const double* cutoff;   // [B] A; an edge is kept if its length, rounded to 1e-6 A, is at most the cutoff
+    const int64_t* limits;  // [B, 4] most neighbours per atom: pairs, main, atom_edges, quad_edges (the first is the
+                            // largest)
+    const bool* quad_atom;  // [N] whether an atom may be an end of a quad edge; one end is enough
 };
 
 // Find every edge set of a batch of structures with one cell-list search. Neighbours are taken in the order (length

@@ -82,8 +82,8 @@ Tensor quadruplet_part(const Tensor& x, const Tensor& filter, const Tensor& weig
     const c10::IValue options[] = {eps, max_degree};
     QuadrupletOp op({x, filter, weight, v, v_middle}, {}, {ptr, source, image, middle_ptr, middle_source, middle_image},
                     options);
-    TORCH_CHECK_VALUE(0 <= first && first <= last && last <= op.last_atom, "quadruplet: first and last must rise in 0..",
-                      op.last_atom, ", got ", first, " and ", last);
+    TORCH_CHECK_VALUE(0 <= first && first <= last && last <= op.last_atom,
+                      "quadruplet: first and last must rise in 0..", op.last_atom, ", got ", first, " and ", last);
     op.first_atom = first, op.last_atom = last;
     return forward<Cpu>(op);
 }

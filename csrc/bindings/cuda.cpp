@@ -103,9 +103,10 @@ void Gpu::pair_backward(const PairOp& op, const ejmp::Pair<T>& p, const T* grad,
 // x as atom sums take it: in float32 where it is stored in less
 Tensor as_real(const Tensor& x) { return (x.scalar_type() == at::kDouble ? x : x.to(at::kFloat)).contiguous(); }
 
-Tensor sum_into_atoms(const char* op, const char* name, const Tensor& x, const OptionalTensor& factor, const OptionalTensor& order,
-                      const Tensor& ptr) {
-    check_device(op, {name, x}, {{"factor", factor.value_or(Tensor())}, {"order", order.value_or(Tensor())}, {"ptr", ptr}});
+Tensor sum_into_atoms(const char* op, const char* name, const Tensor& x, const OptionalTensor& factor,
+                      const OptionalTensor& order, const Tensor& ptr) {
+    check_device(op, {name, x},
+                 {{"factor", factor.value_or(Tensor())}, {"order", order.value_or(Tensor())}, {"ptr", ptr}});
     check_type(op, name, x, true), check_axes(op, name, x, 2), check_memory(op, name, x);
     if (factor) check_like(op, "factor", *factor, x.scalar_type(), x.sizes());
     check_ptr(op, "ptr", ptr, x.size(0));

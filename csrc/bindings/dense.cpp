@@ -8,8 +8,8 @@ namespace {
 using namespace ejmp::bindings;
 
 // Sum rows of x, or of x times factor, over the edges into each atom, in float32 or float64.
-Tensor sum_into_atoms(const char* op, const char* name, const Tensor& x, const OptionalTensor& factor, const OptionalTensor& order,
-                      const Tensor& ptr) {
+Tensor sum_into_atoms(const char* op, const char* name, const Tensor& x, const OptionalTensor& factor,
+                      const OptionalTensor& order, const Tensor& ptr) {
     check_type(op, name, x, true), check_axes(op, name, x, 2), check_memory(op, name, x);
     if (factor) check_like(op, "factor", *factor, x.scalar_type(), x.sizes());
     check_ptr(op, "ptr", ptr, x.size(0));
@@ -135,8 +135,9 @@ std::tuple<Tensor, Tensor, Tensor> activate_double(const Tensor& u_x, const Opti
     with_stored("activate", x, [&](auto s) {
         using S = decltype(s);
         dense_kernels<S>().activate_double(x.numel(), Array<S>(u_x).data(), Array<S>(u_factor).data(),
-                                           Array<S>(grad).data(), Array<S>(x).data(), Array<S>(factor).data(), alpha, data<S>(to_grad),
-                                           data<S>(to_x), factor ? data<S>(to_factor) : nullptr, threads());
+                                           Array<S>(grad).data(), Array<S>(x).data(), Array<S>(factor).data(), alpha,
+                                           data<S>(to_grad), data<S>(to_x), factor ? data<S>(to_factor) : nullptr,
+                                           threads());
     });
     return {to_grad, to_x, to_factor};
 }
@@ -184,8 +185,8 @@ std::tuple<Tensor, Tensor> swap_add_double(const Tensor& u, const Tensor& grad, 
     with_stored("swap_add", x, [&](auto s) {
         using S = decltype(s);
         dense_kernels<S>().swap_add_double(x.size(0), width, Array<S>(u).data(), Array<S>(grad).data(),
-                                           Array<S>(x).data(), swap.const_data_ptr<int64_t>(), alpha,
-                                           data<S>(to_grad), data<S>(to_x), threads());
+                                           Array<S>(x).data(), swap.const_data_ptr<int64_t>(), alpha, data<S>(to_grad),
+                                           data<S>(to_x), threads());
     });
     return {to_grad, to_x};
 }
