@@ -52,8 +52,8 @@ attack: .venv/built
 # g++'s libraries must be there before Python's. Leaks are not looked for: Python and torch keep what they have until the
 # process ends, and every report would be of them.
 SANITIZED = LD_PRELOAD="$(foreach x,libasan.so libubsan.so libstdc++.so.6,$(shell g++ -print-file-name=$x))" \
-	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096 \
-	UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize:.:tests
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096:exitcode=99 \
+	UBSAN_OPTIONS=print_stacktrace=1:exitcode=99 PYTHONPATH=build/sanitize:.:tests
 
 sanitize: .venv/installed
 	PYTHONPATH=.:kernels:tests $(BIN)/python -m support.build_native sanitized

@@ -21,6 +21,11 @@ constexpr int64_t MOST_COLUMNS = 1 << 20;
 // The largest packed cell offset: the difference of two, or the sum of three, is a number of 64 bits.
 constexpr int64_t MOST_IMAGE = int64_t{1} << 60;
 
+// None is no tensor where one must be.
+inline void check_given(const char* op, const char* name, const Tensor& x) {
+    TORCH_CHECK_VALUE(x.defined(), op, ": ", name, " must be a tensor, got none");
+}
+
 // Every element lies in the storage, which may have been resized to nothing.
 inline void check_memory(const char* op, const char* name, const Tensor& x) {
     TORCH_CHECK_VALUE(x.layout() == at::kStrided, op, ": ", name, " must be strided, got ", x.layout());
@@ -31,6 +36,7 @@ inline void check_memory(const char* op, const char* name, const Tensor& x) {
 }
 
 inline void check_like(const char* op, const char* name, const Tensor& x, at::ScalarType type, at::IntArrayRef shape) {
+    check_given(op, name, x);
     TORCH_CHECK_VALUE(x.scalar_type() == type, op, ": ", name, " must be ", type, ", got ", x.scalar_type());
     TORCH_CHECK_VALUE(x.sizes() == shape, op, ": ", name, " must have shape ", shape, ", got ", x.sizes());
     check_memory(op, name, x);
@@ -38,6 +44,7 @@ inline void check_like(const char* op, const char* name, const Tensor& x, at::Sc
 
 // A number of axes, of which all but the first are columns, features or functions.
 inline void check_axes(const char* op, const char* name, const Tensor& x, int64_t axes) {
+    check_given(op, name, x);
     TORCH_CHECK_VALUE(x.dim() == axes, op, ": ", name, " must have ", axes, " axes, got shape ", x.sizes());
     for (int64_t i = 1; i < axes; ++i)
         TORCH_CHECK_VALUE(x.size(i) <= MOST_COLUMNS, op, ": ", name, " must have at most ", MOST_COLUMNS,
@@ -46,6 +53,7 @@ inline void check_axes(const char* op, const char* name, const Tensor& x, int64_
 
 // The type numbers are computed in, or with `stored` also the one they may be stored in.
 inline at::ScalarType check_type(const char* op, const char* name, const Tensor& x, bool stored = false) {
+    check_given(op, name, x);
     const auto type = x.scalar_type();
     TORCH_CHECK_VALUE(type == at::kFloat || type == at::kDouble || (stored && type == at::kBFloat16), op, ": ", name,
                       " must be float32", stored ? ", bfloat16" : "", " or float64, got ", type);
@@ -54,14 +62,17 @@ inline at::ScalarType check_type(const char* op, const char* name, const Tensor&
 
 struct Named {
     const char* name;
-    Tensor tensor;  // or undefined
+    OptionalTensor tensor;
 };
 
 inline void check_device(const char* op, const Named& first, const std::vector<Named>& others) {
-    for (const Named& x : others)
-        if (x.tensor.defined())
-            TORCH_CHECK_VALUE(x.tensor.device() == first.tensor.device(), op, ": ", x.name, " must be on ",
-                              first.tensor.device(), " as ", first.name, ", got ", x.tensor.device());
+    check_given(op, first.name, *first.tensor);
+    for (const Named& x : others) {
+        if (!x.tensor) continue;
+        check_given(op, x.name, *x.tensor);
+        TORCH_CHECK_VALUE(x.tensor->device() == first.tensor->device(), op, ": ", x.name, " must be on ",
+                          first.tensor->device(), " as ", first.name, ", got ", x.tensor->device());
+    }
 }
 
 // Values of index tensors are looked at on the CPU only: on a GPU that would wait for it.
@@ -84,6 +95,7 @@ inline void check_ids(const char* op, const char* name, const Tensor& ids, int64
 
 // Pointers that cut num_edges rows into pieces.
 inline void check_ptr(const char* op, const char* name, const Tensor& ptr, int64_t num_edges) {
+    check_given(op, name, ptr);
     TORCH_CHECK_VALUE(ptr.dim() == 1 && ptr.size(0) > 0, op, ": ", name, " must be [N + 1], got shape ", ptr.sizes());
     check_like(op, name, ptr, at::kLong, {ptr.size(0)});
     if (!ptr.is_cpu()) return;

@@ -105,8 +105,7 @@ Tensor as_real(const Tensor& x) { return (x.scalar_type() == at::kDouble ? x : x
 
 Tensor sum_into_atoms(const char* op, const char* name, const Tensor& x, const OptionalTensor& factor,
                       const OptionalTensor& order, const Tensor& ptr) {
-    check_device(op, {name, x},
-                 {{"factor", factor.value_or(Tensor())}, {"order", order.value_or(Tensor())}, {"ptr", ptr}});
+    check_device(op, {name, x}, {{"factor", factor}, {"order", order}, {"ptr", ptr}});
     check_type(op, name, x, true), check_axes(op, name, x, 2), check_memory(op, name, x);
     if (factor) check_like(op, "factor", *factor, x.scalar_type(), x.sizes());
     check_ptr(op, "ptr", ptr, x.size(0));
@@ -162,6 +161,7 @@ std::vector<Tensor> find_neighbors(const Tensor& positions, const Tensor& cell, 
     void* const stream = Gpu::stream();
     const int64_t B = cell.size(0), N = positions.size(0);
     const ejmp::NeighborQuery query{B,
+                                    N,
                                     arrays[0].const_data_ptr<double>(),
                                     arrays[1].const_data_ptr<double>(),
                                     arrays[2].const_data_ptr<bool>(),

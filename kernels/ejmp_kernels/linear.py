@@ -36,8 +36,8 @@ def linear(x: Tensor, weight: Tensor, *, backend: Backend = "native") -> Tensor:
 def _check(a: Tensor, b: Tensor, transpose_a: bool, transpose_b: bool) -> None:
     """Raise ValueError if two arguments of the op cannot be multiplied."""
     for name, x in (("a", a), ("b", b)):
-        if x.ndim != 2 or not x.is_floating_point():
-            raise ValueError(f"matmul: {name} must be a matrix of floats, got {x.dtype} {list(x.shape)}")
+        if x.ndim != 2 or not x.is_floating_point() or x.layout != torch.strided:
+            raise ValueError(f"matmul: {name} must be a matrix of floats, got {x.layout} {x.dtype} {list(x.shape)}")
     if b.dtype != a.dtype or b.device != a.device:
         raise ValueError(f"matmul: b must be {a.dtype} on {a.device} as a, got {b.dtype} on {b.device}")
     if a.shape[0 if transpose_a else 1] != b.shape[1 if transpose_b else 0]:

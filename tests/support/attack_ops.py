@@ -8,6 +8,7 @@ run; some kinds it has to refuse, and some must not change the result by a bit. 
 
 import argparse
 import collections
+import importlib
 import mmap
 import os
 import random
@@ -23,9 +24,11 @@ from pathlib import Path
 
 import torch
 
+from ejmp_kernels import registry
 from support.inputs import environment
+from support.interpreter import patch_once
 from support.op_calls import arguments_of, calls, names_of
-from support.op_damage import KINDS, MUST_REFUSE, MUST_RUN, NotMadeError, damage
+from support.op_damage import KINDS, MUST_REFUSE, MUST_RUN, NotMadeError, damage, suits
 
 SECONDS, BATCH, ROOM = 20, 50_000, 2 << 30
 """A call may take so long (s) and so much memory (bytes); calls per process."""
@@ -41,18 +44,25 @@ result that should be the same and is not, and calls that end or stop the proces
 """
 BAD = OUTCOMES[OUTCOMES.index("unnamed") :]
 NIGHTLY = {"native": 1_000_000, "emulated": 100_000, "triton": 3_000}
-BY_TORCH = ("Could not run", "Expected a value of type", "expected at most", "cannot be cast", "missing value for")
+WRAPPERS = ["activation", "dense", "edge_embedding", "linear", "pair", "quadruplet", "radial", "sums", "triplet"]
+"""Modules that register what ops need beside their kernels."""
+BY_TORCH = (
+    "Could not run",
+    "with Meta tensors",
+    "Expected a value of type",
+    "expected at most",
+    "cannot be cast",
+    "missing value for",
+)
 
 
 class Ops:
     """The ops of a backend with their valid calls and results."""
 
     def __init__(self, backend, library=None):
-        from ejmp_kernels import registry
-
+        for name in WRAPPERS:
+            importlib.import_module(f"ejmp_kernels.{name}")
         if backend == "triton":
-            from support.interpreter import patch_once
-
             registry.load_backend("triton")
             patch_once()
         if library:
@@ -60,27 +70,33 @@ class Ops:
         self.namespace = NAMESPACES[backend]
         self.names, made = names_of(self.namespace), calls()
         self.arguments = {name: arguments_of(self.namespace, name, made) for name in self.names}
-        self.results = {name: self.call(name, self.arguments[name]) for name in self.names}
+        self.suited = {kind: [n for n in self.names if suits(kind, self.arguments[n])] or self.names for kind in KINDS}
+        self.results = {name: self.call(name, self.valid(name)) for name in self.names}
 
     def call(self, name, arguments):
-        """Return the results of an op, copied because an op may overwrite its first argument."""
-        given = [x.clone() if name.endswith("_") and k == 0 else x for k, x in enumerate(arguments.values())]
-        result = getattr(getattr(torch.ops, self.namespace), name)(*given)
+        """Return the results of an op."""
+        result = getattr(getattr(torch.ops, self.namespace), name)(*arguments.values())
         return [result] if isinstance(result, torch.Tensor | str) else list(result)
+
+    def valid(self, name):
+        """Return the arguments of a valid call, which an op that overwrites them may have."""
+        fields = self.arguments[name].items()
+        return {key: x.clone() if name.endswith("_") and isinstance(x, torch.Tensor) else x for key, x in fields}
 
     def choose(self, number):
         """Return the op, the kind of damage, and the random numbers of a call."""
         rng = random.Random(number)
-        return rng.choice(self.names), rng.choice(KINDS), rng
+        kind = rng.choice(KINDS)
+        return rng.choice(self.suited[kind]), kind, rng
 
     def attempt(self, name, kind, rng):
         """Make a call and return its outcome."""
         try:
-            arguments, damaged = damage(kind, self.arguments[name], rng)
+            arguments, damaged = damage(kind, self.valid(name), rng)
         except NotMadeError:
             return "not made", ""
         try:
-            result = self.call(name, arguments) if kind != "valid" else self.call(name, self.arguments[name])
+            result = self.call(name, arguments)
         except (ValueError, RuntimeError, TypeError) as error:
             return self.judge(kind, str(error), arguments), f"{damaged}: {error}"
         except Exception as error:  # noqa: BLE001 - it is what is looked for
@@ -131,7 +147,7 @@ def make_calls(backend, first, count, notes, library):
 
 
 def watch(process, notes):
-    """Wait for a process; return how it ended: "", "crashed" or "hung"."""
+    """Wait for a process; return how it ended: "", "crashed", "hung" or "failed"."""
     last, since = None, time.monotonic()
     while process.poll() is None:
         time.sleep(0.1)
@@ -142,7 +158,9 @@ def watch(process, notes):
             process.kill()
             process.wait()
             return "hung"
-    return "" if process.returncode == 0 else "crashed"
+    if process.returncode == 1:  # an error of this file, and no call
+        return "failed"
+    return "crashed" if process.returncode else ""
 
 
 def attack(backend, count, first=0, library=None):
@@ -160,13 +178,13 @@ def attack(backend, count, first=0, library=None):
                     ended = watch(process, notes)
                 said.seek(0)
                 report = said.read()
+            if ended == "failed":
+                raise RuntimeError(f"{backend}: {report[-20_000:]}")
             state = notes.read_bytes()
             done = size
             for i in range(size):
                 kind, outcome = KINDS[state[2 * i]], OUTCOMES[state[2 * i + 1]]
                 if outcome in ("", "started"):
-                    if not ended or (outcome == "" and i == 0):
-                        raise RuntimeError(f"{backend}: no call was made: {report[-2000:]}")
                     sys.stdout.write(report[-4000:])
                     done, outcome = i + 1, ended
                 counts[kind, outcome] += 1

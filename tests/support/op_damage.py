@@ -20,16 +20,24 @@ def damage(kind, arguments, rng):
     arguments = dict(arguments)
     if kind == "valid":
         return arguments, ""
-    suits, change = DAMAGES[kind]
-    names = [name for name, x in arguments.items() if suits(name, x)]
-    if not names or (kind == "device" and sum(isinstance(x, torch.Tensor) for x in arguments.values()) < 2):
+    names = suits(kind, arguments)
+    if not names:
         raise NotMadeError
     name = rng.choice(names)
     try:
-        arguments[name] = change(rng, name, arguments[name])
+        arguments[name] = DAMAGES[kind][1](rng, name, arguments[name])
     except (RuntimeError, ValueError) as error:  # torch does not make such a tensor
         raise NotMadeError from error
     return arguments, name
+
+
+def suits(kind, arguments):
+    """Return which arguments a kind of damage suits; a device has to differ from another argument's."""
+    if kind == "valid":
+        return list(arguments)
+    if kind == "device" and sum(isinstance(x, torch.Tensor) for x in arguments.values()) < 2:
+        return []
+    return [name for name, x in arguments.items() if DAMAGES[kind][0](name, x)]
 
 
 def _tensor(_name, x):
@@ -174,7 +182,7 @@ DAMAGES = {
     "numbers": (lambda name, x: _tensor(name, x) and x.is_floating_point(), _numbers),
     "pointers": (lambda name, x: _tensor(name, x) and name.endswith("ptr"), _pointers),
     "indices": (_index, _indices),
-    "twice": (lambda name, x: name in ("swap", "order"), _twice),
+    "twice": (lambda name, x: name in ("swap", "order") and _tensor(name, x), _twice),
     "images": (lambda name, x: name.endswith("image"), _images),
     "scalar": (lambda name, x: isinstance(x, int | float) and not isinstance(x, bool), _scalar),
     "object": (lambda name, x: True, _object),
