@@ -67,7 +67,6 @@ def test_absurd_graphs_are_refused(outcomes, name):
     outcome = outcomes[name]
     assert outcome.get("error", str(outcome)).startswith("ValueError: structure 0: "), outcome
     assert REFUSED[name] in outcome["error"]
-    assert outcome["seconds"] < 5
 
 
 @pytest.mark.parametrize("name", BUILT)

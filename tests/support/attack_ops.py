@@ -44,16 +44,14 @@ result that should be the same and is not, and calls that end or stop the proces
 """
 BAD = OUTCOMES[OUTCOMES.index("unnamed") :]
 NIGHTLY = {"native": 1_000_000, "emulated": 100_000, "triton": 3_000}
-WRAPPERS = ["activation", "dense", "edge_embedding", "linear", "pair", "quadruplet", "radial", "sums", "triplet"]
+WRAPPERS = (
+    "activation", "dense", "edge_embedding", "linear", "pair", "quadruplet", "radial", "sums", "triplet",
+)  # fmt: skip
 """Modules that register what ops need beside their kernels."""
 BY_TORCH = (
-    "Could not run",
-    "with Meta tensors",
-    "Expected a value of type",
-    "expected at most",
-    "cannot be cast",
+    "Could not run", "with Meta tensors", "Expected a value of type", "expected at most", "cannot be cast",
     "missing value for",
-)
+)  # fmt: skip
 
 
 class Ops:
