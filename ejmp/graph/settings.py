@@ -9,8 +9,8 @@ from typing import Any, Literal, Self
 MAX_CUTOFF, MAX_NEIGHBORS = 1_000.0, 1_000_000
 """Largest cutoff (A) and number of neighbours that are accepted."""
 MAX_PAIRS = 100_000_000
-"""Most pairs of atoms within the cutoff that the structures of one graph may have, by an estimate from how densely atoms
-lie, which is made before the search takes any time or memory. The search needs up to 150 bytes for each of them."""
+"""Most pairs of atoms within the cutoff that the structures of one graph may have. They are estimated from how densely
+atoms lie, before the search takes any time or memory; it needs up to 150 bytes for each."""
 
 
 def max_pairs() -> int:
