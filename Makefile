@@ -5,6 +5,8 @@
 #   make slow    the tests too long for every day: all truncations and bit flips of a shard, 200 killed conversions
 #   make bench   set up .venv, then the block-count benchmark (table, results/blocks.json, results/blocks.png)
 #   make fuzz    100,000 damaged sources for every reader (hours; nightly)
+#   make attack  1,100,000 calls of the ops with what they must not be called with, and hostile files (minutes; nightly)
+#   make sanitize the tests of ops and graphs and 1,000,000 such calls with AddressSanitizer and UndefinedBehaviorSanitizer
 #   make demo    set up .venv, then the paper's Table 1 on small data: pruning, distillation, controls (runs/demo)
 #   make gpu     with a GPU and only torch, triton, numpy and pytest: build, test, measure; benchmarks/results/<gpu>/
 #                (its steps apart: make gpu-build gpu-test gpu-ops ...; BUDGET=SECONDS for longer, RESULTS=FOLDER for elsewhere)
@@ -26,7 +28,7 @@ GPU_OPTIONS = $(if $(RESULTS),--out $(RESULTS)) $(if $(BUDGET),--seconds $(BUDGE
 
 QUICK := -k "not triton" tests/model/test_golden.py tests/kernels/test_ops.py tests/train/test_engine.py tests/data/test_convert.py
 
-.PHONY: test quick slow fuzz bench demo gpu gpu-dry $(GPU_STEPS) lint format clean
+.PHONY: test quick slow fuzz attack sanitize bench demo gpu gpu-dry $(GPU_STEPS) lint format clean
 # A file of tests per process, as many at a time as there are cores, with one thread each.
 test: .venv/built
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
@@ -42,6 +44,22 @@ bench: .venv/built
 
 fuzz: .venv/built
 	PYTHONPATH=tests $(BIN)/python -m support.fuzz_readers 100000
+
+attack: .venv/built
+	PYTHONPATH=tests $(BIN)/python -m support.attack_ops
+	test ! -e tests/support/attack_sources.py || PYTHONPATH=tests $(BIN)/python -m support.attack_sources
+
+# g++'s libraries must be there before Python's. Leaks are not looked for: Python and torch keep what they have until the
+# process ends, and every report would be of them.
+SANITIZED = LD_PRELOAD="$(foreach x,libasan.so libubsan.so libstdc++.so.6,$(shell g++ -print-file-name=$x))" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096:exitcode=99 \
+	UBSAN_OPTIONS=print_stacktrace=1:exitcode=99 PYTHONPATH=build/sanitize:.:tests
+
+sanitize: .venv/installed
+	PYTHONPATH=.:kernels:tests $(BIN)/python -m support.build_native sanitized
+	$(SANITIZED) $(BIN)/python -m pytest -q -k "native and not instruction_sets or graph" tests/kernels/test_ops.py tests/graph
+	$(SANITIZED) $(BIN)/python -m support.attack_ops --backend native
+	$(SANITIZED) $(BIN)/python -m support.attack_ops --backend emulated --library build/sanitize/emulated.so
 
 demo: .venv/built
 	$(BIN)/ejmp reproduce table1 --run runs/demo --processes 2 --seeds 1

@@ -5,7 +5,14 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
+
+#ifdef __CUDACC__
+#define EJMP_BOTH __host__ __device__
+#else
+#define EJMP_BOTH
+#endif
 
 namespace ejmp {
 
@@ -23,19 +30,39 @@ struct Neighbors {
     std::vector<int64_t> swap;  // [main edges]
 };
 
-// Find every edge set of a batch of structures with one cell-list search.
-//   positions [N, 3]    A, anywhere in space (not wrapped)
-//   cell      [B, 3, 3] A, rows are lattice vectors; rows of directions that are not periodic complete the cell to a
-//                       right-angled one and only their direction and length matter for the binning
-//   pbc       [B, 3]
-//   ptr       [B + 1]   first atom of each structure
-//   cutoff    [B]       A; an edge is kept if its length, rounded to 1e-6 A, is at most the cutoff
-//   limits    [B, 4]    most neighbours per atom: pairs, main, atom_edges, quad_edges (the first is the largest)
-//   quad_atom [N]       whether an atom may be an end of a quad edge; one end is enough
-// Neighbours are taken in the order (length rounded to 1e-6 A, source, offset).
-Neighbors find_neighbors(const double* positions, const double* cell, const bool* pbc, const int64_t* ptr,
-                         const double* cutoff, const int64_t* limits, const bool* quad_atom, int64_t num_structures,
+// What to search: B structures of N atoms in all.
+struct NeighborQuery {
+    int64_t num_structures, num_atoms;
+    const double* positions;  // [N, 3] A, anywhere in space (not wrapped)
+    const double* cell;     // [B, 3, 3] A, rows are lattice vectors; rows of directions that are not periodic complete
+                            // the cell to a right-angled one; only their direction and length matter, for the binning
+    const bool* pbc;        // [B, 3]
+    const int64_t* ptr;     // [B + 1] first atom of each structure
+    const double* cutoff;   // [B] A; an edge is kept if its length, rounded to 1e-6 A, is at most the cutoff
+    const int64_t* limits;  // [B, 4] most neighbours per atom: pairs, main, atom_edges, quad_edges (the first is the
+                            // largest)
+    const bool* quad_atom;  // [N] whether an atom may be an end of a quad edge; one end is enough
+};
+
+// Find every edge set of a batch of structures with one cell-list search. Neighbours are taken in the order (length
+// rounded to 1e-6 A, source, offset). When atoms are in their bins, and before anything is searched, `check` is called
+// with the numbers of pairs [B] that `estimate_pairs` expects of the structures, and may throw.
+Neighbors find_neighbors(const NeighborQuery& query, const std::function<void(const double* pairs)>& check,
                          int num_threads);
+
+// Atoms are this many cells from the first one at most.
+constexpr double MOST_CELLS = 1 << 29;
+
+// How many pairs of atoms within the cutoff a search finds, or a tenth of those that it compares, if that is more.
+//   squares  sum of n_i^2 over the bins, with n_i atoms in bin i: at most that many pairs are as far apart, in bins, as
+//            any two given bins are
+//   bins     bins that are searched around an atom
+//   box      their volume, A^3
+// Not a number if an input is none.
+EJMP_BOTH inline double estimate_pairs(double squares, double bins, double box, double cutoff) {
+    const double sphere = 4.1887902047863905 * cutoff * cutoff * cutoff, part = sphere < box ? sphere / box : 1;
+    return squares * bins * (part > 0.1 ? part : 0.1);
+}
 
 // An input of a differentiable op and, in its second backward, the direction along which the op is differentiated.
 // There every result is a derivative along that direction, `along` is set in every input, and `value` in none of the

@@ -20,20 +20,17 @@ void append(std::vector<Tensor>& out, ejmp::Edges&& edges) {
 }
 
 std::vector<Tensor> find_neighbors(const Tensor& positions, const Tensor& cell, const Tensor& pbc, const Tensor& ptr,
-                                   const Tensor& cutoff, const Tensor& limits, const Tensor& quad_atom) {
+                                   const Tensor& cutoff, const Tensor& limits, const Tensor& quad_atom,
+                                   int64_t max_pairs) {
     check_query({positions, cell, pbc, ptr, cutoff, limits, quad_atom});
-    const int64_t num_atoms = positions.size(0), num_structures = cell.size(0);
     const Tensor r = positions.contiguous(), c = cell.contiguous(), p = pbc.contiguous(), s = ptr.contiguous(),
                  rc = cutoff.contiguous(), k = limits.contiguous(), q = quad_atom.contiguous();
-    const bool covers = s[0].item<int64_t>() == 0 && s[num_structures].item<int64_t>() == num_atoms;
-    TORCH_CHECK_VALUE(covers && s.diff().ge(0).all().item<bool>(), "find_neighbors: ptr must rise from 0 to ",
-                      num_atoms);
-    const bool ordered = k.ge(0).all().item<bool>() && k.le(k.slice(1, 0, 1)).all().item<bool>();
-    TORCH_CHECK_VALUE(ordered, "find_neighbors: limits must not be negative, and the first the largest");
-    ejmp::Neighbors found =
-        ejmp::find_neighbors(r.const_data_ptr<double>(), c.const_data_ptr<double>(), p.const_data_ptr<bool>(),
-                             s.const_data_ptr<int64_t>(), rc.const_data_ptr<double>(), k.const_data_ptr<int64_t>(),
-                             q.const_data_ptr<bool>(), num_structures, at::get_num_threads());
+    const int64_t num_structures = c.size(0);
+    ejmp::Neighbors found = ejmp::find_neighbors(
+        {num_structures, r.size(0), r.const_data_ptr<double>(), c.const_data_ptr<double>(), p.const_data_ptr<bool>(),
+         s.const_data_ptr<int64_t>(), rc.const_data_ptr<double>(), k.const_data_ptr<int64_t>(),
+         q.const_data_ptr<bool>()},
+        [&](const double* pairs) { check_pairs(pairs, num_structures, max_pairs); }, at::get_num_threads());
     std::vector<Tensor> out;
     append(out, std::move(found.pairs));
     append(out, std::move(found.main));
@@ -85,26 +82,32 @@ Tensor quadruplet_part(const Tensor& x, const Tensor& filter, const Tensor& weig
     const c10::IValue options[] = {eps, max_degree};
     QuadrupletOp op({x, filter, weight, v, v_middle}, {}, {ptr, source, image, middle_ptr, middle_source, middle_image},
                     options);
-    TORCH_CHECK_VALUE(0 <= first && first <= last && last <= op.last_atom, "quadruplet: atoms must be in 0..",
-                      op.last_atom);
+    TORCH_CHECK_VALUE(0 <= first && first <= last && last <= op.last_atom,
+                      "quadruplet: first and last must rise in 0..", op.last_atom, ", got ", first, " and ", last);
     op.first_atom = first, op.last_atom = last;
     return forward<Cpu>(op);
 }
 
+constexpr int64_t MOST_EXPONENT = 64;
+
 template <bool TRANSPOSED>
 Tensor radial(const Tensor& distance_, const Tensor& offset_, const Tensor& temps_, const Tensor& x_, double cutoff,
               int64_t exponent, int64_t order) {
+    const char *const op = "radial", *const name = TRANSPOSED ? "x" : "weight";
+    const auto type = check_type(op, "distance", distance_);
+    check_axes(op, "distance", distance_, 1), check_axes(op, "offset", offset_, 1), check_axes(op, name, x_, 2);
+    const int64_t E = distance_.size(0), R = offset_.size(0);
+    check_memory(op, "distance", distance_);
+    check_like(op, "offset", offset_, type, {R});
+    check_like(op, "temps", temps_, type, {R});
+    check_like(op, name, x_, type, {TRANSPOSED ? E : R, x_.size(1)});
+    TORCH_CHECK_VALUE(R <= MOST_COLUMNS, op, ": offset must have at most ", MOST_COLUMNS, " entries, got ", R);
+    TORCH_CHECK_VALUE(order >= 0 && order <= 2, op, ": order must be 0, 1 or 2, got ", order);
+    TORCH_CHECK_VALUE(exponent >= 2 && exponent <= MOST_EXPONENT, op, ": exponent must be in 2..", MOST_EXPONENT,
+                      ", got ", exponent);
+    TORCH_CHECK_VALUE(cutoff > 0 && std::isfinite(cutoff), op, ": cutoff must be positive, got ", cutoff);
     const Tensor distance = distance_.contiguous(), offset = offset_.contiguous(), temps = temps_.contiguous(),
                  x = x_.contiguous();
-    const char* const op = "radial";
-    const auto type = distance.scalar_type();
-    check_size(op, "distance", distance, 1), check_size(op, "offset", offset, 1), check_size(op, "x", x, 2);
-    const int64_t E = distance.size(0), R = offset.size(0);
-    check_like(op, "offset", offset, type, {R});
-    check_like(op, "temps", temps, type, {R});
-    check_like(op, TRANSPOSED ? "x" : "weight", x, type, {TRANSPOSED ? E : R, x.size(1)});
-    TORCH_CHECK_VALUE(order >= 0 && order <= 2, "radial: only derivatives up to the second are there, got ", order);
-    TORCH_CHECK_VALUE(exponent >= 2 && cutoff > 0, "radial: exponent must be 2 or more and cutoff positive");
     const Tensor out = at::empty({TRANSPOSED ? R : E, x.size(1)}, x.options());
     with_real(op, x, [&](auto t) {
         using T = decltype(t);

@@ -103,14 +103,13 @@ void Gpu::pair_backward(const PairOp& op, const ejmp::Pair<T>& p, const T* grad,
 // x as atom sums take it: in float32 where it is stored in less
 Tensor as_real(const Tensor& x) { return (x.scalar_type() == at::kDouble ? x : x.to(at::kFloat)).contiguous(); }
 
-Tensor sum_into_atoms(const char* op, const Tensor& x, const OptionalTensor& factor, const OptionalTensor& order,
-                      const Tensor& ptr) {
-    check_size(op, "x", x, 2);
+Tensor sum_into_atoms(const char* op, const char* name, const Tensor& x, const OptionalTensor& factor,
+                      const OptionalTensor& order, const Tensor& ptr) {
+    check_device(op, {name, x}, {{"factor", factor}, {"order", order}, {"ptr", ptr}});
+    check_type(op, name, x, true), check_axes(op, name, x, 2), check_memory(op, name, x);
     if (factor) check_like(op, "factor", *factor, x.scalar_type(), x.sizes());
     check_ptr(op, "ptr", ptr, x.size(0));
-    if (order) check_ids(op, "order", *order, x.size(0), x.size(0));
-    for (const OptionalTensor& other : {factor, order, OptionalTensor(ptr)})
-        if (other) check_device(op, x, {*other});
+    if (order) check_order(op, *order, x.size(0));
     const Gpu::Guard guard(x);
     const Tensor values = as_real(x), factors = factor ? as_real(*factor) : Tensor();
     const Tensor out = at::empty({ptr.size(0) - 1, x.size(1)}, values.options());
@@ -123,23 +122,24 @@ Tensor sum_into_atoms(const char* op, const Tensor& x, const OptionalTensor& fac
 }
 
 Tensor atom_sum(const Tensor& m, const Tensor& factor, const Tensor& ptr) {
-    return sum_into_atoms("atom_sum", m, factor, c10::nullopt, ptr);
+    return sum_into_atoms("atom_sum", "m", m, factor, c10::nullopt, ptr);
 }
 
 Tensor edge_sum(const Tensor& x, const OptionalTensor& order, const Tensor& ptr) {
-    return sum_into_atoms("edge_sum", x, c10::nullopt, order, ptr);
+    return sum_into_atoms("edge_sum", "x", x, c10::nullopt, order, ptr);
 }
 
 std::tuple<Tensor, Tensor> atom_sum_backward(const Tensor& grad_, const Tensor& m_, const Tensor& factor_,
                                              const Tensor& ptr_) {
     const char* const op = "atom_sum";
-    check_size(op, "m", m_, 2);
-    check_like(op, "factor", factor_, m_.scalar_type(), m_.sizes());
+    check_device(op, {"m", m_}, {{"grad", grad_}, {"factor", factor_}, {"ptr", ptr_}});
+    const auto type = check_type(op, "m", m_, true);
+    check_axes(op, "m", m_, 2), check_memory(op, "m", m_);
+    check_like(op, "factor", factor_, type, m_.sizes());
     check_ptr(op, "ptr", ptr_, m_.size(0));
-    check_device(op, m_, {grad_, factor_, ptr_});
+    check_like(op, "grad", grad_, type == at::kDouble ? at::kDouble : at::kFloat, {ptr_.size(0) - 1, m_.size(1)});
     const Gpu::Guard guard(m_);
     const Tensor m = as_real(m_), factor = as_real(factor_), grad = grad_.contiguous(), ptr = ptr_.contiguous();
-    check_like(op, "grad", grad, m.scalar_type(), {ptr.size(0) - 1, m.size(1)});
     const Tensor to_m = at::empty_like(m), to_factor = at::empty_like(m);
     with_real(op, m, [&](auto t) {
         using T = decltype(t);
@@ -150,16 +150,17 @@ std::tuple<Tensor, Tensor> atom_sum_backward(const Tensor& grad_, const Tensor& 
     return {to_m.to(m_.scalar_type()), to_factor.to(m_.scalar_type())};
 }
 
-// Graph building is the only op that waits for the GPU, for the numbers of edges.
+// Graph building is the only op that waits for the GPU, for what the search would cost and for the numbers of edges.
 std::vector<Tensor> find_neighbors(const Tensor& positions, const Tensor& cell, const Tensor& pbc, const Tensor& ptr,
-                                   const Tensor& cutoff, const Tensor& limits, const Tensor& quad_atom) {
+                                   const Tensor& cutoff, const Tensor& limits, const Tensor& quad_atom,
+                                   int64_t max_pairs) {
     std::vector<Tensor> arrays{positions, cell, pbc, ptr, cutoff, limits, quad_atom};
     check_query(arrays);
     for (Tensor& x : arrays) x = x.contiguous();
     const Gpu::Guard guard(positions);
     void* const stream = Gpu::stream();
     const int64_t B = cell.size(0), N = positions.size(0);
-    const cuda::NeighborQuery query{B,
+    const ejmp::NeighborQuery query{B,
                                     N,
                                     arrays[0].const_data_ptr<double>(),
                                     arrays[1].const_data_ptr<double>(),
@@ -172,7 +173,10 @@ std::vector<Tensor> find_neighbors(const Tensor& positions, const Tensor& cell, 
     const auto ids = [&](at::IntArrayRef shape) { return at::empty(shape, ptr.options()); };
 
     const Tensor cells = bytes(cuda::cells_bytes(B, N)), list_ptr = ids({N + 1});
-    cuda::count_neighbors(query, cells.mutable_data_ptr(), data<int64_t>(list_ptr), stream);
+    const Tensor pairs = at::empty({B}, positions.options());
+    cuda::fill_cells(query, cells.mutable_data_ptr(), data<double>(pairs), stream);
+    check_pairs(pairs.cpu().const_data_ptr<double>(), B, max_pairs);
+    cuda::count_neighbors(query, cells.const_data_ptr(), data<int64_t>(list_ptr), stream);
     const int64_t num_found = list_ptr[N].item<int64_t>();
     const Tensor lists = bytes(cuda::lists_bytes(num_found)), set_ptr = ids({4, N + 1});
     cuda::list_neighbors(query, cells.const_data_ptr(), list_ptr.const_data_ptr<int64_t>(), num_found,

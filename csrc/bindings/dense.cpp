@@ -8,12 +8,12 @@ namespace {
 using namespace ejmp::bindings;
 
 // Sum rows of x, or of x times factor, over the edges into each atom, in float32 or float64.
-Tensor sum_into_atoms(const char* op, const Tensor& x, const OptionalTensor& factor, const OptionalTensor& order,
-                      const Tensor& ptr) {
-    check_size(op, "x", x, 2);
+Tensor sum_into_atoms(const char* op, const char* name, const Tensor& x, const OptionalTensor& factor,
+                      const OptionalTensor& order, const Tensor& ptr) {
+    check_type(op, name, x, true), check_axes(op, name, x, 2), check_memory(op, name, x);
     if (factor) check_like(op, "factor", *factor, x.scalar_type(), x.sizes());
     check_ptr(op, "ptr", ptr, x.size(0));
-    if (order) check_ids(op, "order", order->contiguous(), x.size(0), x.size(0));
+    if (order) check_order(op, *order, x.size(0));
     const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     const Tensor out = at::empty({ptr.size(0) - 1, x.size(1)}, x.options().dtype(type));
     with_stored(op, x, [&](auto s) {
@@ -26,18 +26,18 @@ Tensor sum_into_atoms(const char* op, const Tensor& x, const OptionalTensor& fac
 }
 
 Tensor atom_sum(const Tensor& m, const Tensor& factor, const Tensor& ptr) {
-    return sum_into_atoms("atom_sum", m, factor, c10::nullopt, ptr);
+    return sum_into_atoms("atom_sum", "m", m, factor, c10::nullopt, ptr);
 }
 
 std::tuple<Tensor, Tensor> atom_sum_backward(const Tensor& grad_, const Tensor& m_, const Tensor& factor_,
                                              const Tensor& ptr_) {
     const char* const op = "atom_sum";
+    const auto type = check_type(op, "m", m_, true);
+    check_axes(op, "m", m_, 2), check_memory(op, "m", m_);
+    check_like(op, "factor", factor_, type, m_.sizes());
+    check_ptr(op, "ptr", ptr_, m_.size(0));
+    check_like(op, "grad", grad_, type == at::kDouble ? at::kDouble : at::kFloat, {ptr_.size(0) - 1, m_.size(1)});
     const Tensor grad = grad_.contiguous(), m = m_.contiguous(), factor = factor_.contiguous(), ptr = ptr_.contiguous();
-    check_size(op, "m", m, 2);
-    check_like(op, "factor", factor, m.scalar_type(), m.sizes());
-    check_ptr(op, "ptr", ptr, m.size(0));
-    check_like(op, "grad", grad, m.scalar_type() == at::kDouble ? at::kDouble : at::kFloat,
-               {ptr.size(0) - 1, m.size(1)});
     const Tensor to_m = at::empty_like(m), to_factor = at::empty_like(m);
     with_stored(op, m, [&](auto s) {
         using S = decltype(s);
@@ -49,23 +49,25 @@ std::tuple<Tensor, Tensor> atom_sum_backward(const Tensor& grad_, const Tensor& 
 }
 
 Tensor edge_sum(const Tensor& x, const OptionalTensor& order, const Tensor& ptr) {
-    return sum_into_atoms("edge_sum", x, c10::nullopt, order, ptr);
+    return sum_into_atoms("edge_sum", "x", x, c10::nullopt, order, ptr);
 }
 
 Tensor gather_add(const OptionalTensor& x, const Tensor& from_, const Tensor& to_, const Tensor& source_,
                   const Tensor& swap, const Tensor& ptr_) {
     const char* const op = "gather_add";
+    check_axes(op, "source_rows", from_, 2), check_axes(op, "source", source_, 1);
+    const int64_t E = source_.size(0), N = from_.size(0);
+    const auto type = x ? check_type(op, "x", *x, true) : check_type(op, "source_rows", from_);
+    check_like(op, "source_rows", from_, type == at::kBFloat16 ? at::kFloat : type, from_.sizes());
+    check_like(op, "target_rows", to_, from_.scalar_type(), from_.sizes());
+    check_ids(op, "source", source_, E, N);
+    check_swap(op, swap, E);
+    check_ptr(op, "ptr", ptr_, E);
+    TORCH_CHECK_VALUE(ptr_.size(0) == N + 1, op, ": ptr must have one entry more than source_rows has rows, ", N + 1,
+                      ", got ", ptr_.size(0));
+    if (x) check_like(op, "x", *x, type, {E, from_.size(1)});
     const Tensor from = from_.contiguous(), to = to_.contiguous(), source = source_.contiguous(),
                  ptr = ptr_.contiguous();
-    check_size(op, "source_rows", from, 2), check_size(op, "source", source, 1);
-    const auto type = x ? x->scalar_type() : from.scalar_type();
-    check_like(op, "source_rows", from, type == at::kBFloat16 ? at::kFloat : type, from.sizes());
-    check_like(op, "target_rows", to, from.scalar_type(), from.sizes());
-    check_ids(op, "source", source, source.size(0), from.size(0));
-    check_ids(op, "swap", swap.contiguous(), source.size(0), source.size(0));
-    check_ptr(op, "ptr", ptr, source.size(0));
-    TORCH_CHECK_VALUE(ptr.size(0) == from.size(0) + 1, op, ": ptr must have one entry more than there are atoms");
-    if (x) check_like(op, "x", *x, type, {source.size(0), from.size(1)});
     const Tensor out = at::empty({source.size(0), from.size(1)}, from.options().dtype(type));
     with_stored(op, out, [&](auto s) {
         using S = decltype(s);
@@ -76,10 +78,15 @@ Tensor gather_add(const OptionalTensor& x, const Tensor& from_, const Tensor& to
     return out;
 }
 
+// x of an op of activations; the others are of its type and shape, each by its name.
+void check_same(const char* op, const Tensor& x, std::initializer_list<std::pair<const char*, OptionalTensor>> others) {
+    check_type(op, "x", x, true), check_memory(op, "x", x);
+    for (const auto& [name, other] : others)
+        if (other) check_like(op, name, *other, x.scalar_type(), x.sizes());
+}
+
 void activate_into(const Tensor& x, const OptionalTensor& factor, const OptionalTensor& add, double alpha, double beta,
                    const Tensor& out) {
-    if (factor) check_like("activate", "factor", *factor, x.scalar_type(), x.sizes());
-    if (add) check_like("activate", "add", *add, x.scalar_type(), x.sizes());
     with_stored("activate", x, [&](auto s) {
         using S = decltype(s);
         dense_kernels<S>().activate(x.numel(), static_cast<const S*>(x.const_data_ptr()), Array<S>(factor).data(),
@@ -88,38 +95,30 @@ void activate_into(const Tensor& x, const OptionalTensor& factor, const Optional
 }
 
 Tensor activate(const Tensor& x_, const OptionalTensor& factor, const OptionalTensor& add, double alpha, double beta) {
+    check_same("activate", x_, {{"factor", factor}, {"add", add}});
     const Tensor x = x_.contiguous(), out = at::empty_like(x);
     activate_into(x, factor, add, alpha, beta, out);
     return out;
 }
 
 Tensor& activate_(Tensor& x, const OptionalTensor& factor, const OptionalTensor& add, double alpha, double beta) {
-    TORCH_CHECK_VALUE(x.is_contiguous(), "activate_: x must be contiguous");
+    const char* const op = "activate_";
+    check_same(op, x, {{"factor", factor}, {"add", add}});
+    TORCH_CHECK_VALUE(x.is_contiguous(), op, ": x must be contiguous, got strides ", x.strides());
+    check_apart(op, "factor", factor, x), check_apart(op, "add", add, x);
     activate_into(x, factor, add, alpha, beta, x);
     return x;
 }
 
-// Arrays of one shape and type; undefined ones stay null.
-template <class S>
-struct Same {
-    std::vector<Array<S>> arrays;
-    Same(const char* op, const Tensor& like, const std::vector<OptionalTensor>& tensors) {
-        for (const auto& x : tensors) {
-            if (x) check_like(op, "input", *x, like.scalar_type(), like.sizes());
-            arrays.emplace_back(x);
-        }
-    }
-    const S* operator[](size_t i) const { return arrays[i].data(); }
-};
-
 std::tuple<Tensor, Tensor> activate_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& factor,
                                              double alpha) {
+    check_same("activate_backward", x, {{"grad", grad}, {"factor", factor}});
     const Tensor to_x = at::empty(x.sizes(), x.options());
     const Tensor to_factor = factor ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
     with_stored("activate", x, [&](auto s) {
         using S = decltype(s);
-        const Same<S> in("activate", x, {grad, x, factor});
-        dense_kernels<S>().activate_backward(x.numel(), in[0], in[1], in[2], alpha, data<S>(to_x),
+        dense_kernels<S>().activate_backward(x.numel(), Array<S>(grad).data(), Array<S>(x).data(),
+                                             Array<S>(factor).data(), alpha, data<S>(to_x),
                                              factor ? data<S>(to_factor) : nullptr, threads());
     });
     return {to_x, to_factor};
@@ -128,41 +127,48 @@ std::tuple<Tensor, Tensor> activate_backward(const Tensor& grad, const Tensor& x
 std::tuple<Tensor, Tensor, Tensor> activate_double(const Tensor& u_x, const OptionalTensor& u_factor,
                                                    const Tensor& grad, const Tensor& x, const OptionalTensor& factor,
                                                    double alpha) {
+    const char* const op = "activate_double";
+    TORCH_CHECK_VALUE(u_factor.has_value() == factor.has_value(), op, ": u_factor must be given where factor is");
+    check_same(op, x, {{"u_x", u_x}, {"u_factor", u_factor}, {"grad", grad}, {"factor", factor}});
     const Tensor to_grad = at::empty(x.sizes(), x.options()), to_x = at::empty(x.sizes(), x.options());
     const Tensor to_factor = factor ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
     with_stored("activate", x, [&](auto s) {
         using S = decltype(s);
-        const Same<S> in("activate", x, {u_x, factor ? u_factor : c10::nullopt, grad, x, factor});
-        dense_kernels<S>().activate_double(x.numel(), in[0], in[1], in[2], in[3], in[4], alpha, data<S>(to_grad),
-                                           data<S>(to_x), factor ? data<S>(to_factor) : nullptr, threads());
+        dense_kernels<S>().activate_double(x.numel(), Array<S>(u_x).data(), Array<S>(u_factor).data(),
+                                           Array<S>(grad).data(), Array<S>(x).data(), Array<S>(factor).data(), alpha,
+                                           data<S>(to_grad), data<S>(to_x), factor ? data<S>(to_factor) : nullptr,
+                                           threads());
     });
     return {to_grad, to_x, to_factor};
 }
 
-int64_t check_swap(const Tensor& x, const Tensor& swap) {
-    check_size("swap_add", "x", x, 2);
-    TORCH_CHECK_VALUE(x.size(1) % 2 == 0, "swap_add: x must be [E, 2 M], got ", x.sizes());
-    check_ids("swap_add", "swap", swap, x.size(0), x.size(0));
-    return x.size(1) / 2;
+// Messages to edges beside those to counter-edges, x [E, 2 M]; `wide` is like it, `narrow` [E, M]. Returns M.
+int64_t check_messages(const char* op, const Tensor& x, const Tensor& swap, std::pair<const char*, OptionalTensor> wide,
+                       std::pair<const char*, OptionalTensor> narrow) {
+    check_axes(op, "x", x, 2);
+    check_same(op, x, {wide});
+    TORCH_CHECK_VALUE(x.size(1) % 2 == 0, op, ": x must be [E, 2 M], got ", x.sizes());
+    const int64_t E = x.size(0), width = x.size(1) / 2;
+    if (narrow.second) check_like(op, narrow.first, *narrow.second, x.scalar_type(), {E, width});
+    check_swap(op, swap, E);
+    return width;
 }
 
 Tensor swap_add(const Tensor& x_, const Tensor& swap_, const OptionalTensor& add, double alpha) {
+    const int64_t width = check_messages("swap_add", x_, swap_, {}, {"add", add});
     const Tensor x = x_.contiguous(), swap = swap_.contiguous();
-    const int64_t width = check_swap(x, swap);
     const Tensor out = at::empty({x.size(0), width}, x.options());
     with_stored("swap_add", x, [&](auto s) {
         using S = decltype(s);
-        const Same<S> in("swap_add", out, {add});
-        dense_kernels<S>().swap_add(x.size(0), width, Array<S>(x).data(), swap.const_data_ptr<int64_t>(), in[0], alpha,
-                                    data<S>(out), threads());
+        dense_kernels<S>().swap_add(x.size(0), width, Array<S>(x).data(), swap.const_data_ptr<int64_t>(),
+                                    Array<S>(add).data(), alpha, data<S>(out), threads());
     });
     return out;
 }
 
 Tensor swap_add_backward(const Tensor& grad, const Tensor& x_, const Tensor& swap_, double alpha) {
+    const int64_t width = check_messages("swap_add_backward", x_, swap_, {}, {"grad", grad});
     const Tensor x = x_.contiguous(), swap = swap_.contiguous(), out = at::empty_like(x);
-    const int64_t width = check_swap(x, swap);
-    check_like("swap_add", "grad", grad, x.scalar_type(), {x.size(0), width});
     with_stored("swap_add", x, [&](auto s) {
         using S = decltype(s);
         dense_kernels<S>().swap_add_backward(x.size(0), width, Array<S>(grad).data(), Array<S>(x).data(),
@@ -173,16 +179,14 @@ Tensor swap_add_backward(const Tensor& grad, const Tensor& x_, const Tensor& swa
 
 std::tuple<Tensor, Tensor> swap_add_double(const Tensor& u, const Tensor& grad, const Tensor& x_, const Tensor& swap_,
                                            double alpha) {
+    const int64_t width = check_messages("swap_add_double", x_, swap_, {"u", u}, {"grad", grad});
     const Tensor x = x_.contiguous(), swap = swap_.contiguous(), to_x = at::empty_like(x);
-    const int64_t width = check_swap(x, swap);
     const Tensor to_grad = at::empty({x.size(0), width}, x.options());
-    check_like("swap_add", "grad", grad, x.scalar_type(), to_grad.sizes());
     with_stored("swap_add", x, [&](auto s) {
         using S = decltype(s);
-        const Same<S> in("swap_add", x, {u, x});
-        dense_kernels<S>().swap_add_double(x.size(0), width, in[0], Array<S>(grad).data(), in[1],
-                                           swap.const_data_ptr<int64_t>(), alpha, data<S>(to_grad), data<S>(to_x),
-                                           threads());
+        dense_kernels<S>().swap_add_double(x.size(0), width, Array<S>(u).data(), Array<S>(grad).data(),
+                                           Array<S>(x).data(), swap.const_data_ptr<int64_t>(), alpha, data<S>(to_grad),
+                                           data<S>(to_x), threads());
     });
     return {to_grad, to_x};
 }

@@ -11,32 +11,42 @@ namespace ejmp::bindings {
 
 using Options = c10::ArrayRef<c10::IValue>;
 
-inline void check_spherical(const char* op, int64_t spherical) {
-    TORCH_CHECK_VALUE(spherical <= 16, op, ": at most 16 spherical functions, got ", spherical);
+constexpr double MOST_CUTOFF = 1e6;  // A; lengths are compared in units of 1e-6 A
+
+inline void check_spherical(const char* op, const char* name, int64_t spherical) {
+    TORCH_CHECK_VALUE(spherical <= 16, op, ": ", name, " must have at most 16 spherical functions, got ", spherical);
 }
 
 struct IncomingTensors {
     Array<int64_t> ptr, source, image;
-    IncomingTensors(const char* op, const Tensor& p, const Tensor& s, const Tensor& i, int64_t num_edges)
-        : ptr(p), source(s), image(i) {
-        check_ptr(op, "ptr", ptr.tensor, num_edges);
-        check_ids(op, "source", source.tensor, num_edges, ptr.tensor.size(0) - 1);
-        check_like(op, "image", image.tensor, at::kLong, {num_edges});
+    IncomingTensors() = default;
+    // names and tensors of ptr, source, image
+    IncomingTensors(const char* op, const char* const (&names)[3], const Tensor* ids, int64_t num_edges) {
+        check_ptr(op, names[0], ids[0], num_edges);
+        check_ids(op, names[1], ids[1], num_edges, ids[0].size(0) - 1);
+        check_range(op, names[2], ids[2], num_edges, -MOST_IMAGE, MOST_IMAGE);
+        ptr = ids[0], source = ids[1], image = ids[2];
     }
     ejmp::Incoming view() const { return {ptr.data(), source.data(), image.data()}; }
     int64_t num_atoms() const { return ptr.tensor.size(0) - 1; }
+    // The most edges into one atom, on the CPU.
+    int64_t longest() const {
+        int64_t most = 0;
+        for (int64_t n = 0; n < num_atoms(); ++n) most = std::max(most, ptr.data()[n + 1] - ptr.data()[n]);
+        return most;
+    }
 };
 
 // The differentiable inputs of an op, and in its second backward the directions.
 struct Inputs {
     std::vector<Tensor> values, along;
-    Inputs(const char* op, std::vector<Tensor> v, std::vector<Tensor> u = {})
-        : values(std::move(v)), along(std::move(u)) {
-        for (Tensor& x : values) x = x.contiguous();
-        for (size_t i = 0; i < along.size(); ++i) {
-            along[i] = along[i].contiguous();
-            check_like(op, "direction", along[i], values[0].scalar_type(), values[i].sizes());
-        }
+    Inputs() = default;
+    // values are checked already, and along is not
+    Inputs(const char* op, const char* const* names, const std::vector<Tensor>& v, const std::vector<Tensor>& u) {
+        for (size_t i = 0; i < u.size(); ++i)
+            check_like(op, (std::string("u_") + names[i]).c_str(), u[i], v[0].scalar_type(), v[i].sizes());
+        for (const Tensor& x : v) values.push_back(x.contiguous());
+        for (const Tensor& x : u) along.push_back(x.contiguous());
     }
     template <class T>
     ejmp::In<T> in(size_t i) const {
@@ -52,25 +62,29 @@ struct Inputs {
 struct TripletOp {
     static constexpr const char* name = "triplet";
     static constexpr int num_inputs = 4, num_options = 1;
-    Inputs inputs;  // x, weight, v_out, v_in
+    static constexpr const char* input_names[] = {"x", "weight", "v_out", "v_in"};
+    Inputs inputs;
     IncomingTensors out, in;
     bool to_atoms;
 
     TripletOp(const std::vector<Tensor>& values, const std::vector<Tensor>& along, const std::vector<Tensor>& ids,
               Options options)
-        : inputs(name, values, along),
-          out(name, ids[0], ids[1], ids[2], values[2].size(0)),
-          in(name, ids[3], ids[4], ids[5], values[3].size(0)),
-          to_atoms(options[0].toBool()) {
-        const auto type = values[0].scalar_type();
-        check_size(name, "x", values[0], 2), check_size(name, "weight", values[1], 3);
-        check_spherical(name, values[1].size(2));
-        const int64_t num_out = values[2].size(0), num_in = values[3].size(0);
-        check_like(name, "x", values[0], type, {num_in, values[0].size(1)});
-        check_like(name, "weight", values[1], type, {num_out, values[1].size(1), values[1].size(2)});
-        check_like(name, "v_out", values[2], type, {num_out, 3});
-        check_like(name, "v_in", values[3], type, {num_in, 3});
-        TORCH_CHECK_VALUE(out.num_atoms() == in.num_atoms(), name, ": both ptr must have the same length");
+        : to_atoms(options[0].toBool()) {
+        const Tensor &x = values[0], &weight = values[1], &v_out = values[2], &v_in = values[3];
+        const auto type = check_type(name, "x", x);
+        check_axes(name, "x", x, 2), check_axes(name, "weight", weight, 3);
+        check_axes(name, "v_out", v_out, 2), check_axes(name, "v_in", v_in, 2);
+        check_spherical(name, "weight", weight.size(2));
+        const int64_t num_out = v_out.size(0), num_in = v_in.size(0);
+        check_like(name, "x", x, type, {num_in, x.size(1)});
+        check_like(name, "weight", weight, type, {num_out, weight.size(1), weight.size(2)});
+        check_like(name, "v_out", v_out, type, {num_out, 3});
+        check_like(name, "v_in", v_in, type, {num_in, 3});
+        out = IncomingTensors(name, {"out_ptr", "out_source", "out_image"}, &ids[0], num_out);
+        in = IncomingTensors(name, {"in_ptr", "in_source", "in_image"}, &ids[3], num_in);
+        TORCH_CHECK_VALUE(out.num_atoms() == in.num_atoms(), name, ": in_ptr must be as long as out_ptr, ",
+                          ids[0].size(0), ", got ", ids[3].size(0));
+        inputs = Inputs(name, input_names, values, along);
     }
     std::vector<int64_t> shape() const {
         const Tensor &x = inputs.values[0], &w = inputs.values[1];
@@ -87,7 +101,8 @@ struct TripletOp {
 struct QuadrupletOp {
     static constexpr const char* name = "quadruplet";
     static constexpr int num_inputs = 5, num_options = 2;
-    Inputs inputs;  // x, filter, weight, v, v_middle
+    static constexpr const char* input_names[] = {"x", "filter", "weight", "v", "v_middle"};
+    Inputs inputs;
     IncomingTensors main, middle;
     double eps;
     int64_t max_degree;  // the most main edges into one atom: how much memory a GPU takes, which cannot ask
@@ -95,24 +110,32 @@ struct QuadrupletOp {
 
     QuadrupletOp(const std::vector<Tensor>& values, const std::vector<Tensor>& along, const std::vector<Tensor>& ids,
                  Options options)
-        : inputs(name, values, along),
-          main(name, ids[0], ids[1], ids[2], values[3].size(0)),
-          middle(name, ids[3], ids[4], ids[5], values[4].size(0)),
-          eps(options[0].toDouble()),
-          max_degree(options[1].toInt()),
-          last_atom(main.num_atoms()) {
-        const auto type = values[0].scalar_type();
-        check_size(name, "x", values[0], 2), check_size(name, "filter", values[1], 3);
-        check_spherical(name, values[1].size(1));
-        check_size(name, "weight", values[2], 3);
-        const int64_t E = values[3].size(0), Q = values[4].size(0), S = values[1].size(1), C = values[0].size(1);
-        check_like(name, "x", values[0], type, {E, C});
-        check_like(name, "filter", values[1], type, {Q, S, C});
-        check_like(name, "weight", values[2], type, {E, values[2].size(1), S * S});
-        check_like(name, "v", values[3], type, {E, 3});
-        check_like(name, "v_middle", values[4], type, {Q, 3});
-        TORCH_CHECK_VALUE(main.num_atoms() == middle.num_atoms(), name, ": both ptr must have the same length");
-        TORCH_CHECK_VALUE(eps > 0, name, ": eps must be positive, got ", eps);
+        : eps(options[0].toDouble()), max_degree(options[1].toInt()) {
+        const Tensor &x = values[0], &filter = values[1], &weight = values[2], &v = values[3], &v_middle = values[4];
+        const auto type = check_type(name, "x", x);
+        check_axes(name, "x", x, 2), check_axes(name, "filter", filter, 3), check_axes(name, "weight", weight, 3);
+        check_axes(name, "v", v, 2), check_axes(name, "v_middle", v_middle, 2);
+        check_spherical(name, "filter", filter.size(1));
+        const int64_t E = v.size(0), Q = v_middle.size(0), S = filter.size(1), C = x.size(1);
+        check_like(name, "x", x, type, {E, C});
+        check_like(name, "filter", filter, type, {Q, S, C});
+        check_like(name, "weight", weight, type, {E, weight.size(1), S * S});
+        check_like(name, "v", v, type, {E, 3});
+        check_like(name, "v_middle", v_middle, type, {Q, 3});
+        main = IncomingTensors(name, {"ptr", "source", "image"}, &ids[0], E);
+        middle = IncomingTensors(name, {"middle_ptr", "middle_source", "middle_image"}, &ids[3], Q);
+        last_atom = main.num_atoms();
+        TORCH_CHECK_VALUE(main.num_atoms() == middle.num_atoms(), name, ": middle_ptr must be as long as ptr, ",
+                          ids[0].size(0), ", got ", ids[3].size(0));
+        TORCH_CHECK_VALUE(eps > 0 && std::isfinite(eps), name, ": eps must be positive, got ", eps);
+        check_max_degree();
+        inputs = Inputs(name, input_names, values, along);
+    }
+    void check_max_degree() {
+        const int64_t least = main.ptr.tensor.is_cpu() ? main.longest() : 0;
+        TORCH_CHECK_VALUE(max_degree >= least, name, ": max_degree must be the most main edges into one atom, ", least,
+                          " or more, got ", max_degree);
+        max_degree = std::min(max_degree, main.source.tensor.size(0));
     }
     std::vector<int64_t> shape() const {
         const Tensor &x = inputs.values[0], &w = inputs.values[2];
@@ -138,8 +161,8 @@ Tensor forward(const Op& op) {
 
 template <class Device, class Op>
 std::vector<Tensor> backward(const Op& op, const Tensor& grad_tensor) {
+    check_like(Op::name, "grad", grad_tensor, op.inputs.values[0].scalar_type(), op.shape());
     const Tensor grad = grad_tensor.contiguous();
-    check_like(Op::name, "grad", grad, op.inputs.values[0].scalar_type(), op.shape());
     const std::vector<Tensor> to = op.inputs.like();
     with_real(Op::name, grad, [&](auto t) {
         using T = decltype(t);
@@ -151,15 +174,19 @@ std::vector<Tensor> backward(const Op& op, const Tensor& grad_tensor) {
 // Boxed kernels. The stack holds (directions, grad, inputs, index tensors, options) without what an op does not take:
 // an op takes no grad and no directions, its backward no directions.
 template <class Device, class Op, int LEVEL>
-void boxed(const c10::OperatorHandle&, torch::jit::Stack* stack) {
+void boxed(const c10::OperatorHandle& handle, torch::jit::Stack* stack) {
     constexpr int NUM_IDS = 6, NUM_INPUTS = Op::num_inputs;
     const size_t last = stack->size() - Op::num_options;
     const size_t first = last - (NUM_INPUTS + NUM_IDS) - (LEVEL > 0) - (LEVEL > 1) * NUM_INPUTS;
     size_t next = first;
     const auto take = [&](int count) {
         std::vector<Tensor> taken;
-        for (int i = 0; i < count; ++i) taken.push_back((*stack)[next++].toTensor());
-        check_device(Op::name, (*stack)[first].toTensor(), taken);
+        for (int i = 0; i < count; ++i, ++next) {
+            taken.push_back((*stack)[next].toTensor());
+            const auto& arguments = handle.schema().arguments();
+            check_device(Op::name, {arguments[0].name().c_str(), (*stack)[first].toTensor()},
+                         {{arguments[next - first].name().c_str(), taken.back()}});
+        }
         return taken;
     };
     const std::vector<Tensor> along = take(LEVEL > 1 ? NUM_INPUTS : 0), grad = take(LEVEL > 0),
@@ -178,13 +205,18 @@ void boxed(const c10::OperatorHandle&, torch::jit::Stack* stack) {
 
 struct PairOp {
     Array<int64_t> ptr, source;
-    PairOp(const Tensor& h, const Tensor& radial, const Tensor& ptr_, const Tensor& source_)
-        : ptr(ptr_), source(source_) {
-        check_size("pair", "h", h, 2), check_size("pair", "radial", radial, 2);
-        check_like("pair", "radial", radial, h.scalar_type(), {radial.size(0), radial.size(1)});
-        check_ptr("pair", "ptr", ptr.tensor, radial.size(0));
-        check_ids("pair", "source", source.tensor, radial.size(0), h.size(0));
-        TORCH_CHECK_VALUE(ptr.tensor.size(0) == h.size(0) + 1, "pair: ptr must have one entry more than h has rows");
+    PairOp(const Tensor& h, const Tensor& radial, const Tensor& ptr_, const Tensor& source_) {
+        const char* const op = "pair";
+        check_device(op, {"h", h}, {{"radial", radial}, {"ptr", ptr_}, {"source", source_}});
+        const auto type = check_type(op, "h", h);
+        check_axes(op, "h", h, 2), check_axes(op, "radial", radial, 2);
+        check_memory(op, "h", h);
+        check_like(op, "radial", radial, type, radial.sizes());
+        check_ptr(op, "ptr", ptr_, radial.size(0));
+        check_ids(op, "source", source_, radial.size(0), h.size(0));
+        TORCH_CHECK_VALUE(ptr_.size(0) == h.size(0) + 1, op, ": ptr must have one entry more than h has rows, ",
+                          h.size(0) + 1, ", got ", ptr_.size(0));
+        ptr = ptr_, source = source_;
     }
     template <class T>
     ejmp::Pair<T> problem(const Tensor& h, const Tensor& radial) const {
@@ -200,9 +232,8 @@ struct PairOp {
 
 template <class Device>
 Tensor pair(const Tensor& h_, const Tensor& radial_, const Tensor& ptr, const Tensor& source) {
+    const PairOp op(h_, radial_, ptr, source);
     const Tensor h = h_.contiguous(), radial = radial_.contiguous();
-    check_device("pair", h, {radial, ptr, source});
-    const PairOp op(h, radial, ptr, source);
     const typename Device::Guard guard(h);
     const Tensor out = at::empty({h.size(0), radial.size(1) * h.size(1)}, h.options());
     with_real("pair", h, [&](auto t) {
@@ -215,11 +246,11 @@ Tensor pair(const Tensor& h_, const Tensor& radial_, const Tensor& ptr, const Te
 template <class Device>
 std::tuple<Tensor, Tensor> pair_backward(const Tensor& grad_, const Tensor& h_, const Tensor& radial_,
                                          const Tensor& ptr, const Tensor& source) {
+    const PairOp op(h_, radial_, ptr, source);
+    check_device("pair", {"h", h_}, {{"grad", grad_}});
+    check_like("pair", "grad", grad_, h_.scalar_type(), {h_.size(0), radial_.size(1) * h_.size(1)});
+    const typename Device::Guard guard(h_);
     const Tensor grad = grad_.contiguous(), h = h_.contiguous(), radial = radial_.contiguous();
-    check_device("pair", h, {grad, radial, ptr, source});
-    const PairOp op(h, radial, ptr, source);
-    const typename Device::Guard guard(h);
-    check_like("pair", "grad", grad, h.scalar_type(), {h.size(0), radial.size(1) * h.size(1)});
     const Tensor to_h = at::empty_like(h), to_radial = at::empty_like(radial);
     with_real("pair", h, [&](auto t) {
         using T = decltype(t);
@@ -232,7 +263,9 @@ std::tuple<Tensor, Tensor> pair_backward(const Tensor& grad_, const Tensor& h_, 
 // The arguments of find_neighbors in order.
 inline void check_query(const std::vector<Tensor>& query) {
     const char* const op = "find_neighbors";
-    check_size(op, "positions", query[0], 2), check_size(op, "cell", query[1], 3);
+    static const char* const names[] = {"positions", "cell", "pbc", "ptr", "cutoff", "limits", "quad_atom"};
+    for (size_t i = 1; i < query.size(); ++i) check_device(op, {names[0], query[0]}, {{names[i], query[i]}});
+    check_axes(op, "positions", query[0], 2), check_axes(op, "cell", query[1], 3);
     const int64_t N = query[0].size(0), B = query[1].size(0);
     check_like(op, "positions", query[0], at::kDouble, {N, 3});
     check_like(op, "cell", query[1], at::kDouble, {B, 3, 3});
@@ -241,7 +274,33 @@ inline void check_query(const std::vector<Tensor>& query) {
     check_like(op, "cutoff", query[4], at::kDouble, {B});
     check_like(op, "limits", query[5], at::kLong, {B, 4});
     check_like(op, "quad_atom", query[6], at::kBool, {N});
-    check_device(op, query[0], query);
+    check_ptr(op, "ptr", query[3], N);
+    if (!query[0].is_cpu()) return;
+    const Tensor cutoff = query[4].contiguous(), limits = query[5].contiguous();
+    for (int64_t b = 0; b < B; ++b) {
+        const double most = cutoff.const_data_ptr<double>()[b];
+        TORCH_CHECK_VALUE(most >= 0 && most <= MOST_CUTOFF, op, ": cutoff must be in 0..", MOST_CUTOFF, " A, got ",
+                          most);
+        const int64_t* const k = limits.const_data_ptr<int64_t>() + 4 * b;
+        TORCH_CHECK_VALUE(*std::min_element(k, k + 4) >= 0 && *std::max_element(k, k + 4) == k[0], op,
+                          ": limits must not be negative, and the first the largest");
+    }
+}
+
+// Refuse a search before it begins, if there are too many pairs of atoms; pairs [B] is not a number for what is none.
+inline void check_pairs(const double* pairs, int64_t num_structures, int64_t max_pairs) {
+    TORCH_CHECK_VALUE(max_pairs > 0, "find_neighbors: max_pairs must be positive, got ", max_pairs);
+    double total = 0;
+    int64_t largest = 0;
+    for (int64_t b = 0; b < num_structures; ++b) {
+        TORCH_CHECK_VALUE(pairs[b] >= 0, "structure ", b, ": find_neighbors: positions, cell and cutoff must be finite",
+                          ", the cell must have a volume, and no atom may be far outside it");
+        total += pairs[b];
+        if (pairs[b] > pairs[largest]) largest = b;
+    }
+    TORCH_CHECK_VALUE(total <= static_cast<double>(max_pairs), "structure ", largest, ": cutoff: about ",
+                      pairs[largest], " pairs of atoms are within reach (", total, " in the whole graph), and ",
+                      static_cast<double>(max_pairs), " are allowed (max_pairs; EJMP_MAX_PAIRS sets another number)");
 }
 
 inline const std::string QUADRUPLET_ARGUMENTS =
@@ -251,7 +310,7 @@ inline const std::string QUADRUPLET_ARGUMENTS =
 inline void define_message_passing(torch::Library& library) {
     library.def(
         "find_neighbors(Tensor positions, Tensor cell, Tensor pbc, Tensor ptr, Tensor cutoff, Tensor limits, "
-        "Tensor quad_atom) -> Tensor[]");
+        "Tensor quad_atom, int max_pairs) -> Tensor[]");
     const std::string triplet =
         "Tensor x, Tensor weight, Tensor v_out, Tensor v_in, Tensor out_ptr, Tensor out_source, Tensor out_image, "
         "Tensor in_ptr, Tensor in_source, Tensor in_image, bool to_atoms)";

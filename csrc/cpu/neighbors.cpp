@@ -34,6 +34,7 @@ struct CellList {
     std::vector<double> fractional;       // [n, 3], wrapped into the cell in periodic directions
     std::vector<Shift> wrap;              // cells by which each atom was moved
     std::vector<int64_t> start, members;  // CSR over bins
+    double pairs = NAN;                   // see estimate_pairs
 };
 
 void invert(const double* m, double inverse[3][3], double height[3]) {
@@ -58,10 +59,27 @@ void invert(const double* m, double inverse[3][3], double height[3]) {
     }
 }
 
+double estimate(const CellList& list, double cutoff) {
+    double bins = 1, box = 1, squares = 0;
+    for (int j = 0; j < 3; ++j) {
+        const double bin_width = list.height[j] * list.width[j] / list.bins[j], span = 2 * cutoff / bin_width + 1;
+        const double searched = list.periodic[j] ? span : std::min<double>(span, list.bins[j]);
+        bins *= searched, box *= searched * bin_width;
+    }
+    for (size_t b = 0; b + 1 < list.start.size(); ++b) {
+        const double members = static_cast<double>(list.start[b + 1] - list.start[b]);
+        squares += members * members;
+    }
+    return estimate_pairs(squares, bins, box, cutoff);
+}
+
+// With `pairs` not a number, and nothing else, where a number is none or an atom too far outside.
 CellList make_cell_list(const double* positions, int64_t n, const double* cell, const bool* pbc, double cutoff) {
     CellList list;
     list.cell = cell;
     invert(cell, list.inverse, list.height);
+    for (const double height : list.height)
+        if (!(height > 0 && std::isfinite(height))) return list;
     list.fractional.resize(3 * n);
     list.wrap.assign(n, Shift{0, 0, 0});
     double high[3] = {1, 1, 1};
@@ -74,6 +92,7 @@ CellList make_cell_list(const double* positions, int64_t n, const double* cell, 
         const double* r = positions + 3 * a;
         for (int j = 0; j < 3; ++j) {
             double f = r[0] * list.inverse[0][j] + r[1] * list.inverse[1][j] + r[2] * list.inverse[2][j];
+            if (!(std::abs(f) <= MOST_CELLS)) return list;
             if (pbc[j]) {
                 const double whole = std::floor(f);
                 list.wrap[a][j] = static_cast<int32_t>(whole);
@@ -112,12 +131,21 @@ CellList make_cell_list(const double* positions, int64_t n, const double* cell, 
     list.members.resize(n);
     std::vector<int64_t> next(list.start.begin(), list.start.end() - 1);
     for (int64_t a = 0; a < n; ++a) list.members[next[bin_of[a]]++] = a;
+    list.pairs = estimate(list, cutoff);
     return list;
+}
+
+// The nearest `most` of what was found, in any order.
+void keep_nearest(std::vector<Neighbor>& found, int64_t most) {
+    if (static_cast<int64_t>(found.size()) <= most) return;
+    std::nth_element(found.begin(), found.begin() + most, found.end());
+    found.resize(most);
 }
 
 // All neighbours of atom `target` of one structure within the cutoff, nearest `most` of them, in order.
 void search_atom(const CellList& list, const double* positions, int64_t target, double cutoff, int64_t most,
                  std::vector<Neighbor>& found) {
+    constexpr int64_t ROOM = 1 << 16;
     found.clear();
     const double* c = list.cell;
     const double* rt = positions + 3 * target;
@@ -145,6 +173,7 @@ void search_atom(const CellList& list, const double* positions, int64_t target, 
         const int64_t b0 = locate(i0, 0, s[0]);
         for (int64_t i1 = first[1]; i1 <= last[1]; ++i1) {
             const int64_t b1 = b0 * list.bins[1] + locate(i1, 1, s[1]);
+            if (static_cast<int64_t>(found.size()) / 4 > std::max(most, ROOM)) keep_nearest(found, most);
             for (int64_t i2 = first[2]; i2 <= last[2]; ++i2) {
                 const int64_t bin = b1 * list.bins[2] + locate(i2, 2, s[2]);
                 for (int64_t k = list.start[bin]; k < list.start[bin + 1]; ++k) {
@@ -166,10 +195,7 @@ void search_atom(const CellList& list, const double* positions, int64_t target, 
             }
         }
     }
-    if (static_cast<int64_t>(found.size()) > most) {
-        std::nth_element(found.begin(), found.begin() + most, found.end());
-        found.resize(most);
-    }
+    keep_nearest(found, most);
     std::sort(found.begin(), found.end());
 }
 
@@ -242,10 +268,10 @@ std::vector<int64_t> counter_edges(const std::vector<std::vector<Neighbor>>& lis
 
 }  // namespace
 
-Neighbors find_neighbors(const double* positions, const double* cell, const bool* pbc, const int64_t* ptr,
-                         const double* cutoff, const int64_t* limits, const bool* quad_atom, int64_t num_structures,
+Neighbors find_neighbors(const NeighborQuery& query, const std::function<void(const double* pairs)>& check,
                          int num_threads) {
-    const int64_t n = ptr[num_structures];
+    const int64_t num_structures = query.num_structures, n = query.num_atoms;
+    const int64_t* const ptr = query.ptr;
     // Waking threads costs more than searching around a few atoms, above all where cores are shared.
     num_threads = static_cast<int>(std::clamp<int64_t>(n / 32, 1, num_threads));
     std::vector<CellList> cells(num_structures);
@@ -257,14 +283,18 @@ Neighbors find_neighbors(const double* positions, const double* cell, const bool
     for (int64_t b = 0; b < num_structures; ++b) {
         guard.run([&] {
             const int64_t first = ptr[b];
-            cells[b] = make_cell_list(positions + 3 * first, ptr[b + 1] - first, cell + 9 * b, pbc + 3 * b, cutoff[b]);
+            cells[b] = make_cell_list(query.positions + 3 * first, ptr[b + 1] - first, query.cell + 9 * b,
+                                      query.pbc + 3 * b, query.cutoff[b]);
         });
         for (int64_t i = ptr[b]; i < ptr[b + 1]; ++i) {
             structure[i] = b;
-            for (int j = 0; j < 4; ++j) most[j][i] = limits[4 * b + j];
+            for (int j = 0; j < 4; ++j) most[j][i] = query.limits[4 * b + j];
         }
     }
     guard.rethrow();
+    std::vector<double> pairs;
+    for (const CellList& list : cells) pairs.push_back(list.pairs);
+    check(pairs.data());
     std::vector<std::vector<Neighbor>> lists(n);
 #pragma omp parallel num_threads(num_threads)
     {
@@ -273,7 +303,7 @@ Neighbors find_neighbors(const double* positions, const double* cell, const bool
         for (int64_t i = 0; i < n; ++i) {
             guard.run([&] {
                 const int64_t b = structure[i], first = ptr[b];
-                search_atom(cells[b], positions + 3 * first, i - first, cutoff[b], most[0][i], found);
+                search_atom(cells[b], query.positions + 3 * first, i - first, query.cutoff[b], most[0][i], found);
                 for (Neighbor& neighbor : found) neighbor.source += first;
                 lists[i] = found;
             });
@@ -286,7 +316,7 @@ Neighbors find_neighbors(const double* positions, const double* cell, const bool
     result.main = pack(closed, num_threads);
     result.swap = counter_edges(closed, result.main.ptr);
     result.atom_edges = pack(nearest(lists, most[2], nullptr), num_threads);
-    result.quad_edges = pack(nearest(lists, most[3], quad_atom), num_threads);
+    result.quad_edges = pack(nearest(lists, most[3], query.quad_atom), num_threads);
     return result;
 }
 

@@ -76,9 +76,10 @@ __device__ int64_t bin_of(const Grid& grid, const double* fractional) {
     return bin;
 }
 
-// Fractional coordinates, wrapped into periodic cells, and each thread's bounds of them.
+// Fractional coordinates, wrapped into periodic cells, and each thread's bounds of them; `good` becomes false where one
+// is not a number or too far outside.
 __device__ void wrap_atoms(const NeighborQuery& query, const Cells& cells, Rows atoms, const Grid& grid,
-                           const bool* pbc, double (*low)[3], double (*high)[3]) {
+                           const bool* pbc, double (*low)[3], double (*high)[3], bool& good) {
     for (int j = 0; j < 3; ++j) {
         low[threadIdx.x][j] = pbc[j] ? 0.0 : INFINITY;
         high[threadIdx.x][j] = pbc[j] ? 1.0 : -INFINITY;
@@ -87,6 +88,7 @@ __device__ void wrap_atoms(const NeighborQuery& query, const Cells& cells, Rows 
         for (int j = 0; j < 3; ++j) {
             double f = 0;
             for (int i = 0; i < 3; ++i) f += query.positions[3 * a + i] * grid.inverse[i][j];
+            if (!(std::abs(f) <= MOST_CELLS)) good = false, f = 0;
             const double whole = pbc[j] ? std::floor(f) : 0.0;
             f -= whole;
             cells.wrap[a].x[j] = static_cast<int32_t>(whole);
@@ -96,14 +98,30 @@ __device__ void wrap_atoms(const NeighborQuery& query, const Cells& cells, Rows 
         }
 }
 
-__global__ void __launch_bounds__(THREADS) make_cells(NeighborQuery query, Cells cells) {
+// What the bins around an atom are: see estimate_pairs.
+__device__ double estimate(const Grid& grid, const bool* pbc, double cutoff, double squares) {
+    double bins = 1, box = 1;
+    for (int j = 0; j < 3; ++j) {
+        const double bin_width = grid.height[j] * grid.width[j] / grid.bins[j], span = 2 * cutoff / bin_width + 1;
+        const double searched = pbc[j] ? span : fmin(span, static_cast<double>(grid.bins[j]));
+        bins *= searched, box *= searched * bin_width;
+    }
+    return estimate_pairs(squares, bins, box, cutoff);
+}
+
+__global__ void __launch_bounds__(THREADS) make_cells(NeighborQuery query, Cells cells, double* pairs) {
     __shared__ Grid grid;
+    __shared__ bool good;
     __shared__ double low[THREADS][3], high[THREADS][3];
     const int64_t b = blockIdx.x;
     const Rows atoms = rows_of(query.ptr, b);
-    if (threadIdx.x == 0) invert(query.cell + 9 * b, grid);
+    if (threadIdx.x == 0) {
+        invert(query.cell + 9 * b, grid);
+        good = true;
+        for (const double height : grid.height) good = good && height > 0 && std::isfinite(height);
+    }
     __syncthreads();
-    wrap_atoms(query, cells, atoms, grid, query.pbc + 3 * b, low, high);
+    wrap_atoms(query, cells, atoms, grid, query.pbc + 3 * b, low, high, good);
     __syncthreads();
     if (threadIdx.x == 0) {
         for (unsigned t = 1; t < blockDim.x; ++t)
@@ -123,6 +141,16 @@ __global__ void __launch_bounds__(THREADS) make_cells(NeighborQuery query, Cells
         return static_cast<int64_t>(atomicAdd(place, 1ull));
     };
     for (int64_t a = atoms.begin + threadIdx.x; a < atoms.end; a += blockDim.x) take(start + 1, a);
+    __syncthreads();
+    double squares = 0;
+    for (int64_t i = threadIdx.x; i < num_bins; i += blockDim.x)
+        squares += static_cast<double>(start[i + 1]) * static_cast<double>(start[i + 1]);
+    low[threadIdx.x][0] = squares;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        for (unsigned t = 1; t < blockDim.x; ++t) squares += low[t][0];
+        pairs[b] = good ? estimate(grid, query.pbc + 3 * b, query.cutoff[b], squares) : NAN;
+    }
     __syncthreads();
     running_sums(start + 1, num_bins);
     for (int64_t i = threadIdx.x; i < num_bins; i += blockDim.x) next[i] = start[i];
@@ -240,9 +268,13 @@ int64_t cells_bytes(int64_t B, int64_t N) {
            2 * Cells::num_starts(B, N) * sizeof(int64_t);
 }
 
-void count_neighbors(const NeighborQuery& query, void* memory, int64_t* list_ptr, void* stream) {
+void fill_cells(const NeighborQuery& query, void* memory, double* pairs, void* stream) {
     const Cells cells(memory, query.num_structures, query.num_atoms);
-    launch(make_cells, query.num_structures, stream, query, cells);
+    launch(make_cells, query.num_structures, stream, query, cells, pairs);
+}
+
+void count_neighbors(const NeighborQuery& query, const void* memory, int64_t* list_ptr, void* stream) {
+    const Cells cells(const_cast<void*>(memory), query.num_structures, query.num_atoms);
     launch(count_found, query.num_atoms, stream, query, cells, list_ptr);
     launch(counts_to_pointers, 1, stream, list_ptr, query.num_atoms);
 }

@@ -61,19 +61,9 @@ template <class T>
 void atom_sum_backward(int64_t num_atoms, int64_t width, const T* grad, const T* x, const T* factor, const int64_t* ptr,
                        T* grad_x, T* grad_factor, void* stream);
 
-// Graph building is find_neighbors of ../ops.h in three steps, because only the caller can allocate: between two steps
-// it reads how many edges there are. The edges and their order are those of the CPU, to the last bit.
-
-// The arguments of find_neighbors, in device memory.
-struct NeighborQuery {
-    int64_t num_structures, num_atoms;
-    const double *positions, *cell;
-    const bool* pbc;
-    const int64_t* ptr;
-    const double* cutoff;
-    const int64_t* limits;
-    const bool* quad_atom;
-};
+// Graph building is find_neighbors of ../ops.h in four steps, because only the caller can allocate: between two steps
+// it reads how many edges there are. The edges and their order are those of the CPU, to the last bit. Pointers of the
+// query are in device memory.
 
 // Where one edge set goes.
 struct EdgePlaces {
@@ -81,17 +71,19 @@ struct EdgePlaces {
     int32_t* offset;  // [E, 3]
 };
 
-// Bytes of the cells, which the first two steps use.
+// Bytes of the cells, which the first three steps use.
 int64_t cells_bytes(int64_t num_structures, int64_t num_atoms);
 // Bytes of the lists of everything within the cutoffs, which the last two steps use.
 int64_t lists_bytes(int64_t num_found);
 
-// 1. Count: list_ptr [N + 1]; its last entry is num_found.
-void count_neighbors(const NeighborQuery& query, void* cells, int64_t* list_ptr, void* stream);
-// 2. List, sort and choose: ptr [4, N + 1] of pairs, main, atom_edges, quad_edges; last entries: the numbers of edges.
+// 1. Put atoms into bins; pairs [B] is what find_neighbors passes to its `check`, which the caller has to do now.
+void fill_cells(const NeighborQuery& query, void* cells, double* pairs, void* stream);
+// 2. Count: list_ptr [N + 1]; its last entry is num_found.
+void count_neighbors(const NeighborQuery& query, const void* cells, int64_t* list_ptr, void* stream);
+// 3. List, sort and choose: ptr [4, N + 1] of pairs, main, atom_edges, quad_edges; last entries: the numbers of edges.
 void list_neighbors(const NeighborQuery& query, const void* cells, const int64_t* list_ptr, int64_t num_found,
                     void* lists, int64_t* ptr, void* stream);
-// 3. Write the four sets and, for main edges, the ids of the counter-edges, swap [E].
+// 4. Write the four sets and, for main edges, the ids of the counter-edges, swap [E].
 void pack_neighbors(const NeighborQuery& query, const int64_t* list_ptr, int64_t num_found, void* lists,
                     const int64_t* ptr, const EdgePlaces (&to)[4], int64_t* swap, void* stream);
 

@@ -20,7 +20,7 @@ from ejmp.graph.graph import (
     make_edge_set,
     pack_offset,
 )
-from ejmp.graph.settings import MAX_CUTOFF, MAX_NEIGHBORS, GraphSettings
+from ejmp.graph.settings import MAX_CUTOFF, MAX_NEIGHBORS, GraphSettings, max_pairs
 from ejmp.graph.structure import TAGS, Checked, check_structure, is_integer, to_list
 from ejmp_kernels import availability
 from ejmp_kernels.neighbors import (
@@ -71,7 +71,7 @@ def build_graph(
     Raises:
         ValueError: naming the structure and the field: NaN or infinite positions, a periodic cell without a volume,
             an atomic number outside 1..120, two atoms on one spot, no atoms, wrong shapes or types; for a cutoff or
-            max_neighbors beside settings.
+            max_neighbors beside settings; for more pairs within the cutoff than `ejmp.graph.settings.MAX_PAIRS`.
         RuntimeError: if backend="native" and the extension was not built, or if there is no such device.
     """
     listed = to_list(structures)
@@ -195,6 +195,7 @@ def _query(parts: dict[str, Tensor], checked: list[Checked], settings: list[Grap
         limits=torch.tensor([[k for _, k in sets] for sets in reach], device=device),
         keep_ties=torch.tensor([s.ties == "keep" for s in settings], device=device),
         quad_atom=quad[parts["batch"], parts["tags"]],
+        max_pairs=max_pairs(),
     )
 
 

@@ -1,12 +1,34 @@
 """How graphs are made of structures: the settings that belong to a model as much as its weights do."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 MAX_CUTOFF, MAX_NEIGHBORS = 1_000.0, 1_000_000
 """Largest cutoff (A) and number of neighbours that are accepted."""
+MAX_PAIRS = 100_000_000
+"""Most pairs of atoms within the cutoff that the structures of one graph may have. They are estimated from how densely
+atoms lie, before the search takes any time or memory; it needs up to 150 bytes for each."""
+
+
+def max_pairs() -> int:
+    """Return MAX_PAIRS, or what the environment variable EJMP_MAX_PAIRS says instead.
+
+    Raises:
+        ValueError: if that is not a positive number.
+    """
+    given = os.environ.get("EJMP_MAX_PAIRS", "").strip()
+    if not given:
+        return MAX_PAIRS
+    try:
+        number = int(float(given))
+    except (ValueError, OverflowError):
+        number = 0
+    if not 0 < number < 1 << 60:
+        raise ValueError(f"EJMP_MAX_PAIRS: expected a positive number, got {given!r}")
+    return number
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,8 @@ MIN_CELL_HEIGHT = 0.1
 """A periodic cell thinner than this counts as one without a volume, A."""
 MAX_COORDINATE = 1e6
 """Largest coordinate, A; further out, float64 is no longer exact to the 1e-6 A at which distances are compared."""
+MAX_LATTICE = 1e9
+"""Largest component of a lattice vector, A; the images of atoms beyond it are not exact to 1e-6 A."""
 MAX_CELLS_OUTSIDE = 1 << 16
 """Most cells that an atom may be away from its own."""
 TAGS = (0, 1, 2)
@@ -186,8 +188,10 @@ def _cell(cell: Tensor | None, pbc: Tensor, b: int, device: torch.device) -> tup
     if cell is None:
         raise ValueError(f"structure {b}: cell: expected [3, 3] for a periodic structure, got none")
     cell = torch.where(pbc[:, None], cell.double(), 0.0)
-    if not torch.isfinite(cell).all():
-        raise ValueError(f"structure {b}: cell: NaN or infinite lattice vectors")
+    if not cell.abs().max() <= MAX_LATTICE:
+        finite = torch.isfinite(cell).all()
+        wrong = f"lattice vectors longer than {MAX_LATTICE:g} A" if finite else "NaN or infinite lattice vectors"
+        raise ValueError(f"structure {b}: cell: {wrong}")
     complete = cell.clone()
     free = (~pbc).nonzero().flatten()
     if len(free):

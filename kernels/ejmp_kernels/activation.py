@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import register_autograd, register_fake
+from torch.library import register_autograd
 
-from ejmp_kernels.registry import Backend, like, ops_of, refuse_third_derivative, when_loaded, zeros_for
+from ejmp_kernels.registry import Backend, like, ops_of, refuse_third_derivative, register_shape, when_loaded, zeros_for
 
 SCALED_SILU = 1 / 0.6
 
@@ -99,11 +99,11 @@ def _register_activate(namespace: str) -> None:
     def or_nothing(x: Tensor, factor: Tensor | None) -> Tensor:
         return x.new_empty(0 if factor is None else x.shape)
 
-    register_fake(f"{namespace}::activate")(lambda x, factor, add, alpha, beta: torch.empty_like(x))
-    register_fake(f"{namespace}::activate_")(lambda x, factor, add, alpha, beta: x)
-    register_fake(f"{namespace}::activate_backward")(lambda grad, x, factor, alpha: (*like(x), or_nothing(x, factor)))
-    register_fake(f"{namespace}::activate_double")(
-        lambda u, v, grad, x, factor, alpha: (*like(x, x), or_nothing(x, factor))
+    register_shape(f"{namespace}::activate", lambda x, factor, add, alpha, beta: torch.empty_like(x))
+    register_shape(f"{namespace}::activate_", lambda x, factor, add, alpha, beta: x)
+    register_shape(f"{namespace}::activate_backward", lambda grad, x, factor, alpha: (*like(x), or_nothing(x, factor)))
+    register_shape(
+        f"{namespace}::activate_double", lambda u, v, grad, x, factor, alpha: (*like(x, x), or_nothing(x, factor))
     )
     register_autograd(f"{namespace}::activate", backward, setup_context=setup)
     register_autograd(f"{namespace}::activate_backward", double, setup_context=setup_backward)
@@ -129,9 +129,9 @@ def _register_swap_add(namespace: str) -> None:
     def double(ctx: Any, u: Tensor) -> tuple:
         return (*ops.swap_add_double(u, *ctx.saved_tensors, ctx.alpha), None, None)
 
-    register_fake(f"{namespace}::swap_add")(lambda x, swap, add, alpha: x.new_empty(x.shape[0], x.shape[1] // 2))
-    register_fake(f"{namespace}::swap_add_backward")(lambda grad, x, swap, alpha: like(x)[0])
-    register_fake(f"{namespace}::swap_add_double")(lambda u, grad, x, swap, alpha: like(grad, x))
+    register_shape(f"{namespace}::swap_add", lambda x, swap, add, alpha: x.new_empty(x.shape[0], x.shape[1] // 2))
+    register_shape(f"{namespace}::swap_add_backward", lambda grad, x, swap, alpha: like(x)[0])
+    register_shape(f"{namespace}::swap_add_double", lambda u, grad, x, swap, alpha: like(grad, x))
     register_autograd(f"{namespace}::swap_add", backward, setup_context=setup)
     register_autograd(f"{namespace}::swap_add_backward", double, setup_context=setup_backward)
     refuse_third_derivative(f"{namespace}::swap_add_double")

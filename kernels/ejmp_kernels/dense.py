@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import register_autograd, register_fake
+from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
 from ejmp_kernels.activation import SCALED_SILU, activate
 from ejmp_kernels.linear import linear
-from ejmp_kernels.registry import NAMESPACES, Backend, ops_of, when_loaded
+from ejmp_kernels.registry import NAMESPACES, Backend, ops_of, register_shape, when_loaded
 
 
 def linear_activate(
@@ -76,6 +76,6 @@ def _register(namespace: str) -> None:
         return 2 * x[0] * x[1] * weight[0]
 
     name = f"{namespace}::linear_activate"
-    register_fake(name)(lambda x, weight, factor, add, alpha, beta: x.new_empty(x.shape[0], weight.shape[0]))
+    register_shape(name, lambda x, weight, factor, add, alpha, beta: x.new_empty(x.shape[0], weight.shape[0]))
     register_autograd(name, backward, setup_context=setup)
     register_flop_formula([ops.linear_activate])(flops)

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import register_autograd, register_fake
+from torch.library import register_autograd
 
-from ejmp_kernels.registry import Backend, ops_of, when_loaded
+from ejmp_kernels.registry import Backend, ops_of, register_shape, when_loaded
 
 
 def gather_add(
@@ -61,5 +61,5 @@ def _register(namespace: str) -> None:
     def fake(x: Tensor | None, source_rows: Tensor, target_rows: Tensor, source: Tensor, *_: Tensor) -> Tensor:
         return (source_rows if x is None else x).new_empty(source.shape[0], source_rows.shape[1])
 
-    register_fake(f"{namespace}::gather_add")(fake)
+    register_shape(f"{namespace}::gather_add", fake)
     register_autograd(f"{namespace}::gather_add", backward, setup_context=setup)

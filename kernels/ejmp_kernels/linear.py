@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_fake
+from torch.library import Library
 from torch.utils.flop_counter import register_flop_formula
 
 from ejmp_kernels.gemm import product
-from ejmp_kernels.registry import NAMESPACES, Backend, ops_of, when_loaded
+from ejmp_kernels.registry import NAMESPACES, Backend, check_storage, ops_of, register_shape, when_loaded
 
 _LIBRARY = Library("ejmp", "IMPL")
 
@@ -33,20 +33,36 @@ def linear(x: Tensor, weight: Tensor, *, backend: Backend = "native") -> Tensor:
     return ops_of("native").matmul(x, weight, False, True)
 
 
+def _check(a: Tensor, b: Tensor, transpose_a: bool, transpose_b: bool) -> None:
+    """Raise ValueError if two arguments of the op cannot be multiplied."""
+    for name, x in (("a", a), ("b", b)):
+        if x.ndim != 2 or not x.is_floating_point() or x.layout != torch.strided:
+            raise ValueError(f"matmul: {name} must be a matrix of floats, got {x.layout} {x.dtype} {list(x.shape)}")
+    if b.dtype != a.dtype or b.device != a.device:
+        raise ValueError(f"matmul: b must be {a.dtype} on {a.device} as a, got {b.dtype} on {b.device}")
+    if a.shape[0 if transpose_a else 1] != b.shape[1 if transpose_b else 0]:
+        shapes = f"{list(a.shape)}{'^T' * transpose_a} times {list(b.shape)}{'^T' * transpose_b}"
+        raise ValueError(f"matmul: a and b must fit together, got {shapes}")
+
+
 @when_loaded
 def _register(namespace: str) -> None:
     if namespace != NAMESPACES["native"]:
         return
 
     def matmul(a: Tensor, b: Tensor, transpose_a: bool, transpose_b: bool) -> Tensor:
+        _check(a, b, transpose_a, transpose_b)
+        check_storage("matmul", "a", a)
+        check_storage("matmul", "b", b)
         return product(a.mT if transpose_a else a, b.mT if transpose_b else b)
 
     def fake(a: Tensor, b: Tensor, transpose_a: bool, transpose_b: bool) -> Tensor:
+        _check(a, b, transpose_a, transpose_b)
         return a.new_empty(a.shape[1 if transpose_a else 0], b.shape[0 if transpose_b else 1])
 
     def flops(a: torch.Size, b: torch.Size, transpose_a: bool, transpose_b: bool, out_shape: Any = None) -> int:
         return 2 * a[0] * a[1] * b[0 if transpose_b else 1]
 
     _LIBRARY.impl("matmul", matmul, "CompositeExplicitAutograd")
-    register_fake("ejmp::matmul")(fake)
+    register_shape("ejmp::matmul", fake)
     register_flop_formula([torch.ops.ejmp.matmul])(flops)

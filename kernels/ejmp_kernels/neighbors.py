@@ -14,6 +14,9 @@ lengths, with 0.01 A^2).
 The native search (csrc/cpu/neighbors.cpp, csrc/cuda/neighbors.cu) costs O(N); its plain-torch twin tries all pairs in
 all cells, O(N^2) per structure. All return the same bits: lengths are computed by the same float64 operations in the
 same order. Where cutoffs differ or ties are kept, the native search finds the pairs, and torch chooses from them.
+
+Before anything is searched, the number of pairs is estimated from how many atoms share a bin of the cell list, and a
+search for too many is refused: a structure of a few numbers can have more pairs than a machine has memory.
 """
 
 import math
@@ -54,6 +57,8 @@ class NeighborQuery:
     """Whether neighbours at the distance of the last one are kept beyond the limit, [B] bool."""
     quad_atom: Tensor
     """Whether an atom is one of those that a quad edge must touch, [N] bool."""
+    max_pairs: int
+    """Most pairs of atoms that may be within reach, by an estimate; a tenth of those that are compared counts too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +90,8 @@ def find_neighbors(query: NeighborQuery) -> Neighbors:
 
     Raises:
         RuntimeError: if the extension cannot be loaded or has no kernels for the device.
-        ValueError: if a tensor has the wrong shape, type or device, or pointers or limits are out of order.
+        ValueError: if a tensor has the wrong shape, type or device, or pointers or limits are out of order; if there
+            are more pairs than `max_pairs`.
     """
     reason = availability.why_unavailable(query.positions.device.type)
     if reason is not None:
@@ -98,14 +104,18 @@ def find_neighbors(query: NeighborQuery) -> Neighbors:
 
 
 def find_neighbors_reference(query: NeighborQuery) -> Neighbors:
-    """Search all pairs in all cells, in plain torch on any device: the specification of `find_neighbors`."""
+    """Search all pairs in all cells, in plain torch on any device: the specification of `find_neighbors`.
+
+    Raises:
+        ValueError: if there are more pairs than `max_pairs`, or ten times as many have to be compared.
+    """
     found = [_search_structure(query, b) for b in range(len(query.cell))]
     return _select_sets(query, *(torch.cat(column) for column in zip(*found, strict=True)))
 
 
 def _call(query: NeighborQuery, limits: Tensor) -> list[Tensor]:
     cutoff = query.cutoff[:, 0]
-    fields = (query.positions, query.cell, query.pbc, query.ptr, cutoff, limits, query.quad_atom)
+    fields = (query.positions, query.cell, query.pbc, query.ptr, cutoff, limits, query.quad_atom, query.max_pairs)
     return torch.ops.ejmp.find_neighbors(*fields)
 
 
@@ -213,6 +223,8 @@ def _search_structure(query: NeighborQuery, b: int) -> tuple[Tensor, Tensor, Ten
     wrap = torch.where(pbc, (positions @ inverse).floor(), 0.0).to(torch.int32)
     # The distance between opposite faces of the cell is 1 / |column of the inverse|.
     reach = torch.where(pbc, ((cutoff + 1e-6) * inverse.norm(dim=0)).floor() + 1, 0.0).int().tolist()
+    images, num_found = math.prod(2 * n + 1 for n in reach), 0
+    _check_pairs(b, max(len(positions) ** 2 * images / 10, 10 * images), query.max_pairs)
     axes = [torch.arange(-n, n + 1, device=cell.device, dtype=torch.int32) for n in reach]
     shifts = torch.cartesian_prod(*axes)
     found = [torch.empty(0, dtype=torch.int64, device=cell.device)] * 2
@@ -225,11 +237,22 @@ def _search_structure(query: NeighborQuery, b: int) -> tuple[Tensor, Tensor, Ten
         at = torch.arange(len(positions), device=cell.device)
         inside &= ~((at[rows, None, None] == at[None, :, None]) & (offset == 0).all(-1))
         target, source, image = inside.nonzero(as_tuple=True)
+        num_found += len(target)
+        _check_pairs(b, num_found, query.max_pairs)
         parts.append((source, target + rows.start, offset[target, source, image], rank[target, source, image]))
     source, target, offset, rank = (torch.cat(column) for column in zip(*parts, strict=True))
     # nonzero() already enumerates in the order (target, source, offset), which stable sorts keep.
     order = lexsort((target, rank))
     return source[order] + first, target[order] + first, offset[order], rank[order]
+
+
+def _check_pairs(b: int, pairs: float, max_pairs: int) -> None:
+    """Raise ValueError if a structure has too many pairs of atoms, as csrc/bindings/graph.h does."""
+    if pairs > max_pairs:
+        raise ValueError(
+            f"structure {b}: cutoff: about {pairs:g} pairs of atoms are within reach, and {max_pairs:g} are allowed "
+            "(max_pairs; EJMP_MAX_PAIRS sets another number)"
+        )
 
 
 def _chunks(num_rows: int, row_size: int, budget: int = 4_000_000) -> Iterator[slice]:

@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import register_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from ejmp_kernels.edges import Edges
 from ejmp_kernels.linear import linear
-from ejmp_kernels.registry import NAMESPACES, Backend, ops_of, register_nonlinear, when_loaded
+from ejmp_kernels.registry import NAMESPACES, Backend, ops_of, register_nonlinear, register_shape, when_loaded
 from ejmp_kernels.specification import collinear_eps
 
 PIECE_BYTES = 1 << 24
@@ -141,5 +140,5 @@ def _flops_part(*arguments: Any, out_val: Tensor) -> int:
 def _register(namespace: str) -> None:
     register_nonlinear(f"{namespace}::quadruplet", 5, _fake, _flops)
     if namespace == NAMESPACES["native"]:
-        register_fake(f"{namespace}::quadruplet_part")(_fake_part)
+        register_shape(f"{namespace}::quadruplet_part", _fake_part)
         register_flop_formula([torch.ops.ejmp.quadruplet_part], get_raw=True)(_flops_part)

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import register_autograd, register_fake
+from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
-from ejmp_kernels.registry import Backend, ops_of, when_loaded
+from ejmp_kernels.registry import Backend, ops_of, register_shape, when_loaded
 
 
 def radial(
@@ -73,11 +73,11 @@ def _register(namespace: str) -> None:
         to_distance = slope(ctx, grad, x) if ctx.needs_input_grad[0] else None
         return (to_distance, None, None, ops.radial(distance, offset, temps, grad, *ctx.options), None, None, None)
 
-    register_fake(f"{namespace}::radial")(
-        lambda d, offset, temps, weight, *_: weight.new_empty(d.shape[0], weight.shape[1])
+    register_shape(
+        f"{namespace}::radial", lambda d, offset, temps, weight, *_: weight.new_empty(d.shape[0], weight.shape[1])
     )
-    register_fake(f"{namespace}::radial_transposed")(
-        lambda d, offset, temps, x, *_: x.new_empty(offset.shape[0], x.shape[1])
+    register_shape(
+        f"{namespace}::radial_transposed", lambda d, offset, temps, x, *_: x.new_empty(offset.shape[0], x.shape[1])
     )
     register_autograd(f"{namespace}::radial", backward, setup_context=setup)
     register_autograd(f"{namespace}::radial_transposed", transposed_backward, setup_context=setup)

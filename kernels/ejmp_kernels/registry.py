@@ -80,6 +80,35 @@ def when_loaded(register: Callable[[str], None]) -> Callable[[str], None]:
     return register
 
 
+def check_storage(op: str, name: str, x: Tensor) -> None:
+    """Raise ValueError if a tensor on the CPU does not lie in its storage, which may have been resized to nothing."""
+    if x.device.type != "cpu" or not x.numel():
+        return
+    last = x.storage_offset() + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    if (last + 1) * x.itemsize > x.untyped_storage().nbytes():
+        raise ValueError(f"{op}: {name} must lie in its storage of {x.untyped_storage().nbytes()} bytes")
+
+
+def register_shape(name: str, fake: Shape) -> None:
+    """Register what an op returns for tensors without numbers, which have to be on one device as any others.
+
+    Args:
+        name: name of the op, with its namespace.
+        fake: maps the op's arguments to an uninitialised result.
+    """
+    names = [argument.name for argument in _op(name).default._schema.arguments]  # noqa: SLF001 - the only way to ask
+
+    def checked(*arguments: Any) -> Any:
+        tensors = [(n, x) for n, x in zip(names, arguments, strict=True) if isinstance(x, Tensor)]
+        first, like = tensors[0]
+        for other, x in tensors:
+            if x.device != like.device:
+                raise ValueError(f"{name}: {other} must be on {like.device} as {first}, got {x.device}")
+        return fake(*arguments)
+
+    register_fake(name)(checked)
+
+
 def zeros_for(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Return the gradients, with zeros shaped like the input in place of each None."""
     return [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, inputs, strict=True)]
@@ -121,8 +150,8 @@ def register_bilinear(name: str, fake: Shape, flops: Callable[..., int] | None =
         to_grad = op(u_x, y, *ids) + op(x, u_y, *ids)
         return (to_grad, *backward_op(grad, u_x, u_y, *ids), *[None] * len(ids))
 
-    register_fake(name)(fake)
-    register_fake(f"{name}_backward")(lambda _grad, x, y, *_ids: like(x, y))
+    register_shape(name, fake)
+    register_shape(f"{name}_backward", lambda _grad, x, y, *_ids: like(x, y))
     register_autograd(name, backward, setup_context=setup)
     register_autograd(f"{name}_backward", double, setup_context=setup)
     if flops is not None:
@@ -156,9 +185,9 @@ def register_nonlinear(name: str, num_inputs: int, fake: Shape, flops: Callable[
         gradients = double_op(*directions, *ctx.saved_tensors, *ctx.arguments)
         return (*gradients, *[None] * (len(ctx.saved_tensors) + len(ctx.arguments) - n - 1))
 
-    register_fake(name)(fake)
-    register_fake(f"{name}_backward")(lambda _grad, *inputs: like(*inputs[:n]))
-    register_fake(f"{name}_double")(lambda *inputs: like(*inputs[n : 2 * n + 1]))
+    register_shape(name, fake)
+    register_shape(f"{name}_backward", lambda _grad, *inputs: like(*inputs[:n]))
+    register_shape(f"{name}_double", lambda *inputs: like(*inputs[n : 2 * n + 1]))
     register_autograd(name, backward, setup_context=setup)
     register_autograd(f"{name}_backward", double, setup_context=setup)
     refuse_third_derivative(f"{name}_double")

@@ -11,9 +11,9 @@ Source: GemNet-OC (arXiv 2204.02782), atom update.
 from typing import Any
 
 from torch import Tensor
-from torch.library import register_autograd, register_fake
+from torch.library import register_autograd
 
-from ejmp_kernels.registry import Backend, by_atom, like, ops_of, register_bilinear, when_loaded, wide
+from ejmp_kernels.registry import Backend, by_atom, like, ops_of, register_bilinear, register_shape, when_loaded, wide
 
 
 def atom_sum(m: Tensor, filters: Tensor, ptr: Tensor, *, backend: Backend = "native") -> Tensor:
@@ -66,5 +66,5 @@ def _register(namespace: str) -> None:
         return (rows, None, None)
 
     register_bilinear(f"{namespace}::atom_sum", lambda m, filters, ptr: wide(m, ptr.shape[0] - 1))
-    register_fake(f"{namespace}::edge_sum")(lambda x, order, ptr: wide(x, ptr.shape[0] - 1))
+    register_shape(f"{namespace}::edge_sum", lambda x, order, ptr: wide(x, ptr.shape[0] - 1))
     register_autograd(f"{namespace}::edge_sum", backward, setup_context=setup)

@@ -1,17 +1,14 @@
 """The CUDA sources, checked without a GPU: nvcc compiles them, and emulated by g++ they equal the CPU ops."""
 
 import dataclasses
-import os
 import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
+from support.attack_ops import BAD, attack, table
+from support.build_native import KERNELS, build_emulated, run_compiler
 from support.inputs import load_golden, require_native
 from support.tolerances import relative_error, tolerance
-from torch.utils.cpp_extension import include_paths, library_paths
 
 import ejmp
 from ejmp_kernels import registry, unfused
@@ -19,9 +16,6 @@ from ejmp_kernels.neighbors import UNLIMITED
 
 require_native()
 
-FOLDER = Path(__file__).parents[2] / "csrc/cuda"
-KERNELS = sorted(FOLDER.glob("*.cu"))
-BINDINGS = FOLDER.parent / "bindings/cuda.cpp"
 DTYPES = [torch.float64, torch.float32]
 CHANNELS = (5, 20, 64)
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -33,12 +27,6 @@ def compiler(name):
     if path is None:
         pytest.skip(f"there is no {name}")
     return path
-
-
-def run_compiler(*command):
-    done = subprocess.run([str(x) for x in command], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
 
 
 def test_nvcc_compiles(tmp_path):
@@ -54,18 +42,17 @@ def test_nvcc_compiles(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    """The CUDA ops of csrc/bindings/cuda.cpp, run on the CPU under the name torch.ops.ejmp_emulated."""
+def library(tmp_path_factory):
+    """The file with the CUDA ops of csrc/bindings/cuda.cpp, for the CPU."""
     require_native()
-    extension = tmp_path_factory.mktemp("emulated") / "kernels.so"
-    gxx, flags = compiler("g++"), ["-fPIC", "-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
-    flags += ["-DEJMP_EMULATE", "-fvisibility=hidden", *(f"-I{path}" for path in include_paths()), "-x", "c++"]
-    links = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
-    objects = {source: extension.with_name(f"{source.name}.o") for source in (BINDINGS, *KERNELS)}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda source: run_compiler(gxx, *flags, "-c", source, "-o", objects[source]), objects))
-    run_compiler(gxx, "-shared", *objects.values(), *links, "-o", extension)
-    torch.ops.load_library(str(extension))
+    compiler("g++")
+    return str(build_emulated(tmp_path_factory.mktemp("emulated") / "kernels.so"))
+
+
+@pytest.fixture(scope="module")
+def emulated(library):
+    """The CUDA ops of csrc/bindings/cuda.cpp, run on the CPU under the name torch.ops.ejmp_emulated."""
+    torch.ops.load_library(library)
     return torch.ops.ejmp_emulated
 
 
@@ -260,6 +247,7 @@ def neighbor_query():
         torch.tensor(cutoff, dtype=torch.float64),
         torch.tensor(limits),
         torch.rand(num_atoms, generator=generator) < 0.5,
+        1_000_000,
     ]
 
 
@@ -281,6 +269,32 @@ def test_all_pairs_equal_cpu(emulated):
     emulated.threads(2)
     for result, want in zip(emulated.find_neighbors(*query), expected, strict=True):
         assert torch.equal(result, want)
+
+
+@pytest.mark.parametrize(
+    ("argument", "change", "message"),
+    [
+        (0, lambda x: x.index_fill(0, torch.tensor([5]), torch.nan), "positions, cell and cutoff must be finite"),
+        (0, lambda x: 1e10 * x, "no atom may be far outside"),
+        *((1, lambda x, s=scale: s * x, "the cell must have a volume") for scale in (0.0, 1e-200, 1e103, 1e300)),
+        (4, lambda x: 0 * x + torch.nan, "cutoff must be in"),
+        (7, lambda x: 1000, "pairs of atoms are within reach"),
+    ],
+)
+def test_impossible_searches_are_refused_as_on_the_cpu(emulated, argument, change, message):
+    query = neighbor_query()
+    query[argument] = change(query[argument])
+    messages = []
+    for ops in (emulated, torch.ops.ejmp):
+        with pytest.raises(ValueError, match=message) as error:
+            ops.find_neighbors(*query)
+        messages.append(str(error.value).split("\n")[0])
+    assert messages[0] == messages[1]
+
+
+def test_no_argument_ends_the_process(library):
+    counts, _ = attack("emulated", 3000, library=library)
+    assert not [outcome for _, outcome in counts if outcome in BAD], table(counts)
 
 
 def test_model_equals_golden(emulated, monkeypatch, tiny):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import ejmp
+import ejmp_kernels
 from ejmp_kernels import availability, registry
 
 TESTS = Path(__file__).parents[1]
@@ -86,7 +87,8 @@ def require_triton():
 
 def environment(**more):
     """Return the variables of a process that is to find this project, the tests and its environment's programs."""
-    folders = [ROOT, ROOT / "kernels", TESTS, ROOT / "benchmarks", os.environ.get("PYTHONPATH", "")]
+    kernels = Path(ejmp_kernels.__file__).parents[1]  # those with sanitizers, where this process has them
+    folders = [ROOT, kernels, TESTS, ROOT / "benchmarks", os.environ.get("PYTHONPATH", "")]
     programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     path = os.pathsep.join(str(folder) for folder in folders if str(folder))
     return os.environ | {"PYTHONPATH": path, "PATH": programs, "OMP_NUM_THREADS": "1"} | more

@@ -178,6 +178,10 @@ def activate_(x: Tensor, factor: Tensor | None, add: Tensor | None, alpha: float
     _check_like("activate_", x, factor=factor, add=add)
     if not x.is_contiguous():
         raise ValueError(f"activate_: x must be contiguous, got strides {x.stride()}")
+    for name, other in (("factor", factor), ("add", add)):
+        apart = x.numel() * x.itemsize  # what is not contiguous is copied before
+        if other is not None and other.is_contiguous() and 0 < abs(other.data_ptr() - x.data_ptr()) < apart:
+            raise ValueError(f"activate_: {name} must not share a part of the memory of x, which is overwritten")
     return _activate_into(x, factor, add, alpha, beta, x)
 
 
@@ -199,8 +203,8 @@ def activate_double(
     u_x: Tensor, u_factor: Tensor | None, grad: Tensor, x: Tensor, factor: Tensor | None, alpha: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of grad, x and factor of the sum of u_x to_x and u_factor to_factor of the backward."""
-    if factor is not None and u_factor is None:
-        raise ValueError("activate_double: u_factor must be given, as factor is")
+    if (factor is None) != (u_factor is None):
+        raise ValueError("activate_double: u_factor must be given where factor is")
     _check_like("activate_double", x, u_x=u_x, u_factor=u_factor, grad=grad, factor=factor)
     to_factor = x.new_empty(0 if factor is None else x.shape)
     results = (x.new_empty(x.shape), x.new_empty(x.shape), to_factor)
@@ -216,6 +220,7 @@ def _check_swap(op: str, x: Tensor, swap: Tensor, wide: dict[str, Tensor], narro
     half = (x.shape[0], x.shape[1] // 2)
     others = {name: (t, (x.dtype,), half) for name, t in narrow.items() if t is not None}
     launch.check_arguments(op, x.device, swap=(swap, (torch.int64,), (x.shape[0],)), **others)
+    launch.check_swap(op, swap)
 
 
 def _run_swap(kernel: triton.JITFunction, *tensors: Tensor, x: Tensor, alpha: float, **options: bool) -> None:

@@ -39,9 +39,9 @@ def gather_add(
     x: Tensor | None, source_rows: Tensor, target_rows: Tensor, source: Tensor, swap: Tensor, ptr: Tensor
 ) -> Tensor:
     """Add to each edge a row of its source and one of its target, [E, M]; rows are in the type of sums."""
-    op, num_edges, rows = "gather_add", source.numel(), source_rows.shape
-    if source_rows.ndim != 2:
-        raise ValueError(f"{op}: source_rows must have shape [N, M], got {list(rows)}")
+    op, rows = "gather_add", source_rows.shape
+    launch.check_rows(op, "source_rows", source_rows, 2)
+    num_edges = launch.check_rows(op, "source", source, 1)
     real = (torch.float32, torch.float64) if x is None else (launch.sums_dtype(x),)
     integers = (torch.int64,)
     launch.check_arguments(
@@ -54,6 +54,9 @@ def gather_add(
         swap=(swap, integers, (num_edges,)),
         ptr=(ptr, integers, (rows[0] + 1,)),
     )
+    launch.check_ids(op, "source", source, rows[0])
+    launch.check_swap(op, swap)
+    launch.check_ptr(op, "ptr", ptr, num_edges)
     out = source_rows.new_empty(num_edges, rows[1], dtype=source_rows.dtype if x is None else x.dtype)
     packed = [t.contiguous() for t in (out if x is None else x, source_rows, target_rows, source, ptr)]
     settings = launch.config("gather_add", out)

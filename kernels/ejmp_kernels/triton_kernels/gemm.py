@@ -160,8 +160,8 @@ def linear_activate(
     x: Tensor, weight: Tensor, factor: Tensor | None, add: Tensor | None, alpha: float, beta: float
 ) -> Tensor:
     """Return alpha silu(x weight^T) factor + beta add."""
-    if x.ndim != 2 or weight.ndim != 2:
-        raise ValueError(f"linear_activate: x and weight must be matrices, got {list(x.shape)}, {list(weight.shape)}")
+    launch.check_rows("linear_activate", "x", x, 2)
+    launch.check_rows("linear_activate", "weight", weight, 2)
     (m, k), n, like = x.shape, weight.shape[0], (x.dtype,)
     given = {name: (t, like, (m, n)) for name, t in (("factor", factor), ("add", add)) if t is not None}
     launch.check_arguments(

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import Library
 
+from ejmp_kernels.registry import check_storage
+
 LIBRARY = Library("ejmp_triton", "DEF")
 LOW = (torch.float16, torch.bfloat16)
 REAL = (torch.float32, torch.float64, *LOW)
+MOST_SPHERICAL = 16
+"""The largest number of spherical functions."""
+MOST_COLUMNS = 1 << 20
+"""The largest size of an axis that does not count rows."""
 OVERRIDES: dict[str, dict[str, Any]] = {}
 """Settings by kernel that take precedence over those of the table; for `tune`."""
 
@@ -39,7 +45,7 @@ def on_device(x: Tensor) -> AbstractContextManager:
 def check_arguments(
     op: str, device: torch.device, **expected: tuple[Tensor, tuple[torch.dtype, ...], tuple[int, ...]]
 ) -> None:
-    """Check arguments of an op. Values of indices are not looked at, which would wait for the GPU.
+    """Check arguments of an op. Values of indices are for `check_ptr` and `check_ids`.
 
     Args:
         op: name of the op.
@@ -57,6 +63,63 @@ def check_arguments(
             raise ValueError(f"{op}: {name} must have shape {list(shape)}, got {list(x.shape)}")
         if x.device != device:
             raise ValueError(f"{op}: {name} must be on {device}, got {x.device}")
+        if max(x.shape[1:], default=0) > MOST_COLUMNS:
+            raise ValueError(f"{op}: {name} must have at most {MOST_COLUMNS} columns, got shape {list(x.shape)}")
+        check_storage(op, name, x)
+
+
+def check_rows(op: str, name: str, x: Tensor, axes: int) -> int:
+    """Return how many rows an argument has.
+
+    Raises:
+        ValueError: if it has another number of axes.
+    """
+    if x.ndim != axes:
+        raise ValueError(f"{op}: {name} must have {axes} axes, got shape {list(x.shape)}")
+    return x.shape[0]
+
+
+def check_ptr(op: str, name: str, ptr: Tensor, num_edges: int) -> None:
+    """Check, in the interpreter, that CSR pointers rise from zero to the number of edges.
+
+    On a GPU no values are looked at, as that would wait for it.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    if not ptr.is_cuda and (ptr[0] != 0 or ptr[-1] != num_edges or (ptr.diff() < 0).any()):
+        raise ValueError(f"{op}: {name} must rise from 0 to {num_edges}")
+
+
+def check_ids(op: str, name: str, ids: Tensor, limit: int) -> None:
+    """Check, in the interpreter, that indices are in 0..limit - 1.
+
+    Raises:
+        ValueError: if one is not.
+    """
+    if not ids.is_cuda and ids.numel() and not (ids.min() >= 0 and ids.max() < limit):
+        raise ValueError(f"{op}: {name} must be in 0..{limit - 1}, got {ids.min()} to {ids.max()}")
+
+
+def check_swap(op: str, swap: Tensor) -> None:
+    """Check, in the interpreter, that the counter-edges of counter-edges are the edges themselves.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    check_ids(op, "swap", swap, len(swap))
+    if not swap.is_cuda and not torch.equal(swap[swap], torch.arange(len(swap))):
+        raise ValueError(f"{op}: swap must undo itself: swap[swap[e]] = e")
+
+
+def check_directions(op: str, names: Sequence[str], along: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+    """Check the directions of a second backward, which are like the inputs.
+
+    Raises:
+        ValueError: if one is not.
+    """
+    for name, u, x in zip(names, along, inputs, strict=True):
+        check_arguments(op, x.device, **{f"u_{name}": (u, (x.dtype,), tuple(x.shape))})
 
 
 def sums_dtype(x: Tensor) -> torch.dtype:

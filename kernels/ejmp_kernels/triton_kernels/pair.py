@@ -74,19 +74,18 @@ def _backward_kernel(
 def _prepare(op: str, *tensors: Tensor) -> tuple[list[Tensor], dict]:
     """Check the arguments; return them contiguous, and the options and settings of a launch."""
     h, radial, ptr, source = tensors
-    if h.ndim != 2 or radial.ndim != 2:
-        raise ValueError(
-            f"{op}: h must have shape [N, C] and radial [E, R], got {list(h.shape)} and {list(radial.shape)}"
-        )
+    num_atoms, num_edges = launch.check_rows(op, "h", h, 2), launch.check_rows(op, "radial", radial, 2)
     integers = (torch.int64,)
     launch.check_arguments(
         op,
         h.device,
         h=(h, launch.REAL, tuple(h.shape)),
         radial=(radial, (launch.sums_dtype(h),), tuple(radial.shape)),
-        ptr=(ptr, integers, (h.shape[0] + 1,)),
-        source=(source, integers, (radial.shape[0],)),
+        ptr=(ptr, integers, (num_atoms + 1,)),
+        source=(source, integers, (num_edges,)),
     )
+    launch.check_ptr(op, "ptr", ptr, num_edges)
+    launch.check_ids(op, "source", source, num_atoms)
     options = launch.config(op, h) | {"ACC": launch.accumulator(h), "DOT": launch.dot_precision(h)}
     options["BLOCK_R"] = min(options["BLOCK_R"], launch.power_of_2(radial.shape[1], 16))
     options["BLOCK_C"] = min(options["BLOCK_C"], launch.power_of_2(h.shape[1], 16))

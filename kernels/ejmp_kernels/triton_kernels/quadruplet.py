@@ -12,6 +12,7 @@ of values, K = max_degree; the other arrays once.
 With DOUBLE a kernel also gives the derivative along directions of its inputs (suffix _u), by the product rule.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,10 +210,10 @@ def prepare(*arguments: Any) -> Problem:
     """
     *tensors, eps, max_degree = arguments
     x, f, weight, v, v_middle, ptr, source, image, m_ptr, m_source, m_image = tensors
-    if x.ndim != 2 or f.ndim != 3 or weight.ndim != 3:
-        axes = f"{x.ndim}, {f.ndim} and {weight.ndim} axes"
-        raise ValueError(f"quadruplet: expected x [E, C], filter [Q, S, C], weight [E, A, S^2], got {axes}")
-    num_edges, num_middle, num_atoms = source.shape[0], m_source.shape[0], max(ptr.numel() - 1, 0)
+    axes = {"x": (x, 2), "filter": (f, 3), "weight": (weight, 3), "ptr": (ptr, 1)}
+    axes |= {"source": (source, 1), "middle_source": (m_source, 1)}
+    rows = {name: launch.check_rows("quadruplet", name, *pair) for name, pair in axes.items()}
+    num_edges, num_middle, num_atoms = rows["source"], rows["middle_source"], max(rows["ptr"] - 1, 0)
     channels, embedding, spherical = x.shape[1], weight.shape[1], f.shape[1]
     real, ids = (launch.sums_dtype(x),), (torch.int64,)
     launch.check_arguments(
@@ -230,6 +231,18 @@ def prepare(*arguments: Any) -> Problem:
         middle_source=(m_source, ids, (num_middle,)),
         middle_image=(m_image, ids, (num_middle,)),
     )
+    for side, p, ends in (("", ptr, source), ("middle_", m_ptr, m_source)):
+        launch.check_ptr("quadruplet", f"{side}ptr", p, ends.shape[0])
+        launch.check_ids("quadruplet", f"{side}source", ends, num_atoms)
+    if not 0 < spherical <= launch.MOST_SPHERICAL:
+        raise ValueError(
+            f"quadruplet: filter must have 1..{launch.MOST_SPHERICAL} spherical functions, got {spherical}"
+        )
+    if not 0 < eps < math.inf:
+        raise ValueError(f"quadruplet: eps must be positive, got {eps}")
+    longest = 0 if ptr.is_cuda or not num_atoms else int(ptr.diff().max())
+    if max_degree < longest:
+        raise ValueError(f"quadruplet: max_degree must be {longest}, the most edges into one atom, got {max_degree}")
     options = {
         "C": channels, "CP": launch.power_of_2(channels, 16),
         "A": embedding, "AP": launch.power_of_2(embedding, 16),
@@ -237,4 +250,4 @@ def prepare(*arguments: Any) -> Problem:
         "EPS": eps, "ACC": launch.accumulator(x), "DOT": launch.dot_precision(x),
     }  # fmt: skip
     tensors = [t.contiguous() for t in tensors]
-    return Problem(tensors[:5], tensors[5:], options, max_degree)
+    return Problem(tensors[:5], tensors[5:], options, min(max_degree, num_edges))

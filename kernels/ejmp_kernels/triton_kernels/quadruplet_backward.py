@@ -270,8 +270,9 @@ def quadruplet_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 )
 def quadruplet_double(*arguments: Any) -> tuple[Tensor, ...]:
     """Return the gradients of grad, x, filter, weight, v, v_middle of the sum of u to_(x, ..., v_middle)."""
-    along, grad = [u.contiguous() for u in arguments[:5]], arguments[5]
-    problem = prepare(*arguments[6:])
+    problem, grad = prepare(*arguments[6:]), arguments[5]
+    launch.check_directions("quadruplet", ("x", "filter", "weight", "v", "v_middle"), arguments[:5], problem.inputs)
+    along = [u.contiguous() for u in arguments[:5]]
     values = problem.values(along)
     sums, sums_u = problem.sums(values, along)
     grad_rows, weight, weight_u = _rows_of(grad, problem), problem.inputs[2], along[2]

@@ -6,11 +6,16 @@ sums over edges: SPLIT programs per block each take every SPLIT-th tile of edges
 [SPLIT, R, J] in a fixed order. Reads distance [E] and weight, writes 4 E J bytes in float32. See `ejmp_kernels.radial`.
 """
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ejmp_kernels.triton_kernels import launch
+
+MOST_EXPONENT = 64
+"""Largest exponent of the envelope; each is a kernel of its own."""
 
 
 @triton.jit
@@ -80,8 +85,7 @@ def _transposed_kernel(
 
 def _check_basis(op: str, rows_of: str, *arguments: Tensor, cutoff: float, exponent: int, order: int) -> None:
     distance, offset, temps, x = arguments
-    if x.ndim != 2:
-        raise ValueError(f"{op}: {rows_of} must have 2 axes, got {x.ndim}")
+    launch.check_rows(op, rows_of, x, 2)
     real, num_edges, num_radial = (launch.sums_dtype(x),), distance.numel(), offset.numel()
     rows = num_radial if rows_of == "weight" else num_edges
     launch.check_arguments(
@@ -93,9 +97,11 @@ def _check_basis(op: str, rows_of: str, *arguments: Tensor, cutoff: float, expon
         temps=(temps, real, (num_radial,)),
     )
     if order not in (0, 1, 2):
-        raise ValueError(f"{op}: only derivatives up to the second are there, got order {order}")
-    if exponent < 2 or cutoff <= 0:
-        raise ValueError(f"{op}: exponent must be 2 or more and cutoff positive, got {exponent} and {cutoff}")
+        raise ValueError(f"{op}: order must be 0, 1 or 2, got {order}")
+    if not 2 <= exponent <= MOST_EXPONENT:
+        raise ValueError(f"{op}: exponent must be in 2..{MOST_EXPONENT}, got {exponent}")
+    if not 0 < cutoff < math.inf:
+        raise ValueError(f"{op}: cutoff must be positive, got {cutoff}")
 
 
 def _options(op: str, x: Tensor, num_radial: int) -> dict:

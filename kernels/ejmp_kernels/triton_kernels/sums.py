@@ -65,20 +65,26 @@ def _sum(x: Tensor, factor: Tensor | None, order: Tensor | None, ptr: Tensor) ->
     return out
 
 
-def _check_rows(op: str, name: str, x: Tensor, ptr: Tensor, **ids: Tensor | None) -> None:
-    """Check rows of edges, CSR pointers, and ids of edges."""
-    if x.ndim != 2:
-        raise ValueError(f"{op}: {name} must have shape [E, M], got {list(x.shape)}")
-    integers, size = (torch.int64,), (max(ptr.numel(), 1),)
-    launch.check_arguments(op, x.device, **{name: (x, launch.REAL, tuple(x.shape))}, ptr=(ptr, integers, size))
-    given = {name: (i, integers, (x.shape[0],)) for name, i in ids.items() if i is not None}
-    launch.check_arguments(op, x.device, **given)
+def _check_rows(op: str, name: str, x: Tensor, ptr: Tensor, order: Tensor | None = None) -> None:
+    """Check rows of edges, CSR pointers, and an order of the rows."""
+    num_edges, num_ptr = launch.check_rows(op, name, x, 2), launch.check_rows(op, "ptr", ptr, 1)
+    integers = (torch.int64,)
+    if num_ptr == 0:
+        raise ValueError(f"{op}: ptr must be [N + 1], got an empty one")
+    launch.check_arguments(op, x.device, **{name: (x, launch.REAL, tuple(x.shape))}, ptr=(ptr, integers, (num_ptr,)))
+    launch.check_ptr(op, "ptr", ptr, num_edges)
+    if order is None:
+        return
+    launch.check_arguments(op, x.device, order=(order, integers, (num_edges,)))
+    launch.check_ids(op, "order", order, num_edges)
+    if not order.is_cuda and len(order.unique()) != num_edges:
+        raise ValueError(f"{op}: order must name every row once")
 
 
 @launch.define("edge_sum(Tensor x, Tensor? order, Tensor ptr) -> Tensor")
 def edge_sum(x: Tensor, order: Tensor | None, ptr: Tensor) -> Tensor:
     """Sum rows order[e] of x over the places e of each atom, [E, M] -> [N, M]."""
-    _check_rows("edge_sum", "x", x, ptr, order=order)
+    _check_rows("edge_sum", "x", x, ptr, order)
     return _sum(x, None, order, ptr)
 
 

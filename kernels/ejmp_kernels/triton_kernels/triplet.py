@@ -262,7 +262,10 @@ def _gradients(along: tuple[Tensor, ...] | None, grad: Tensor, arguments: tuple)
     tensors, options, num_atoms = _prepare(*arguments)
     inputs, edges = tensors[:4], tensors[4:]
     rows = num_atoms if options["TO_ATOMS"] else inputs[1].shape[0]
-    launch.check_arguments("triplet", grad.device, grad=(grad, (inputs[0].dtype,), (rows, options["A"] * options["C"])))
+    x, shape = inputs[0], (rows, options["A"] * options["C"])
+    launch.check_arguments("triplet", x.device, grad=(grad, (x.dtype,), shape))
+    if along is not None:
+        launch.check_directions("triplet", ("x", "weight", "v_out", "v_in"), along, inputs)
     grad, options["DOUBLE"] = grad.contiguous(), along is not None
     directions = [u.contiguous() for u in along] if along is not None else inputs
     read = [*directions, grad, *inputs, *edges]
@@ -278,11 +281,10 @@ def _prepare(*arguments: Any) -> tuple[list[Tensor], dict, int]:
     """Check the arguments; return them contiguous, the options of all kernels, and the number of atoms."""
     *tensors, to_atoms = arguments
     x, weight, v_out, v_in, out_ptr, out_source, out_image, in_ptr, in_source, in_image = tensors
-    num_out, num_in, num_atoms = out_source.shape[0], in_source.shape[0], max(out_ptr.numel() - 1, 0)
-    if x.ndim != 2 or weight.ndim != 3:
-        raise ValueError(
-            f"triplet: x must have shape [E_in, C] and weight [E_out, A, S], got {x.ndim} and {weight.ndim} axes"
-        )
+    axes = {"x": (x, 2), "weight": (weight, 3), "out_ptr": (out_ptr, 1)}
+    axes |= {"out_source": (out_source, 1), "in_source": (in_source, 1)}
+    rows = {name: launch.check_rows("triplet", name, *pair) for name, pair in axes.items()}
+    num_out, num_in, num_atoms = rows["out_source"], rows["in_source"], max(rows["out_ptr"] - 1, 0)
     real, ids = (launch.sums_dtype(x),), (torch.int64,)
     launch.check_arguments(
         "triplet",
@@ -293,11 +295,18 @@ def _prepare(*arguments: Any) -> tuple[list[Tensor], dict, int]:
         v_in=(v_in, real, (num_in, 3)),
         out_ptr=(out_ptr, ids, (num_atoms + 1,)),
         in_ptr=(in_ptr, ids, (num_atoms + 1,)),
-        source=(out_source, ids, (num_out,)),
-        image=(out_image, ids, (num_out,)),
+        out_source=(out_source, ids, (num_out,)),
+        out_image=(out_image, ids, (num_out,)),
         in_source=(in_source, ids, (num_in,)),
         in_image=(in_image, ids, (num_in,)),
     )
+    for side, ptr, source in (("out", out_ptr, out_source), ("in", in_ptr, in_source)):
+        launch.check_ptr("triplet", f"{side}_ptr", ptr, source.shape[0])
+        launch.check_ids("triplet", f"{side}_source", source, num_atoms)
+    if not 0 < weight.shape[2] <= launch.MOST_SPHERICAL:
+        raise ValueError(
+            f"triplet: weight must have 1..{launch.MOST_SPHERICAL} spherical functions, got {weight.shape[2]}"
+        )
     channels, (embedding, spherical) = x.shape[1], weight.shape[1:]
     options = {
         "C": channels, "CP": launch.power_of_2(channels, 16),
