@@ -36,6 +36,7 @@ ORDER = (
     ("pyg", "torchsim", "export"),
     "train",
     "measure",
+    "track",
     "study",
     "cli",
 )
