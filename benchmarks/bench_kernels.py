@@ -1,6 +1,7 @@
 """Every native op beside its plain-torch specification, by turns in one run, against the machine's ceilings.
 
-    pytest benchmarks/bench_kernels.py --full --benchmark-only [--structures PATH] [--select GLOB] [--benchmark-json FILE]
+    pytest benchmarks/bench_kernels.py --full --benchmark-only [--structures PATH] [--select GLOB]
+        [--benchmark-json FILE]
 
 Sizes are JMP-L's. `speedup` is the median over rounds of reference time / native time, for the same inputs. The
 reference model makes its tables of neighbours and spherical functions once for all blocks; `speedup_over_shared` is

@@ -140,9 +140,9 @@ def prepare(name: str, folder: Path, repository: Path, report: Report) -> Side:
         RuntimeError: if an environment that the side needs cannot be made.
     """
     if (Path(name) / "pyproject.toml").is_file():
-        commit, dirty = _copy(Path(name), folder)
+        commit, dirty = copy_checkout(Path(name), folder)
     else:
-        commit, dirty = _check_out(name, folder, repository), False
+        commit, dirty = check_out(name, folder, repository), False
     python = sys.executable
     if requirements(folder) != requirements(repository):
         python = _environment(requirements(folder), name, report)
@@ -154,7 +154,7 @@ def _git(repository: Path, *words: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(["git", "-C", str(repository), *words], capture_output=True, check=False)  # noqa: S603, S607
 
 
-def _check_out(name: str, folder: Path, repository: Path) -> str:
+def check_out(name: str, folder: Path, repository: Path) -> str:
     """Write the files of a commit into a folder, without a trace in the repository, and return its hash."""
     found = _git(repository, "rev-parse", "--verify", "--end-of-options", f"{name}^{{commit}}")
     if found.returncode:
@@ -168,7 +168,7 @@ def _check_out(name: str, folder: Path, repository: Path) -> str:
     return commit
 
 
-def _copy(source: Path, folder: Path) -> tuple[str, bool]:
+def copy_checkout(source: Path, folder: Path) -> tuple[str, bool]:
     """Copy a checkout's files, but not what git ignores; return its commit and whether files differ from it."""
     listed = _git(source, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
     if listed.returncode:
