@@ -19,6 +19,7 @@ HEAVY = {
     "mpi4py",
     "matplotlib",
     "pooch",
+    "ruptures",
     "rich",
     "safetensors",
     "scipy",

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import ejmp
-from ejmp.track import exact, verdict
+from ejmp.track import exact
+from ejmp.track import verdict as rules
 from ejmp.track.machine import describe, machine_key
 from ejmp.track.pairs import ROUNDS, Sample, Setting, WorkerError, measure, pair
 from ejmp.track.schema import VERSION
@@ -85,7 +86,7 @@ class Row:
     samples: list[Sample] = field(default_factory=list)
     again: list[Sample] = field(default_factory=list)
     """Fresh pairs of a benchmark that was SLOW."""
-    verdict: verdict.Verdict = "UNSURE"
+    verdict: rules.Verdict = "UNSURE"
     note: str = ""
 
     def ratios(self) -> list[float]:
@@ -97,7 +98,7 @@ class Row:
         found: dict[str, Any] = {"name": self.name, "verdict": self.verdict, "control": self.control}
         found |= {"unstable": self.unstable, "tolerance": math.expm1(self.limit), "note": self.note}
         if len(self.samples) > 1:
-            bounds = verdict.interval(self.ratios(), verdict.level_of_look(len(self.samples)))
+            bounds = rules.interval(self.ratios(), rules.level_of_look(len(self.samples)))
             found |= {"ratio": math.exp(bounds.mean), "lower": math.exp(bounds.lower), "upper": math.exp(bounds.upper)}
             found["base_ms"] = 1e3 * statistics.median(s.base_seconds for s in self.samples)
             found["head_ms"] = 1e3 * statistics.median(s.head_seconds for s in self.samples)
@@ -171,7 +172,7 @@ class _Comparison:
         except WorkerError as error:
             self.broken.append(str(error))
         verdicts = {} if self.request.exact_only else {name: row.verdict for name, row in self.rows.items()}
-        found = verdict.outcome(
+        found = rules.outcome(
             verdicts,
             controls=[name for name, row in self.rows.items() if row.control],
             unstable=[name for name, row in self.rows.items() if row.unstable],
@@ -186,7 +187,7 @@ class _Comparison:
             "machine": machine,
             "key": machine_key(machine),
             "outcome": found,
-            "status": verdict.STATUS[found],
+            "status": rules.STATUS[found],
             "broken": self.broken,
             "new": self.new,
             "gone": self.gone,
@@ -249,8 +250,8 @@ class _Comparison:
         """Add pairs until every benchmark is decided or the budget is used up; repeat what is SLOW."""
         family, going = len(self.rows), list(self.rows)
         key = machine_key(describe(self.request.device, cores=self.request.cores))
-        for pairs in verdict.LOOKS:
-            if pairs > verdict.LOOKS[0] and self._passed() > self.request.budget_seconds:
+        for pairs in rules.LOOKS:
+            if pairs > rules.LOOKS[0] and self._passed() > self.request.budget_seconds:
                 self.report("the budget is used up")
                 break
             while len(self.rows[going[0]].samples) < pairs:
@@ -259,7 +260,7 @@ class _Comparison:
             for name in going:
                 self._set_limit(self.rows[name], key)
             limits = {name: self.rows[name].limit for name in going}
-            found = verdict.look({name: self.rows[name].ratios() for name in going}, limits, family)
+            found = rules.look({name: self.rows[name].ratios() for name in going}, limits, family)
             for name, value in found.items():
                 self.rows[name].verdict = value
             going = [name for name, value in found.items() if value == "UNSURE"]
@@ -271,9 +272,9 @@ class _Comparison:
     def _set_limit(self, row: Row, key: str) -> None:
         seconds = statistics.median(sample.base_seconds for sample in row.samples)
         spread = self.tolerances.spread(key, row.name)
-        share = verdict.TOLERANCE if spread is None else verdict.tolerance_of(spread)
-        row.limit = verdict.tolerance_log(share, seconds)
-        row.unstable = spread is not None and verdict.is_unstable(spread)
+        share = rules.TOLERANCE if spread is None else rules.tolerance_of(spread)
+        row.limit = rules.tolerance_log(share, seconds)
+        row.unstable = spread is not None and rules.is_unstable(spread)
 
     def _repeat(self) -> None:
         """Let benchmarks stay SLOW only if fresh pairs say it again."""
@@ -281,11 +282,11 @@ class _Comparison:
         if not slow:
             return
         self.report(f"slow, and measured again: {', '.join(slow)}")
-        for _ in range(verdict.LOOKS[0]):
+        for _ in range(rules.LOOKS[0]):
             for name, sample in self._more(slow).items():
                 self.rows[name].again.append(sample)
         again = {name: [sample.log_ratio for sample in self.rows[name].again] for name in slow}
-        kept = verdict.confirmed(again, {name: self.rows[name].limit for name in slow})
+        kept = rules.confirmed(again, {name: self.rows[name].limit for name in slow})
         for name in slow:
             if name not in kept:
                 self.rows[name].verdict, self.rows[name].note = "UNSURE", "was slow, but not again in fresh pairs"

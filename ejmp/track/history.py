@@ -2,7 +2,8 @@
 
 The folder can be a branch's work tree or an artefact. Numbers of two machines are in two folders and never meet. A
 trend follows the time of a call over that of a matrix product in the same minutes, so that a machine that is slower on
-one day does not look like a change; change points are found by Apache Otava (Fleming et al., Hunter, ICPE 2023).
+one day does not look like a change. Change points are found by ruptures (PELT: Killick et al., J. Am. Stat. Assoc.
+107, 1590 (2012)), with a penalty from the noise between neighbouring records.
 """
 
 import fcntl
@@ -14,7 +15,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ejmp.track.schema import Reading, Record, read_lines
 
@@ -22,8 +22,14 @@ LEAST_CHANGE = 0.05
 """Changes of the mean smaller than this share are not reported."""
 LARGEST_P = 0.001
 """Largest p-value of a change point."""
-LEAST_POINTS = 6
+LEAST_SEGMENT = 3
+"""Records that a segment of a trend has at least."""
+LEAST_POINTS = 2 * LEAST_SEGMENT
 """A trend with fewer records is not searched."""
+PENALTY = 3.0
+"""What a further segment costs, in units of the noise's variance and of the logarithm of the number of records."""
+LEAST_NOISE = 0.005
+"""Standard deviation of neighbouring records that is assumed at least, as a share of the time."""
 
 
 def add(folder: Path, records: Iterable[Record]) -> dict[Path, int]:
@@ -138,30 +144,37 @@ class Change:
 
 
 def changes(series: Series) -> list[Change]:
-    """Return the places where a series changes by `LEAST_CHANGE` or more.
+    """Return the places where the mean of a series changes by `LEAST_CHANGE` or more.
 
     Raises:
-        ModuleNotFoundError: if Apache Otava is not installed.
+        ModuleNotFoundError: if ruptures is not installed.
     """
+    from scipy.stats import ttest_ind  # noqa: PLC0415
+
     values = series.values
     if len(values) < LEAST_POINTS:
         return []
-    found = [
-        Change(
-            series=series,
-            index=int(point.index),
-            ratio=math.exp(float(point.stats.mean_2) - float(point.stats.mean_1)),
-            p_value=float(point.stats.pvalue),
-        )
-        for point in _change_points(values)
-    ]
-    return [change for change in found if abs(math.log(change.ratio)) >= math.log1p(LEAST_CHANGE)]
+    found = []
+    ends = [0, *_ends_of_segments(values)]
+    for start, index, end in zip(ends, ends[1:], ends[2:], strict=False):
+        before, after = values[start:index], values[index:end]
+        step = math.fsum(after) / len(after) - math.fsum(before) / len(before)
+        p_value = float(ttest_ind(before, after, equal_var=False).pvalue)
+        if abs(step) >= math.log1p(LEAST_CHANGE) and p_value <= LARGEST_P:
+            found.append(Change(series=series, index=index, ratio=math.exp(step), p_value=p_value))
+    return found
 
 
-def _change_points(values: Sequence[float]) -> Sequence[Any]:
+def _ends_of_segments(values: Sequence[float]) -> list[int]:
+    """Return where segments of constant mean end; the last one ends with the values."""
+    import numpy as np  # noqa: PLC0415
+
     try:
-        analysis = importlib.import_module("otava.analysis")
+        ruptures = importlib.import_module("ruptures")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{error}; pip install ejmp[history] brings it", name=error.name) from error
-    points, _weak = analysis.compute_change_points(list(values), max_pvalue=LARGEST_P)
-    return points
+    # the median of differences is not moved by a step: 0.954 is that of |x - y| for normal numbers of deviation 1
+    noise = float(np.median(np.abs(np.diff(values)))) / 0.954
+    penalty = PENALTY * max(noise, LEAST_NOISE) ** 2 * math.log(len(values))
+    search = ruptures.Pelt(model="l2", min_size=LEAST_SEGMENT, jump=1).fit(np.asarray(values))
+    return [int(end) for end in search.predict(pen=penalty)]

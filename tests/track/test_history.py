@@ -18,10 +18,11 @@ from ejmp.track.page import write_page
 WRITER = """
 import sys
 from pathlib import Path
-from support.track_cases import record
 from ejmp.track import history
+from ejmp.track.schema import Record
+about = {"suite": "quick", "name": "pair/forward", "machine": {"cpu": "x"}, "date": "2026"}
 for i in range(100):
-    history.add(Path(sys.argv[1]), [record(commit=f"{sys.argv[2]}-{i}", seconds=(1e-3,) * 200)])
+    history.add(Path(sys.argv[1]), [Record(commit=f"{sys.argv[2]}-{i}", seconds=(1e-3,) * 200, **about)])
 """
 
 
@@ -86,7 +87,7 @@ def test_a_slow_day_of_the_machine_is_no_change(tmp_path):
 
 
 def test_changes_are_found_where_they_were_made(tmp_path):
-    pytest.importorskip("otava")
+    pytest.importorskip("ruptures")
     noise = np.random.default_rng(0).normal(0, 0.01, 30)
     factors = [math.exp(x + (math.log(1.2) if i >= 18 else 0)) for i, x in enumerate(noise)]
     (change,) = history.changes(series(tmp_path / "a", trend(factors)))
@@ -98,7 +99,7 @@ def test_changes_are_found_where_they_were_made(tmp_path):
 
 
 def test_check_exits_1_if_the_newest_is_slower(tmp_path, capsys):
-    pytest.importorskip("otava")
+    pytest.importorskip("ruptures")
     steps = [1.0, 1.01, 0.99, 1.0, 1.01, 0.99, 1.0, 1.01]
     history.add(tmp_path, trend([*steps, *(1.3 * s for s in steps)]))
     assert cli.main(["bench", "history", "check", "--folder", str(tmp_path)]) == 1

@@ -66,6 +66,7 @@ def test_the_extension_is_built_once(repository, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     place = repository / "kernels" / "ejmp_kernels"
     place.mkdir(parents=True)
+    (place / "__init__.py").touch()
     (repository / "csrc").mkdir()
     (repository / "csrc" / "x.h").write_text("1\n")
     build = (
