@@ -230,7 +230,7 @@ def extension_key(root: Path, torch_version: str) -> str:
 
 def _build(root: Path, python: str, name: str, report: Report) -> str | None:
     """Put the C++ extension of a side beside its kernels, from the cache if it was built before; or say why not."""
-    asked = [python, "-c", "import torch; print(torch.__version__)"]
+    asked = [python, "-c", "import importlib.metadata as m; print(m.version('torch'))"]
     version = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
     kept = cache_root() / "extensions" / extension_key(root, version) / "_C.so"
     place = root / "kernels" / "ejmp_kernels" / kept.name

@@ -1,9 +1,8 @@
 """What the tests of tracking share: records of made-up runs, and sides that need no build."""
 
+import importlib.metadata
 import shutil
 import sys
-
-import torch
 
 from ejmp.track import side
 from ejmp.track.schema import Record
@@ -21,7 +20,7 @@ def record(name="pair/forward", *, seconds=(1e-3, 1.1e-3, 1.2e-3), commit="abc12
 def give_extension(root):
     """Put this checkout's built extension where `side` looks for that of a side with the same sources."""
     require_native()
-    kept = side.cache_root() / "extensions" / side.extension_key(root, torch.__version__) / "_C.so"
+    kept = side.cache_root() / "extensions" / side.extension_key(root, importlib.metadata.version("torch")) / "_C.so"
     kept.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy2(ROOT / "kernels" / "ejmp_kernels" / "_C.so", kept)
 
