@@ -171,7 +171,9 @@ class _Comparison:
                 self._time()
         except WorkerError as error:
             self.broken.append(str(error))
-        verdicts = {} if self.request.exact_only else {name: row.verdict for name, row in self.rows.items()}
+        verdicts: dict[str, rules.Verdict] = {}
+        if not self.request.exact_only:
+            verdicts |= {name: row.verdict for name, row in self.rows.items()}
         found = rules.outcome(
             verdicts,
             controls=[name for name, row in self.rows.items() if row.control],

@@ -159,9 +159,9 @@ def changes(series: Series) -> list[Change]:
     for start, index, end in zip(ends, ends[1:], ends[2:], strict=False):
         before, after = values[start:index], values[index:end]
         step = math.fsum(after) / len(after) - math.fsum(before) / len(before)
-        p_value = float(ttest_ind(before, after, equal_var=False).pvalue)
-        if abs(step) >= math.log1p(LEAST_CHANGE) and p_value <= LARGEST_P:
-            found.append(Change(series=series, index=index, ratio=math.exp(step), p_value=p_value))
+        _statistic, p_value = ttest_ind(before, after, equal_var=False)
+        if abs(step) >= math.log1p(LEAST_CHANGE) and float(p_value) <= LARGEST_P:
+            found.append(Change(series=series, index=index, ratio=math.exp(step), p_value=float(p_value)))
     return found
 
 
