@@ -6,7 +6,6 @@ those that are SLOW 4 fresh pairs that must say so again.
 
 import contextlib
 import datetime as dt
-import fnmatch
 import math
 import statistics
 import time
@@ -204,9 +203,10 @@ class _Comparison:
     def _check(self) -> None:
         """Find the benchmarks that both sides have, check their results, and collect the facts."""
         with pair(self.base, self.head, self.setting) as (base, head):
-            there, here = base.ask("names"), head.ask("names")
-            names = [name for name in {**here, **there} if self._is_asked(name)]
-            if not names:
+            globs = [*self.request.only, "machine/product"]
+            there, here = (worker.ask("names", only=globs) for worker in (base, head))
+            names = list({**here, **there})
+            if names == ["machine/product"] and "machine/product" not in self.request.only:
                 raise ValueError(f"--only: no benchmark is named like {', '.join(self.request.only)}")
             modules = op_modules(self.setting.benchmarks)
             for name in names:
@@ -229,9 +229,6 @@ class _Comparison:
             self.broken.append(f"no benchmark runs on both sides: {self.gone or self.new}")
         if self.head.why_no_extension and not self.base.why_no_extension:
             self.broken.append(f"{self.head.name} has no extension: {self.head.why_no_extension}")
-
-    def _is_asked(self, name: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, glob) for glob in (*self.request.only, "machine/product"))
 
     def _gate(self, name: str, base: Any, head: Any, modules: dict[str, tuple[str, ...]]) -> None:
         """Take up a benchmark whose results are right on both sides."""

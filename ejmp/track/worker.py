@@ -10,6 +10,7 @@ comparison). Questions and answers are lines of JSON on stdin and stdout; the pr
 import ast
 import copy
 import dataclasses
+import fnmatch
 import gc
 import importlib
 import importlib.util
@@ -173,10 +174,15 @@ class Cases:
             self.made[name] = self.makers[name]()
         return self.made[name]
 
-    def names(self) -> dict[str, str | None]:
-        """Try to make and run every case; return why it cannot be, or None, by name; leave out what has no sense."""
+    def names(self, globs: list[str]) -> dict[str, str | None]:
+        """Try to make and run every case that is named like a glob; return why it cannot be, or None, by name.
+
+        What has no sense, such as a second derivative of a linear op, is left out.
+        """
         found: dict[str, str | None] = {}
         for name in self.makers:
+            if not any(fnmatch.fnmatchcase(name, glob) for glob in globs):
+                continue
             try:
                 self.get(name).call()
                 found[name] = None
@@ -295,7 +301,7 @@ def answer(cases: Cases, question: dict[str, Any]) -> Any:
         where = [str(Path(str(module.__file__)).resolve()) for module in (ejmp, ejmp_kernels)]
         return {"files": where, "torch": torch.__version__, "threads": torch.get_num_threads()}
     if kind == "names":
-        return cases.names()
+        return cases.names(question["only"])
     if kind == "error":
         return cases.get(name).error()
     if kind == "facts":

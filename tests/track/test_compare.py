@@ -1,6 +1,7 @@
 """Comparisons with made-up workers whose times are known: what they come to, and with how many pairs."""
 
 import contextlib
+import fnmatch
 import random
 
 import numpy as np
@@ -27,10 +28,11 @@ class Fake:
         self.state = {name: np.exp(RNG.normal(0, spread)) for name in BASE_SECONDS}
         self.asked = []
 
-    def ask(self, what, case=None, **_):
+    def ask(self, what, case=None, only=(), **_):
         self.asked.append((what, case))
         if what == "names":
-            return {name: ("there is no such op" if name in self.lacks else None) for name in BASE_SECONDS}
+            names = [name for name in BASE_SECONDS if any(fnmatch.fnmatchcase(name, glob) for glob in only)]
+            return {name: ("there is no such op" if name in self.lacks else None) for name in names}
         if what == "error":
             return 1.0 if case in self.errors else 1e-6
         if what == "facts":
@@ -186,6 +188,8 @@ def test_benchmarks_by_name(world):
     assert list(verdicts(result)) == ["machine/product", "pair/forward"]
     assert result["status"] == 0
     assert world["pairs"] == 1
+    with pytest.raises(ValueError, match="--only: no benchmark is named like nothing"):
+        run(only=("nothing",))
 
 
 def test_rounds_are_by_turns():
