@@ -4,6 +4,7 @@
 #                a conversion
 #   make slow    the tests too long for every day: all truncations and bit flips of a shard, 200 killed conversions
 #   make bench   set up .venv, then the block-count benchmark (table, results/blocks.json, results/blocks.png)
+#   make track   is this tree slower than a commit? make track BASE=main (docs/tracking.md; results/track.md)
 #   make fuzz    100,000 damaged sources for every reader (hours; nightly)
 #   make attack  1,100,000 calls of the ops with what they must not be called with, and hostile files (minutes; nightly)
 #   make sanitize the tests of ops and graphs and 1,000,000 such calls with AddressSanitizer and UndefinedBehaviorSanitizer
@@ -16,6 +17,7 @@
 # `make clean` first, to change it later.
 
 PYTHON ?= python3
+BASE ?= HEAD
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
@@ -28,7 +30,7 @@ GPU_OPTIONS = $(if $(RESULTS),--out $(RESULTS)) $(if $(BUDGET),--seconds $(BUDGE
 
 QUICK := -k "not triton" tests/model/test_golden.py tests/kernels/test_ops.py tests/train/test_engine.py tests/data/test_convert.py
 
-.PHONY: test quick slow fuzz attack sanitize bench demo gpu gpu-dry $(GPU_STEPS) lint format clean
+.PHONY: test quick slow fuzz attack sanitize bench track demo gpu gpu-dry $(GPU_STEPS) lint format clean
 # A file of tests per process, as many at a time as there are cores, with one thread each.
 test: .venv/built
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
@@ -41,6 +43,9 @@ slow: .venv/built
 
 bench: .venv/built
 	$(BIN)/ejmp bench --precision fp32 --seconds 90 --output results/blocks.json
+
+track: .venv/built
+	$(BIN)/ejmp bench compare $(BASE) . --markdown results/track.md --output results/track.json $(TRACK)
 
 fuzz: .venv/built
 	PYTHONPATH=tests $(BIN)/python -m support.fuzz_readers 100000

@@ -1,6 +1,6 @@
 """One forward pass by number of blocks. Graph building is timed on its own, below.
 
-    pytest benchmarks/ --benchmark-only [--structures PATH] [--small] [--benchmark-json FILE]
+    pytest benchmarks/ --full --benchmark-only [--structures PATH] [--small] [--benchmark-json FILE]
 
 `make bench` runs the same measurement with all block counts interleaved, which a noisy machine needs for ratios.
 """

@@ -1,6 +1,6 @@
 """Sampling 120 million structures of four datasets, the balance over ranks, and batches per second and core.
 
-    pytest benchmarks/bench_data.py --benchmark-only [--benchmark-json FILE]
+    pytest benchmarks/bench_data.py --full --benchmark-only [--benchmark-json FILE]
 
 Each benchmark first checks its result. The index of 120 million structures (two bytes of edges each) is written to a
 temporary folder, 240 MB.

@@ -1,6 +1,6 @@
 """What a distillation step costs beside its parts: a student's forward and backward, and its teacher's forward.
 
-    pytest benchmarks/bench_distill.py --benchmark-only [--benchmark-json FILE]
+    pytest benchmarks/bench_distill.py --full --benchmark-only [--benchmark-json FILE]
 
 Student and teacher share the graph. The parts and the step are timed by turns; JMP-L's widths on built-in molecules,
 or the demo model with --small.

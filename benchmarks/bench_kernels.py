@@ -1,6 +1,7 @@
 """Every native op beside its plain-torch specification, by turns in one run, against the machine's ceilings.
 
-    pytest benchmarks/bench_kernels.py --benchmark-only [--structures PATH] [--select GLOB] [--benchmark-json FILE]
+    pytest benchmarks/bench_kernels.py --full --benchmark-only [--structures PATH] [--select GLOB]
+        [--benchmark-json FILE]
 
 Sizes are JMP-L's. `speedup` is the median over rounds of reference time / native time, for the same inputs. The
 reference model makes its tables of neighbours and spherical functions once for all blocks; `speedup_over_shared` is
@@ -12,9 +13,10 @@ import dataclasses
 import functools
 import statistics
 
+import op_cases
 import pytest
 import torch
-from op_cases import CASES, TRIPLETS, model_sizes, randn
+from op_cases import CASES, TRIPLETS, LinearOpError, backward, forward, model_sizes
 from torch.utils.flop_counter import FlopCounterMode
 
 import ejmp
@@ -73,40 +75,12 @@ def on_shared_tables(op, graph, case):
     return None
 
 
-def randn_like(x):
-    return randn(*x.shape, dtype=x.dtype, device=x.device)
-
-
-def forward(function, inputs):
-    """Return a call without gradients, and nothing to keep."""
-
-    def call():
-        with torch.no_grad():
-            return [function(*inputs)]
-
-    return call
-
-
-def backward(function, inputs):
-    """Return a call of the gradients alone."""
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    out = function(*inputs)
-    grad = randn_like(out)
-    return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
-
-
 def second(function, inputs):
-    """Return a call of the gradients' gradients alone."""
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    out = function(*inputs)
-    grad = randn_like(out).requires_grad_()
-    first = torch.autograd.grad(out, inputs, grad, create_graph=True)
-    along = [randn_like(g) for g in first]
-    connected = [(g, u) for g, u in zip(first, along, strict=True) if g.requires_grad]
-    if not connected:
-        pytest.skip("the op is linear: there is no second derivative")
-    gs, us = zip(*connected, strict=True)
-    return lambda: torch.autograd.grad(gs, [grad, *inputs], us, retain_graph=True, allow_unused=True)
+    """Return a call of the gradients' gradients alone; an op without them is skipped."""
+    try:
+        return op_cases.second(function, inputs)
+    except LinearOpError as reason:
+        pytest.skip(str(reason))
 
 
 @pytest.mark.parametrize("order", [forward, backward, second], ids=lambda f: f.__name__)

@@ -1,6 +1,6 @@
 """A training step on gradient forces (every op differentiated twice), and what each precision costs in accuracy.
 
-    pytest benchmarks/bench_training.py --benchmark-only [--structures rmd17_aspirin.npz --batch 2]
+    pytest benchmarks/bench_training.py --full --benchmark-only [--structures rmd17_aspirin.npz --batch 2]
         [--scale-factors jmp_l_scale_factors.json] [--benchmark-json FILE]
 
 The step is timed on both backends by turns. Structures in rMD17's format get its settings: 7 A, 100 neighbours.

@@ -1,5 +1,9 @@
-"""Options and shared models of the benchmark suites; provenance goes into every JSON they write."""
+"""Options and shared models of the benchmark suites; provenance and a record go into every JSON they write.
 
+Without `--full` only the suite in bench_quick.py runs: every op and every number of blocks, at small sizes.
+"""
+
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -8,6 +12,13 @@ import torch
 from ejmp.measure import bench, workloads
 from ejmp.measure.rates import precisions_of
 from ejmp.provenance import provenance as describe_machine
+from ejmp.track import machine as track_machine
+from ejmp.track.schema import of_measured
+
+QUICK = "bench_quick"
+"""The suite that runs without `--full`."""
+LEFT_OUT = pytest.StashKey[int]()
+"""Number of benchmarks that were left out for want of `--full`."""
 
 
 def pytest_addoption(parser):
@@ -16,7 +27,22 @@ def pytest_addoption(parser):
     group.addoption("--select", default="*", help="files of a folder or zip archive to take")
     group.addoption("--batch", type=int, default=1, help="how many structures to read")
     group.addoption("--scale-factors", type=Path, help="fitted scale factors by module name (JSON) for bench_precision")
+    group.addoption("--full", action="store_true", help="all suites (hours), not only bench_quick.py (2 minutes)")
     group.addoption("--small", action="store_true", help="JMP-S instead of JMP-L")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("full"):
+        ours = Path(__file__).parent
+        left_out = [item for item in items if item.path.parent == ours and item.path.stem != QUICK]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+        config.stash[LEFT_OUT] = len(left_out)
+
+
+def pytest_report_collectionfinish(config):
+    count = config.stash.get(LEFT_OUT, 0)
+    return f"ejmp: {count} benchmarks at full size were left out; --full runs them" if count else []
 
 
 def machines():
@@ -52,7 +78,17 @@ def models(request):
 
 @pytest.fixture
 def provenance(benchmark, request):
-    """A benchmark's extra_info with where it runs; the benchmark adds what it measured."""
+    """A benchmark's extra_info with where it runs; the benchmark adds what it measured, and a record is made of it."""
     device = request.getfixturevalue("machine")[0] if "machine" in request.fixturenames else "cpu"
-    benchmark.extra_info.update(describe_machine(torch.device(device)))
-    return benchmark.extra_info
+    info = benchmark.extra_info
+    info.update(describe_machine(torch.device(device)))
+    yield info
+    if "record" not in info and benchmark.stats is not None:
+        with contextlib.suppress(ValueError):  # a time of 0, which some clocks give
+            info["record"] = of_measured(
+                suite=request.path.stem.removeprefix("bench_"),
+                name=request.node.name,
+                seconds=benchmark.stats.stats.data,
+                info=info,
+                machine=track_machine.describe(device),
+            ).to_dict()

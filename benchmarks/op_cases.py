@@ -24,6 +24,26 @@ from ejmp_kernels.radial import radial
 from ejmp_kernels.sums import atom_sum
 from ejmp_kernels.triplet import triplet
 
+MODULES = {
+    "edge_to_edge": ("triplet",),
+    "atom_to_edge": ("triplet",),
+    "edge_to_atom": ("triplet",),
+    "quadruplet": ("quadruplet",),
+    "pair": ("pair",),
+    "radial": ("radial",),
+    "pair_from_distances": ("pair", "radial"),
+    "atom_sum": ("sums",),
+    "gather_add": ("edge_embedding",),
+    "gather_add_atoms": ("edge_embedding",),
+    "activate": ("activation",),
+    "activate_factor": ("activation",),
+    "activate_residual": ("activation",),
+    "activate_all": ("activation",),
+    "swap_add": ("activation",),
+    "swap_add_to": ("activation",),
+    "linear": ("linear",),
+}
+"""Modules of ejmp_kernels that hold the op of each of `CASES`."""
 TRIPLETS = {
     "edge_to_edge": ("main", "main", False),
     "atom_to_edge": ("main", "atom_edges", False),
@@ -260,3 +280,51 @@ CASES: dict[str, Make] = {
     "linear": _linear,
 }
 """Functions that make the case of an op from a graph, sizes and the type of features, by name."""
+
+
+class LinearOpError(ValueError):
+    """Raised where a second derivative is asked for of an op that has none."""
+
+
+def _randn_like(x: Tensor) -> Tensor:
+    return randn(*x.shape, dtype=x.dtype, device=x.device)
+
+
+def forward(function: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[], Any]:
+    """Return a call without gradients, and nothing to keep."""
+
+    def call() -> list[Tensor]:
+        with torch.no_grad():
+            return [function(*inputs)]
+
+    return call
+
+
+def backward(function: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[], Any]:
+    """Return a call of the gradients alone."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    grad = _randn_like(out)
+    return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
+
+
+def second(function: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[], Any]:
+    """Return a call of the gradients' gradients alone.
+
+    Raises:
+        LinearOpError: if the op is linear and has none.
+    """
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    grad = _randn_like(out).requires_grad_()
+    first = torch.autograd.grad(out, inputs, grad, create_graph=True)
+    along = [_randn_like(g) for g in first]
+    connected = [(g, u) for g, u in zip(first, along, strict=True) if g.requires_grad]
+    if not connected:
+        raise LinearOpError("the op is linear: there is no second derivative")
+    gs, us = zip(*connected, strict=True)
+    return lambda: torch.autograd.grad(gs, [grad, *inputs], us, retain_graph=True, allow_unused=True)
+
+
+ORDERS = {"forward": forward, "backward": backward, "second": second}
+"""What is timed of an op: the op, its gradients, and their gradients."""

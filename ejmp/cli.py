@@ -14,6 +14,7 @@ from ejmp.export.cli import add_export
 from ejmp.measure import cli as measure
 from ejmp.predict import cli as predict
 from ejmp.study import cli as study
+from ejmp.track import cli as track
 from ejmp.train import main as training_main
 from ejmp.train.flags import COMMANDS
 
@@ -28,7 +29,9 @@ def make_parser() -> Parser:
     parser = Parser(prog="ejmp", description="JMP molecular foundation models: measure, prune, run.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    measure.add_bench(commands.add_parser("bench", help="throughput, FLOPs and memory by number of blocks"))
+    bench = commands.add_parser("bench", help="throughput, FLOPs and memory by number of blocks; compare commits")
+    measure.add_bench(bench)
+    track.add_verbs(bench)
     measure.add_profile(commands.add_parser("profile", help="FLOPs and time by module and op, and utilisation"))
     measure.add_doctor(
         commands.add_parser("doctor", help="which implementation serves which op, device and type, and why")

@@ -33,21 +33,26 @@ class Parser(argparse.ArgumentParser):
             command.add_argument(_FLAG, dest=_DEST, type=Path, metavar="FILE", help=_HELP)
 
     def commands(self) -> dict[tuple[str, ...], "Parser"]:
-        """Return the parser of each command by its words; this parser, by no words, if it has no commands."""
-        groups = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]  # noqa: SLF001
+        """Return the parser of each command by its words; this parser, by no words, if it is one without commands."""
+        groups = self._groups()
         below = [
             ((name, *words), parser)
             for group in groups
             for name, command in group.choices.items()
             for words, parser in command.commands().items()
         ]
-        return dict(below) if groups else {(): self}
+        return dict(below) if any(group.required for group in groups) else {(): self, **dict(below)}
+
+    def _groups(self) -> list[Any]:
+        return [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]  # noqa: SLF001
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Parse arguments as argparse does, with what a `--config` among them says as the defaults."""
         if not any(action.dest == _DEST for action in self._actions):
             return super().parse_known_args(args, namespace)
         args = sys.argv[1:] if args is None else args
+        if args and any(args[0] in group.choices for group in self._groups()):  # a command below, which has its own
+            return super().parse_known_args(args, namespace)
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         finder.add_argument(_FLAG, dest=_DEST, type=Path)
         try:
@@ -69,7 +74,7 @@ class Parser(argparse.ArgumentParser):
         return {
             _name(action): action
             for action in self._actions
-            if action.help != argparse.SUPPRESS and action.dest not in ("help", _DEST)
+            if action.help != argparse.SUPPRESS and action.dest not in ("help", _DEST) and action not in self._groups()
         }
 
     def _take(self, values: dict[str, Any], args: Sequence[str]) -> None:
@@ -112,7 +117,7 @@ class Parser(argparse.ArgumentParser):
             ValueError: if there is no such command.
         """
         commands = self.commands()
-        command = next((verb for verb in commands if tuple(words[: len(verb)]) == verb), None)
+        command = max((verb for verb in commands if tuple(words[: len(verb)]) == verb), key=len, default=None)
         if command is None:
             near = difflib.get_close_matches(" ".join(words[:2]), [" ".join(verb) for verb in commands], 1)
             known = f"is it {near[0]!r}?" if near else f"expected one of {', '.join(' '.join(v) for v in commands)}"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from ase.build import molecule
 from support.inputs import environment
+from support.track_cases import give_extension, record
 
 import ejmp
 from ejmp import cli
@@ -33,7 +34,8 @@ STARTED = set()
 def ejmp_command(*arguments, status=0):
     """Run `ejmp ARGUMENTS` in a process of its own that ends with a status, and return what it printed."""
     words = [str(argument) for argument in arguments]
-    STARTED.add(" ".join(words[: 2 if words[0] in ("config", "data") else 1]))
+    depth = {"config": 2, "data": 2, "bench": 3 if words[1:2] == ["history"] else 2 if words[1:2] == ["compare"] else 1}
+    STARTED.add(" ".join(words[: depth.get(words[0], 1)]))
     variables = environment(DS_ACCELERATOR="cpu")
     done = subprocess.run(["ejmp", *words], capture_output=True, text=True, timeout=300, env=variables, check=False)  # noqa: S607
     assert done.returncode == status, done.stderr[-3000:]
@@ -114,6 +116,30 @@ def test_bench_and_report(folder, tmp_path):
     assert "| precision | blocks |" in shown
     assert shown.splitlines()[0] in printed
     assert (tmp_path / "again.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_compare_and_history(tmp_path, monkeypatch):
+    """This checkout against itself, without timing; a history of one record and its page."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    give_extension(ROOT)
+    result, history = tmp_path / "track.json", ("--folder", tmp_path / "history")
+    asked = ("bench", "compare", ROOT, ROOT, "--only", "pair/*", "--exact-only", "--output", result)
+    assert "4 benchmarks are right; nothing was timed" in ejmp_command(*asked)
+    assert json.loads(result.read_text())["status"] == 0
+    line = tmp_path / "lines.jsonl"
+    line.write_text(json.dumps(record().to_dict()) + "\n{\n")
+    assert "1 records of" in ejmp_command("bench", "history", "add", line, *history)
+    assert "pair/forward" in ejmp_command("bench", "history", "show", *history)
+    assert "1 with fewer than 6 records" in ejmp_command("bench", "history", "check", *history)
+    ejmp_command("bench", "history", "report", *history, "--output", tmp_path / "page.html")
+    assert "pair/forward" in (tmp_path / "page.html").read_text()
+
+
+def test_bench_bisect(capsys):
+    """There is nothing between a commit and itself; searches are tested in tests/track."""
+    STARTED.add("bench bisect")
+    assert cli.main(["bench", "bisect", "pair/forward", "HEAD", "HEAD"]) == 2
+    assert "ejmp bench: HEAD..HEAD: expected commits in between, got none" in capsys.readouterr().err
 
 
 def test_profile_and_report(folder, tmp_path, capsys):
@@ -322,12 +348,13 @@ def test_reproduce(tmp_path):
 
 
 def verbs(parser):
-    """Yield the verbs of a parser, and those of `data` with their own."""
+    """Yield the verbs of a parser, and those below them with the words before."""
     for action in parser._subparsers._group_actions:
         for name, sub in action.choices.items():
-            if sub._subparsers is None:
+            below = sub._subparsers._group_actions[0] if sub._subparsers else None
+            if below is None or not below.required:
                 yield name
-            else:
+            if below is not None:
                 yield from (f"{name} {verb}" for verb in verbs(sub))
 
 

@@ -18,7 +18,7 @@ from ejmp.train.flags import COMMANDS
 def parsers(parser, words=()):
     """Yield the words of every verb, and its parser."""
     groups = parser._subparsers._group_actions if parser._subparsers else ()
-    if not groups:
+    if not any(group.required for group in groups):
         yield words, parser
     for action in groups:
         for name, sub in action.choices.items():

@@ -19,6 +19,7 @@ HEAVY = {
     "mpi4py",
     "matplotlib",
     "pooch",
+    "ruptures",
     "rich",
     "safetensors",
     "scipy",
@@ -37,6 +38,7 @@ ORDER = (
     ("pyg", "torchsim", "export"),
     "train",
     "measure",
+    "track",
     "study",
     "cli",
 )

@@ -110,6 +110,9 @@ def started(words):
         if word == "ejmp" and after and re.fullmatch(r"[a-z]+", after[0]):
             if after[0] == "data" and len(after) > 1:
                 yield from ((("ejmp", "data", verb), after[2:]) for verb in after[1].split("|"))
+            elif after[0] == "bench" and len(after) > 1 and after[1] in ("compare", "bisect", "history"):
+                depth = 3 if after[1] == "history" else 2
+                yield ("ejmp", *after[:depth]), after[depth:]
             elif after[0] != "data":
                 yield ("ejmp", after[0]), after[1:]
         elif re.fullmatch(r"launch/\w+\.py", word) or (word.endswith(".py") and words[i - 1] == "python"):

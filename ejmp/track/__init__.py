@@ -1,0 +1,1 @@
+"""Keeping track of speed: two commits compared without crying wolf, exact gates, and the history of a machine."""
