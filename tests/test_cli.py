@@ -130,7 +130,7 @@ def test_bench_compare_and_history(tmp_path, monkeypatch):
     line.write_text(json.dumps(record().to_dict()) + "\n{\n")
     assert "1 records of" in ejmp_command("bench", "history", "add", line, *history)
     assert "pair/forward" in ejmp_command("bench", "history", "show", *history)
-    assert "1 with fewer than 6 records" in ejmp_command("bench", "history", "check", *history)
+    assert "of which 1 have fewer than 6 records" in ejmp_command("bench", "history", "check", *history)
     ejmp_command("bench", "history", "report", *history, "--output", tmp_path / "page.html")
     assert "pair/forward" in (tmp_path / "page.html").read_text()
 

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ejmp.track.schema import Reading, Record, read_lines
 
@@ -159,9 +160,9 @@ def changes(series: Series) -> list[Change]:
     for start, index, end in zip(ends, ends[1:], ends[2:], strict=False):
         before, after = values[start:index], values[index:end]
         step = math.fsum(after) / len(after) - math.fsum(before) / len(before)
-        _statistic, p_value = ttest_ind(before, after, equal_var=False)
-        if abs(step) >= math.log1p(LEAST_CHANGE) and float(p_value) <= LARGEST_P:
-            found.append(Change(series=series, index=index, ratio=math.exp(step), p_value=float(p_value)))
+        test: Any = ttest_ind(before, after, equal_var=False)
+        if abs(step) >= math.log1p(LEAST_CHANGE) and float(test.pvalue) <= LARGEST_P:
+            found.append(Change(series=series, index=index, ratio=math.exp(step), p_value=float(test.pvalue)))
     return found
 
 
