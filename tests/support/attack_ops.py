@@ -30,7 +30,7 @@ from support.interpreter import patch_once
 from support.op_calls import arguments_of, calls, names_of
 from support.op_damage import KINDS, MUST_REFUSE, MUST_RUN, NotMadeError, damage, suits
 
-SECONDS, BATCH, ROOM = 20, 50_000, 2 << 30
+SECONDS, BATCH, ROOM = 60, 50_000, 2 << 30
 """A call may take so long (s) and so much memory (bytes); calls per process."""
 NAMESPACES = {"native": "ejmp", "triton": "ejmp_triton", "emulated": "ejmp_emulated"}
 OUTCOMES = (

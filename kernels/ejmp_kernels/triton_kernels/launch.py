@@ -21,6 +21,8 @@ MOST_SPHERICAL = 16
 """The largest number of spherical functions."""
 MOST_COLUMNS = 1 << 20
 """The largest size of an axis that does not count rows."""
+MOST_IMAGE = 1 << 60
+"""The largest packed cell offset."""
 OVERRIDES: dict[str, dict[str, Any]] = {}
 """Settings by kernel that take precedence over those of the table; for `tune`."""
 
@@ -99,6 +101,16 @@ def check_ids(op: str, name: str, ids: Tensor, limit: int) -> None:
     """
     if not ids.is_cuda and ids.numel() and not (ids.min() >= 0 and ids.max() < limit):
         raise ValueError(f"{op}: {name} must be in 0..{limit - 1}, got {ids.min()} to {ids.max()}")
+
+
+def check_image(op: str, name: str, image: Tensor) -> None:
+    """Check, in the interpreter, that packed cell offsets are so small that their sums do not overflow.
+
+    Raises:
+        ValueError: if one is not.
+    """
+    if not image.is_cuda and image.numel() and not (image.min() >= -MOST_IMAGE and image.max() <= MOST_IMAGE):
+        raise ValueError(f"{op}: {name} must be in {-MOST_IMAGE}..{MOST_IMAGE}, got {image.min()} to {image.max()}")
 
 
 def check_swap(op: str, swap: Tensor) -> None:

@@ -231,7 +231,8 @@ def prepare(*arguments: Any) -> Problem:
         middle_source=(m_source, ids, (num_middle,)),
         middle_image=(m_image, ids, (num_middle,)),
     )
-    for side, p, ends in (("", ptr, source), ("middle_", m_ptr, m_source)):
+    for side, p, ends, images in (("", ptr, source, image), ("middle_", m_ptr, m_source, m_image)):
+        launch.check_image("quadruplet", f"{side}image", images)
         launch.check_ptr("quadruplet", f"{side}ptr", p, ends.shape[0])
         launch.check_ids("quadruplet", f"{side}source", ends, num_atoms)
     if not 0 < spherical <= launch.MOST_SPHERICAL:

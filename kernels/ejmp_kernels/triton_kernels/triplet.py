@@ -300,7 +300,9 @@ def _prepare(*arguments: Any) -> tuple[list[Tensor], dict, int]:
         in_source=(in_source, ids, (num_in,)),
         in_image=(in_image, ids, (num_in,)),
     )
-    for side, ptr, source in (("out", out_ptr, out_source), ("in", in_ptr, in_source)):
+    sides = (("out", out_ptr, out_source, out_image), ("in", in_ptr, in_source, in_image))
+    for side, ptr, source, image in sides:
+        launch.check_image("triplet", f"{side}_image", image)
         launch.check_ptr("triplet", f"{side}_ptr", ptr, source.shape[0])
         launch.check_ids("triplet", f"{side}_source", source, num_atoms)
     if not 0 < weight.shape[2] <= launch.MOST_SPHERICAL:
