@@ -120,7 +120,8 @@ def _span(tensor: Tensor) -> int:
 def _on_meta(dtype: torch.dtype, shape: list[int], offset: int) -> Tensor:
     storage: Any = torch.UntypedStorage(math.prod(shape) * dtype.itemsize, device="meta")
     storage._checkpoint_offset = offset  # noqa: SLF001 - as torch.load does
-    return torch.empty(0, dtype=dtype, device="meta").set_(storage, 0, torch.Size(shape))
+    flat: Any = torch.empty(0, dtype=dtype, device="meta")
+    return flat.set_(storage, 0, shape)
 
 
 def _safetensors(path: Path, file: IO[bytes], size: int) -> dict[str, Tensor]:
