@@ -105,8 +105,11 @@ class Costs:
 
     def _of_mix(self, spec: RunSpec, blocks: int) -> Cost:
         """Return the cost of training on the mix, of which a dataset's share goes with the root of its size."""
-        make = distill_config if spec.kind == "distill" else scratch_config
-        config = make(self.settings.budget, demo=self.settings.demo, seed=spec.seed)
+        budget, demo = self.settings.budget, self.settings.demo
+        if spec.kind == "distill":
+            config = distill_config(budget, demo=demo, blocks=blocks, seed=spec.seed)
+        else:
+            config = scratch_config(budget, demo=demo, seed=spec.seed)
         config = config.in_steps(epoch_size=self._epoch(), step_size=config.batch_size)
         shares = np.sqrt([self._size(name, "train") for name in self._mix])
         shares /= shares.sum()

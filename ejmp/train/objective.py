@@ -53,8 +53,6 @@ class Objective(nn.Module):
     """
 
     model: JMP
-    tasks: Tasks | None = None
-    """Tasks by dataset number."""
 
     def __init__(self, model: JMP) -> None:
         super().__init__()
@@ -65,18 +63,18 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def suspects(self, batch: Batch) -> tuple[str, ...]:
-        """Return dataset and id of each structure of a batch that made a step fail, the likeliest one first.
+        """Return what to call the structures of a batch that made a step fail, the likeliest one first."""
+        return batch.ids
 
-        Those with two atoms on top of each other come first, and are called so.
-        """
-        if self.tasks is None:
-            return batch.ids
-        names = [f"{self.tasks[d].name}: {name}" for d, name in zip(batch.dataset.tolist(), batch.ids, strict=True)]
-        edges, structure_of = batch.graph.main, batch.graph.batch
-        nearest = torch.full((len(names),), torch.inf, dtype=edges.distance.dtype, device=batch.graph.device)
-        nearest.scatter_reduce_(0, structure_of[edges.target], edges.distance.detach(), "amin")
-        found = sorted(zip(nearest.tolist(), names, strict=True))
-        return tuple(name + f" (two atoms {d:.3g} A apart)" * (d < LEAST) for d, name in found)
+
+def _suspects(batch: Batch, tasks: Tasks) -> tuple[str, ...]:
+    """Return dataset and id of each structure, first of those with two atoms on top of each other, which is said."""
+    names = [f"{tasks[d].name}: {name}" for d, name in zip(batch.dataset.tolist(), batch.ids, strict=True)]
+    edges, structure_of = batch.graph.main, batch.graph.batch
+    nearest = torch.full((len(names),), torch.inf, dtype=edges.distance.dtype, device=batch.graph.device)
+    nearest.scatter_reduce_(0, structure_of[edges.target], edges.distance.detach(), "amin")
+    found = sorted(zip(nearest.tolist(), names, strict=True))
+    return tuple(name + f" (two atoms {d:.3g} A apart)" * (d < LEAST) for d, name in found)
 
 
 class Supervised(Objective):
@@ -93,6 +91,10 @@ class Supervised(Objective):
         model.tasks = tasks
         self.tasks = tasks
         self.edge_dropout = edge_dropout
+
+    def suspects(self, batch: Batch) -> tuple[str, ...]:
+        """Return dataset and id of each structure, first of those with two atoms on top of each other."""
+        return _suspects(batch, self.tasks)
 
     def forward(self, batch: Batch) -> Losses:
         """Compare the model's predictions with the batch's labels."""
@@ -128,6 +130,10 @@ class Distillation(Objective):
         self._teacher = (teacher.eval().requires_grad_(requires_grad=False),)  # in a tuple: not part of what is trained
         self.shared = _shared_outputs(model, teacher)
         """Indices of the teacher's outputs (the embedding's is 0) that the student takes over; None: it has its own."""
+
+    def suspects(self, batch: Batch) -> tuple[str, ...]:
+        """Return dataset and id of each structure, first of those with two atoms on top of each other."""
+        return _suspects(batch, self.tasks)
 
     def forward(self, batch: Batch) -> Losses:
         """Compare the student with the teacher, and with the batch's labels where the config weighs them."""

@@ -89,7 +89,7 @@ def check_storage(op: str, name: str, x: Tensor) -> None:
         raise ValueError(f"{op}: {name} must lie in its storage of {x.untyped_storage().nbytes()} bytes")
 
 
-def register_shape(name: str, fake: Shape) -> None:
+def register_shape(name: str, fake: Callable[..., Tensor | tuple[Tensor, ...]]) -> None:
     """Register what an op returns for tensors without numbers, which have to be on one device as any others.
 
     Args:
