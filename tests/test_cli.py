@@ -262,9 +262,10 @@ def test_finetune_own_frames(folder, tmp_path):
 
 def test_finetune_own_frames_is_told_of_their_labels(folder, tmp_path):
     """Forces of another name are refused without the flag; a wrong name is refused with those that are there."""
-    frames = [atoms.copy() for atoms in ase.io.read(folder / "train.xyz", ":")]
+    labelled = ase.io.read(folder / "train.xyz", ":") + ase.io.read(folder / "val.xyz", ":")
+    frames = [atoms.copy() for atoms in labelled]
     for atoms in frames:
-        atoms.info["energy"], atoms.arrays["dft_force"] = -2000.0, np.zeros((6, 3))
+        atoms.info["energy"], atoms.arrays["dft_force"] = -2000.0, np.arange(18.0).reshape(6, 3)
     ase.io.write(tmp_path / "own.xyz", frames)
     asked = ("finetune", tmp_path / "own.xyz", "--start", folder / "model", "--run", tmp_path / "run", *RUN)
     assert "say --forces-key dft_force" in ejmp_command(*asked, status=2)
@@ -273,13 +274,14 @@ def test_finetune_own_frames_is_told_of_their_labels(folder, tmp_path):
     assert "the model:" in printed
     first = open_store(tmp_path / "run" / "data" / "train")[0]
     assert first.energy == pytest.approx(-2000 * 0.0433641, rel=1e-5)
-    assert not first.forces.any()
+    np.testing.assert_allclose(first.forces, 0.0433641 * np.arange(18.0).reshape(6, 3), rtol=1e-5)
     assert "are for a file or folder of your own" in ejmp_command("finetune", "--forces-key", "f", status=2)
 
 
 def test_a_target_of_ones_own_is_known_to_every_verb_after(folder, tmp_path):
-    """What `finetune --target gap` trained, `evaluate` and `relevance` take from the saved task, in the same unit."""
-    frames = [ase.Atoms(atoms.numbers, atoms.positions) for atoms in ase.io.read(folder / "train.xyz", ":")]
+    """What `finetune --target gap` trained, `evaluate` and `relevance` (on its branch "energy") take from the task."""
+    labelled = ase.io.read(folder / "train.xyz", ":") + ase.io.read(folder / "val.xyz", ":")
+    frames = [ase.Atoms(atoms.numbers, atoms.positions) for atoms in labelled]
     for number, atoms in enumerate(frames):
         atoms.info["gap"] = 2.0 + 0.25 * number
     ase.io.write(tmp_path / "own.xyz", frames)
@@ -297,7 +299,7 @@ def test_a_target_of_ones_own_is_known_to_every_verb_after(folder, tmp_path):
     (errors,) = json.loads(output.read_text())[str(run / "final")].values()
     assert errors == {"gap": pytest.approx(error, rel=1e-4)}
     assert model.task().target == "gap"
-    assert "| own | gap |" in ejmp_command(
+    assert "| own | energy |" in ejmp_command(
         "relevance", run / "final", "--data", stores, "--labels", "--structures", "2"
     )
 

@@ -190,7 +190,8 @@ def _sizes(rule: FileSplit | MoleculeSplit | FractionSplit | HeldOutSplit, total
 def _need(least: int, total: int, source_name: str) -> None:
     if total < least:
         raise ValueError(
-            f"{source_name}: its split rule needs {least} structures, got {total}; say --split, which all of it goes to"
+            f"{source_name}: its split rule needs {least} structures, got {total}; `ejmp data convert "
+            "--split NAME` says which one all of it goes to"
         )
 
 
