@@ -1,5 +1,6 @@
 """One structure as raw arrays, and the checks every structure passes before it becomes part of a graph."""
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ MAX_CELLS_OUTSIDE = 1 << 16
 TAGS = (0, 1, 2)
 """Tags of atoms: bulk, surface, and adsorbate or molecule."""
 LAYER_DISTANCE = 0.5
-"""Least difference in height by which tags are told to be numbers of layers, A."""
+"""Least distance in height of atoms of two tags by which these are told to be numbers of layers, A."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,9 +210,9 @@ def _cell(cell: Tensor | None, pbc: Tensor, b: int, device: torch.device) -> tup
 
 
 def are_layer_numbers(atoms: Any) -> bool:
-    """Return whether the tags of ASE atoms fall with the height, as the layer numbers of ASE's slab builders do.
+    """Return whether tags of ASE atoms number layers from the top, one above the other, as ASE's slab builders do.
 
-    OC20's tags rise: bulk, surface, adsorbate.
+    OC20's tags rise with the height: bulk, surface, adsorbate.
 
     Args:
         atoms: an ase.Atoms.
@@ -222,8 +223,8 @@ def are_layer_numbers(atoms: Any) -> bool:
     if len(kinds) < 2 or not atoms.pbc.any() or not normal.any():
         return False
     normal *= (-1 if normal @ cell[2] < 0 else 1) / np.linalg.norm(normal)
-    heights = [(atoms.positions[tags == kind] @ normal).mean() for kind in kinds]
-    return bool((np.diff(heights) < -LAYER_DISTANCE).all())
+    heights = [atoms.positions[tags == kind] @ normal for kind in kinds]
+    return all(upper.min() - lower.max() > LAYER_DISTANCE for upper, lower in itertools.pairwise(heights))
 
 
 def _tags(structure: Any, n: int, b: int, device: torch.device) -> Tensor:

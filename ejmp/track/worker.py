@@ -26,7 +26,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SETTINGS: dict[str, Any] = json.loads(sys.argv[1])
+# Who imports this file, as what lists all modules does, asks it nothing.
+SETTINGS: dict[str, Any] = json.loads(sys.argv[1]) if __name__ == "__main__" else {"cores": [], "device": "cpu"}
 if SETTINGS["cores"]:
     os.sched_setaffinity(0, SETTINGS["cores"])
 
