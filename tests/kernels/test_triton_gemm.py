@@ -184,7 +184,7 @@ def test_flops():
 @pytest.mark.parametrize(
     ("index", "wrong", "message"),
     [
-        (0, lambda t: t[0], "matrices"),
+        (0, lambda t: t[0], r"x must have 2 axes, got shape \[5\]"),
         (0, lambda t: t.long(), "x must be float32 or float64 or float16 or bfloat16, got int64"),
         (1, lambda t: t[:, 1:], r"weight must have shape \[3, 5\], got \[3, 4\]"),
         (1, lambda t: t.float(), "weight must be float64, got float32"),
