@@ -339,7 +339,9 @@ def test_models_made_of_it(write, tmp_path):
 
 def test_bench_and_profile_take_it(write, tmp_path, capsys):
     """Pruned to fewer blocks, on its own graphs."""
-    ase.io.write(tmp_path / "slab.xyz", fcc111("Cu", (1, 1, 2), vacuum=5.0))
+    slab = fcc111("Cu", (1, 1, 2), vacuum=5.0)
+    slab.set_tags(2 - slab.get_tags())  # numbers of layers from the top become bulk 0 and surface 1
+    ase.io.write(tmp_path / "slab.xyz", slab)
     given = ("--model", str(write("cutoffs")), "--structures", str(tmp_path / "slab.xyz"), "--device", "cpu")
     for verb in (("bench", "--seconds", "0"), ("profile", "--blocks", "2", "--no-fvcore", "--rounds", "1")):
         result = tmp_path / f"{verb[0]}.json"
