@@ -101,7 +101,7 @@ def validate(structure: Structure, path: Path, where: str, *, far_apart: bool = 
     """
     checks = _CHECKS.get()
     try:
-        check_limit(path, "atoms", np.size(structure.numbers), "atoms")
+        check_limit(path, "atoms", np.asarray(structure.numbers).size, "atoms")
         checked = _validated(structure)
         check_possible(checked, allow_close=far_apart or checks.allow_close)
     except (ValueError, TypeError, OverflowError) as error:
