@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
+
     from ejmp.graph.structure import Structure
 
 SCHEMA_VERSION = 1
@@ -81,9 +81,9 @@ class Dataset(Protocol):
 
     info: DatasetInfo
     """What is known of the dataset as a whole."""
-    num_atoms: np.ndarray[Any, Any]
+    num_atoms: "np.ndarray[Any, Any]"
     """Atoms of each structure, [len]; memory-mapped if it is large."""
-    num_edges: np.ndarray[Any, Any]
+    num_edges: "np.ndarray[Any, Any]"
     """Estimated main edges of each structure, [len], by which the work of ranks is balanced."""
 
     def __len__(self) -> int: ...
