@@ -8,7 +8,6 @@ import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 Machine = dict[str, Any]
@@ -26,8 +25,10 @@ def describe(device: str = "cpu", *, cores: Sequence[int] = ()) -> Machine:
     """
     import torch  # noqa: PLC0415
 
+    from ejmp.provenance import cpu_name  # noqa: PLC0415 - it needs torch
+
     found: Machine = {
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": len(cores) or torch.get_num_threads(),
         "device": torch.device(device).type,
@@ -80,13 +81,6 @@ def _nvidia(index: int) -> dict[str, Any]:
         found["driver"] = str(nvml.nvmlSystemGetDriverVersion())
         found["mig"] = bool(nvml.nvmlDeviceGetMigMode(card)[0])
     return found
-
-
-def _cpu() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(found, platform.processor() or platform.machine())
 
 
 def _version(package: str) -> str | None:
