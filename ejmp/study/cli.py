@@ -124,11 +124,11 @@ def _done(
     if options.processes > 1:
         start_processes(words, options.processes, folder)
     else:
-        index, count, local_rank = which_shard(options.shard or "0/1")
+        _, count, local_rank = which_shard(options.shard or "0/1")
         stand_alone(local_rank)
         from ejmp.study.shards import Shard, work  # noqa: PLC0415 - needs torch
 
-        work(folder, runs, settings, Shard(index=index, count=count, command=command))
+        work(folder, runs, settings, Shard(count=count, command=command))
     left = [spec.name for spec in runs if not is_finished(folder, spec.name)]
     if left:
         print(f"{folder}: {len(left)} of {len(runs)} runs are left, to other processes or to the same command again")

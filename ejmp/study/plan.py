@@ -37,8 +37,12 @@ class RunSpec:
     """Names of the runs that must be finished before it starts."""
 
 
+LONGEST_FIRST: tuple[Kind, ...] = ("distill", "scratch", "finetune", "relevance", "evaluate", "constant", "inference")
+"""Kinds of runs in the order in which they are started: of several processes, none ends long after the others."""
+
+
 def plan(parts: Sequence[Part], settings: StudySettings) -> tuple[RunSpec, ...]:
-    """Return the runs of some parts, each once, those that others need before them.
+    """Return the runs of some parts, each once: long ones first, and those that others need before them.
 
     Args:
         parts: tables and figures that are asked for.
@@ -48,11 +52,10 @@ def plan(parts: Sequence[Part], settings: StudySettings) -> tuple[RunSpec, ...]:
     for part in parts:
         for spec in runs_of(part, settings):
             found.setdefault(spec.name, spec)
+    ordered = sorted(found.values(), key=lambda spec: (LONGEST_FIRST.index(spec.kind), -(spec.blocks or 0)))
     # Speed is measured when the other runs are done and the machine is quiet.
-    others = tuple(name for name, spec in found.items() if spec.kind != "inference")
-    ordered = [spec for spec in found.values() if spec.kind != "inference"]
-    ordered += [replace(spec, needs=others) for spec in found.values() if spec.kind == "inference"]
-    return tuple(ordered)
+    others = tuple(spec.name for spec in ordered if spec.kind != "inference")
+    return tuple(replace(spec, needs=others) if spec.kind == "inference" else spec for spec in ordered)
 
 
 def runs_of(part: Part, settings: StudySettings) -> Iterator[RunSpec]:

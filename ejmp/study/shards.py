@@ -25,8 +25,6 @@ POLL = 1.0
 class Shard:
     """One of the processes that a study is spread over."""
 
-    index: int = 0
-    """Number of the shard, from 0; where in the list of runs it begins to look."""
     count: int = 1
     """Number of shards."""
     command: str = ""
@@ -48,13 +46,11 @@ def work(folder: Path, runs: Sequence[RunSpec], settings: StudySettings, shard: 
     Raises:
         SystemExit: if this process is told to stop (SIGTERM), with a checkpoint to go on from.
     """
-    first = shard.index * len(runs) // shard.count
-    order = [*runs[first:], *runs[:first]]
     with session() as ranks:
         inputs = Inputs(settings, folder, ranks)
         while not all(is_finished(folder, spec.name) for spec in runs):
             signal.signal(signal.SIGTERM, _stop)  # a training has its own handler meanwhile
-            taken = any(_take(spec, inputs, runs, shard) for spec in order)
+            taken = any(_take(spec, inputs, runs, shard) for spec in runs)
             if not taken and not any(_waits(spec, folder) for spec in runs):
                 return False
             if not taken:

@@ -15,6 +15,7 @@ Ids are `<file>:<frame>`.
 """
 
 import io
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -38,17 +39,18 @@ _KNOWN = ".xyz, .extxyz, .traj, .db, .json, .cif, POSCAR"
 _LOGICAL = {"T", "F", "True", "False"}
 
 
-def parse_frame(lines: list[str]) -> Any:
+def parse_frame(frame: str) -> Any:
     """Return one frame of an extxyz file as ASE atoms."""
-    for layout in re.findall(r"""properties\s*=\s*["']?([^\s"']+)""", lines[1], re.IGNORECASE):
+    _, comment, rows = frame.split("\n", 2)
+    for layout in re.findall(r"""properties\s*=\s*["']?([^\s"']+)""", comment, re.IGNORECASE):
         words = layout.split(":")
         # ASE would allocate memory for any number of columns.
-        if sum(map(int, words[2::3])) > len(lines[2].split()):
+        if sum(map(int, words[2::3])) > len(rows.split("\n", 1)[0].split()):
             raise ValueError(f"more columns in {layout[:100]} than in the line of the first atom")
         if "L" in words[1::3]:
-            _check_logical(words, lines[2:])
+            _check_logical(words, rows.rstrip("\n").split("\n"))
     try:
-        return next(import_optional("ase.io.extxyz").read_xyz(io.StringIO("".join(lines)), 0))
+        return next(import_optional("ase.io.extxyz").read_xyz(io.StringIO(frame), 0))
     except KeyError as error:
         raise ValueError(f"{error.args[0]!r} is no element (write D and T as H)") from error
 
@@ -58,7 +60,8 @@ def _check_logical(words: list[str], rows: list[str]) -> None:
     at = 0
     for name, kind, size in zip(words[::3], words[1::3], map(int, words[2::3]), strict=False):
         if kind == "L":
-            wrong = {word for row in rows for word in row.split()[at : at + size]} - _LOGICAL
+            found = (row.split(None, at + size)[at : at + size] for row in rows)
+            wrong = set(itertools.chain.from_iterable(found)) - _LOGICAL
             if wrong:
                 raise ValueError(f"{name}: expected T or F, got {listed(sorted(wrong))}")
         at += size

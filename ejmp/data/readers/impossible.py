@@ -51,7 +51,7 @@ def check_possible(structure: Structure, *, allow_close: bool = False) -> None:
         ValueError: if the cell has no volume.
     """
     cell = None
-    if structure.cell is not None and structure.pbc.any():
+    if structure.cell is not None and True in structure.pbc.tolist():
         cell = _cached_cell(structure.cell.tobytes(), structure.pbc.tobytes())
     if not allow_close:
         _check_distances(structure.numbers, structure.positions.astype(np.float64, copy=False), cell)
@@ -222,7 +222,7 @@ class _Cell:
         if len(scaled) <= FEW:
             first, second = _every_pair(len(scaled))
         else:
-            first, second = self._near_along_an_axis(scaled, reach)
+            first, second = self._near_along_two_axes(scaled, reach)
         if not len(first):
             return True
         apart = scaled[first] - scaled[second]
@@ -234,8 +234,8 @@ class _Cell:
         apart *= apart
         return bool(apart.sum(1).min() > reach * reach * (1 + 1e-6))
 
-    def _near_along_an_axis(self, scaled: np.ndarray, reach: float) -> tuple[np.ndarray, np.ndarray]:
-        """Return the pairs of atoms that are within `reach` along one axis, found by sorting."""
+    def _near_along_two_axes(self, scaled: np.ndarray, reach: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return the pairs of atoms that are within `reach` along two axes, found by sorting along one of them."""
         axis = self.free[0] if self.free else int(np.argmax(self.heights))
         width = reach / self.heights[axis] * (1 + 1e-6)
         place = scaled[:, axis]
@@ -250,7 +250,14 @@ class _Cell:
         count = place.searchsorted(place[:n] + width, "right") - np.arange(1, n + 1)
         first = np.repeat(np.arange(n), count)
         second = np.arange(len(first)) - np.repeat(count.cumsum() - count, count) + first + 1
-        return order[first], order[second]
+        first, second = order[first], order[second]
+        other = (axis + 1) % 3  # the atoms of crystals lie in planes, many at the same place along an axis
+        place = scaled[:, other]
+        apart = place[first] - place[second]
+        if other not in self.free:
+            apart -= np.rint(apart)
+        near = np.flatnonzero(np.abs(apart) < reach / self.heights[other] * (1 + 1e-6))
+        return first[near], second[near]
 
     def with_images(self, scaled: np.ndarray, reach: float) -> tuple[np.ndarray, np.ndarray]:
         """Return the atoms wrapped into the cell, with their images within `reach` beyond its upper faces.

@@ -257,7 +257,7 @@ class LabelReader:
             return None
         if self.tags == "oc20":
             return atoms.get_tags()
-        if self.options.tags is None:
+        if self.options.tags is None and not self.survey.has_said("tags"):
             found = np.unique(atoms.get_tags())
             known = "say --tags oc20 if they are 0 bulk, 1 surface, 2 adsorbate; " * bool(np.isin(found, TAGS).all())
             self.survey.say(

@@ -183,22 +183,23 @@ def _read_md22(path: Path, part: Part, layout: Layout, options: ReadOptions, sur
     chosen = [name for name in ("energy_key", "forces_key", "targets") if getattr(options, name)]
     if chosen:
         raise SourceError(file, "", f"{chosen[0]}: xyz files of sGDML have one energy and forces; --format ase chooses")
-    for k, lines in read_frames(file, part):
+    for k, frame in read_frames(file, part):
         with reading(file, f"frame {k}"):
-            structure = _sgdml(lines, f"{file.stem}:{k}", options)
+            structure = _sgdml(frame, f"{file.stem}:{k}", options)
         survey.saw(_XYZ_ROWS)
         yield validate(structure, file, f"frame {k}")
 
 
-def _sgdml(lines: list[str], place: str, options: ReadOptions) -> Structure:
+def _sgdml(frame: str, place: str, options: ReadOptions) -> Structure:
     """Return one frame of an xyz file of sGDML as a structure."""
     symbols = import_optional("ase.data").atomic_numbers
-    comment = lines[1].strip()
+    _, comment, atoms = frame.split("\n", 2)
+    comment = comment.strip()
     layout = re.search(r"Properties=(\S+)", comment)
     if layout and layout[1] != "species:S:1:pos:R:3:forces:R:3":
         raise ValueError(f"expected columns species, pos, forces, got {layout[1][:100]}")
     energy = re.search(r"(?:^|\s)energy=(\S+)", comment, re.IGNORECASE)
-    rows = [line.split() for line in lines[2:]]
+    rows = [line.split() for line in atoms.rstrip("\n").split("\n")]
     if any(len(row) != 7 or row[0] not in symbols for row in rows):
         raise ValueError("expected lines of symbol, x, y, z and three components of the force")
     values = np.array([row[1:] for row in rows], dtype=np.float64)

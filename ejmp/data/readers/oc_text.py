@@ -46,10 +46,10 @@ def _read(path: Path, part: Part) -> Iterator[Structure]:
         frames = iter_frames(raw, file)
         for k, (system, frame, *reference) in enumerate(labels):
             with reading(file, f"frame {k}"):
-                lines = next(frames, None)
-                if lines is None:
+                text = next(frames, None)
+                if text is None:
                     raise SourceError(file, f"frame {k}", f"the txt file has {len(labels)} lines")
-                structure = reader.structure(parse_frame(lines), f"{file.name}/{k}/{system}/{frame}")
+                structure = reader.structure(parse_frame(text), f"{file.name}/{k}/{system}/{frame}")
                 if reference and structure.energy is not None:
                     structure = replace(structure, energy=structure.energy - float(reference[0]))
             yield validate(replace(structure, targets={}), file, f"frame {k}")

@@ -93,6 +93,10 @@ class Survey:
             if not self.quiet:
                 sys.stderr.write(f"{text}\n")
 
+    def has_said(self, once: str) -> bool:
+        """Return whether what is said once has been said."""
+        return once in self._said
+
     def skip(self, file: Path, problem: str) -> None:
         """Note that a file is left out, and say so."""
         if (file, problem) not in self.skipped:

@@ -27,14 +27,16 @@ def held_atoms(constraints: Sequence[Any], n: int, move_mask: Any = None) -> np.
     """
     if not constraints and move_mask is None:
         return None
-    whole, parts = np.zeros(n, bool), {"FixCartesian": np.zeros((n, 3), bool), "FixScaled": np.zeros((n, 3), bool)}
-    known = False
+    whole, known = np.zeros(n, bool), False
+    parts: dict[str, np.ndarray] = {}
     for constraint in constraints:
         kind = type(constraint).__name__
         if kind == "FixAtoms":
             whole[constraint.index] = known = True
-        elif kind in parts:
-            parts[kind][np.atleast_1d(constraint.index)] |= np.asarray(constraint.mask, bool)
+        elif kind in ("FixCartesian", "FixScaled"):
+            parts.setdefault(kind, np.zeros((n, 3), bool))[np.atleast_1d(constraint.index)] |= np.asarray(
+                constraint.mask, bool
+            )
     for part in parts.values():
         whole |= part.all(1)
     if move_mask is not None:

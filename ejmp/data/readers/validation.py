@@ -1,5 +1,6 @@
 """The checks that every structure passes before a reader yields it."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -120,21 +121,22 @@ def _validated(structure: Structure) -> Structure:
         raise ValueError(f"atomic numbers: expected [n] with n of 1 or more, got {list(numbers.shape)}")
     if numbers.min() < 1 or numbers.max() > MAX_ATOMIC_NUMBER:
         raise ValueError(f"atomic numbers: expected 1..{MAX_ATOMIC_NUMBER}, got {numbers.min()}..{numbers.max()}")
-    positions = _floats("positions", structure.positions, (n, 3)).astype(np.float64)
+    positions = _floats("positions", structure.positions, (n, 3)).astype(np.float64, copy=False)
     if max(positions.max(), -positions.min()) > MAX_COORDINATE:
         raise ValueError(f"positions: beyond {MAX_COORDINATE:g} A")
     forces = None if structure.forces is None else _floats("forces", structure.forces, (n, 3))
     pbc = np.empty(3, bool)
     pbc[:] = structure.pbc
-    if pbc.any() and structure.cell is None:
+    periodic = True in pbc.tolist()
+    if periodic and structure.cell is None:
         raise ValueError("cell: expected [3, 3] of a periodic structure, got none")
-    cell = _floats("cell", structure.cell, (3, 3)).astype(np.float64) if pbc.any() else None
+    cell = _floats("cell", structure.cell, (3, 3)).astype(np.float64, copy=False) if periodic else None
     tags = None if structure.tags is None else _per_atom("tags", _integers("tags", structure.tags), n)
     if tags is not None and not (tags.min() >= TAGS[0] and tags.max() <= TAGS[-1]):
         raise ValueError(f"tags: expected {TAGS}, got {np.unique(tags)[:10].tolist()}")
     fixed = None if structure.fixed is None else _per_atom("fixed", _integers("fixed", structure.fixed), n) != 0
-    energy = None if structure.energy is None else float(_floats("energy", structure.energy, ()))
-    targets = {name: float(_floats(name, value, ())) for name, value in structure.targets.items()}
+    energy = None if structure.energy is None else _number("energy", structure.energy)
+    targets = {name: _number(name, value) for name, value in structure.targets.items()}
     return Structure(
         numbers=numbers, positions=positions, cell=cell, pbc=pbc, tags=tags, fixed=fixed,
         energy=energy, forces=forces, targets=targets, id=structure.id,
@@ -150,6 +152,10 @@ def _floats(field: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
     if not np.isfinite(array).all():
         raise ValueError(f"{field}: NaN or infinite")
     return array
+
+
+def _number(field: str, value: Any) -> float:
+    return value if type(value) is float and math.isfinite(value) else float(_floats(field, value, ()))
 
 
 def _integers(field: str, value: Any) -> np.ndarray:

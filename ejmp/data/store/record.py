@@ -53,9 +53,9 @@ def encode(structure: Structure, number: int = 0) -> bytes:
     if n == 0 or numbers.dtype.kind not in "iu" or numbers.min() < 1 or numbers.max() > MAX_ATOMIC_NUMBER:
         raise ValueError(f"{structure.id}: numbers: expected integers [n] from 1 to {MAX_ATOMIC_NUMBER}, got {numbers}")
     flags, wide, narrow = _wide_and_narrow(structure, n)
-    flags |= sum(
-        bit for bit, there in zip(_PBC, np.broadcast_to(np.asarray(structure.pbc, bool), 3), strict=True) if there
-    )
+    pbc = np.empty(3, bool)
+    pbc[:] = structure.pbc
+    flags |= sum(bit for bit, there in zip(_PBC, pbc.tolist(), strict=True) if there)
     small = [numbers.astype(np.uint8)]
     for name, bit, most in (("tags", _TAGS, 255), ("fixed", _FIXED, 1)):
         if getattr(structure, name) is not None:

@@ -44,8 +44,7 @@ class Tally:
             ValueError: if a label is NaN or infinite.
         """
         if structure.energy is not None:
-            row = np.zeros(_COLUMNS)
-            row[:_ONE] = np.bincount(np.asarray(structure.numbers), minlength=_ONE)
+            row = np.bincount(np.asarray(structure.numbers), minlength=_COLUMNS).astype(np.float64)
             row[_ONE], row[_ENERGY] = 1, _finite(structure, "energy", structure.energy)
             self.num_energies += 1
             self._rows.append(row)
@@ -117,8 +116,13 @@ class Tally:
         return elements, energies
 
     def _fold(self) -> None:
+        """Decompose the rows so far: of the columns of elements that occur, as the others stay zero."""
         if self._rows:
-            self._triangle = np.asarray(np.linalg.qr(np.vstack([self._triangle, *self._rows]), mode="r"))
+            rows = np.vstack([self._triangle, *self._rows])
+            used = np.flatnonzero(rows.any(0))
+            triangle = np.asarray(np.linalg.qr(rows[:, used], mode="r"))
+            self._triangle = np.zeros((len(triangle), _COLUMNS))
+            self._triangle[:, used] = triangle
             self._rows = []
 
 
