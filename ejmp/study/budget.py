@@ -47,7 +47,7 @@ class Budget:
 
 
 DEMO = Budget(
-    distill_steps=320,
+    distill_steps=360,
     finetune_steps=60,
     finetune_seconds=None,
     validations=6,

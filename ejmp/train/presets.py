@@ -12,7 +12,7 @@ ON_LARGE_DATA = TrainConfig(validate_every=10_000, val_structures=10_000)
 """Settings of a run on JMP's mix, whose validation splits have millions of structures: 10,000 of each are taken."""
 TERMS = "forces=1,node=1,edge=1"
 """The paper's distillation terms and their weights, as the flag --terms writes them."""
-DEMO_TERMS = f"{TERMS},labels=0.2"
+DEMO_TERMS = f"{TERMS},labels=0.1"
 """Distillation terms for the demo mix: with labels, which help a student that sees few samples."""
 
 
@@ -95,12 +95,12 @@ def demo(command: Literal["pretrain", "distill", "finetune"], *, blocks: int | N
     if command == "distill":
         return dataclasses.replace(
             small,
-            steps=320,
-            lr=1e-3 if blocks == 5 else small.lr,
-            warmup_steps=40,
+            steps=360,
+            lr=1e-3 if blocks == 5 else 2e-3,
+            warmup_steps=20,
             cosine_end=0.01,
-            validate_every=160,
-            checkpoint_every=160,
+            validate_every=180,
+            checkpoint_every=180,
         )
     if command == "finetune":
         return dataclasses.replace(small, steps=400, batch_size=8, lr=1e-3, warmup_steps=40, validate_every=100)
