@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ejmp.measure.markdown import markdown_table
+from ejmp.markdown import markdown_table
 
 STEPS = ("build", "test", "sanitize", "ceilings", "ops", "chain", "blocks", "compare", "train", "profile")
 Row = dict[str, Any]

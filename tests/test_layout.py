@@ -28,7 +28,7 @@ HEAVY = {
 }
 ORDER = (
     "limits",
-    ("config_file", "provenance"),
+    ("config_file", "lock", "markdown", "progress", "provenance"),
     "graph",
     "catalog",
     "fetch",

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from ejmp.catalog import DOWNLOADS
-from ejmp.data.progress import progress_bar
 from ejmp.data.source_flags import SourceRequest, add_allow_close, add_limit, add_source_flags
 from ejmp.limits import limiting, parse_limits
+from ejmp.progress import progress_bar
 
 if TYPE_CHECKING:
     from ejmp.data.info import LabelRow, Statistics

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ejmp.measure.markdown import Columns, format_rows
+from ejmp.markdown import Columns, format_rows
 
 
 def text(result: dict[str, Any], *, most_ops: int = 25) -> str:

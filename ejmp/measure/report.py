@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ejmp.measure.markdown import Columns, format_rows, markdown_table
+from ejmp.markdown import Columns, format_rows, markdown_table
 
 COLUMNS: Columns = (
     ("precision", "{precision}"),

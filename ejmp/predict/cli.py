@@ -139,9 +139,9 @@ def _md(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from ejmp.data.progress import progress_bar  # noqa: PLC0415
     from ejmp.predict import files  # noqa: PLC0415
     from ejmp.predict.predictor import Predictor  # noqa: PLC0415
+    from ejmp.progress import progress_bar  # noqa: PLC0415
 
     files.check_output(options.output, overwrite=options.overwrite)
     predictor = Predictor(

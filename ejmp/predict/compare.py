@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ejmp.markdown import markdown_table
 from ejmp.predict.predictor import Prediction
 
 
@@ -85,8 +86,8 @@ class Comparison:
 def table(result: dict[str, Any]) -> str:
     """Return what `Comparison.result` gives as a Markdown table."""
     columns = ("energy_meV", "energy_meV_per_atom", "forces_meV_per_A")
-    lines = [f"| model | against | {' | '.join(columns)} |", "| --- | --- |" + " ---: |" * len(columns)]
-    for row in result["rows"]:
-        cells = [f"{row[name]:.4g}" if name in row else "-" for name in columns]
-        lines.append(f"| {row['model']} | {row['against']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = (
+        [row["model"], row["against"], *(f"{row[name]:.4g}" if name in row else "-" for name in columns)]
+        for row in result["rows"]
+    )
+    return markdown_table(["model", "against", *columns], rows, numbers=True)

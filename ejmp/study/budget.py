@@ -47,7 +47,7 @@ class Budget:
 
 
 DEMO = Budget(
-    distill_steps=360,
+    distill_steps=400,
     finetune_steps=60,
     finetune_seconds=None,
     validations=6,

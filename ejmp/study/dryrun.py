@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ejmp.measure.markdown import markdown_table
+from ejmp.markdown import markdown_table
 from ejmp.model.jmp import JMP
 from ejmp.model.task import Task
 from ejmp.study.cost import GRADIENT_FORCES, SAMPLE, TRAINING, Costs

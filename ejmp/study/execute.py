@@ -1,11 +1,9 @@
 """One run of a study, from its inputs to its result."""
 
 import dataclasses
-import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -188,9 +186,6 @@ def _trained(
 ) -> Result | None:
     """Train in the run's folder from its newest checkpoint on; None: told to stop."""
     directory = run_folder(inputs.folder, spec.name)
-    resume = bool(checkpoint.steps(directory / "checkpoints"))
-    if not resume:
-        _clear(directory)
     run = Run(
         objective=objective,
         sources=sources,
@@ -199,15 +194,10 @@ def _trained(
         ranks=inputs.ranks,
         factors=factors,
         validate_first=spec.kind == "finetune",  # else a run of its own measures the model before it is trained
+        force=True,  # a study has its own look at settings and data, and says which commit made what
     )
-    result = train(run, resume=resume)
+    result = train(run, resume=bool(checkpoint.steps(directory / "checkpoints")))
     return result if result.finished else None
-
-
-def _clear(directory: Path) -> None:
-    """Take away what a training has left that was ended before its first checkpoint."""
-    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-    (directory / "log.jsonl").unlink(missing_ok=True)
 
 
 def _ready(model: JMP, config: TrainConfig, ranks: Ranks) -> JMP:

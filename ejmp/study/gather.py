@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ejmp.data.store.durable import written
-from ejmp.measure.markdown import markdown_table
+from ejmp.data.store.durable import write_json, written
+from ejmp.lock import locked
+from ejmp.markdown import markdown_table
 from ejmp.study.numbers import COLUMNS, csv_rows
 from ejmp.study.page import write_study_page
 from ejmp.study.plan import plan, runs_of
-from ejmp.study.record import is_finished, locked, read_result, write_json
+from ejmp.study.record import is_finished, read_result
 from ejmp.study.settings import PARTS, Part, StudySettings
 from ejmp.study.tables import MAKERS
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ejmp.catalog import CATALOG
+from ejmp.data.store.durable import write_json
+from ejmp.lock import locked
 from ejmp.study import budget
 from ejmp.study.budget import Budget
-from ejmp.study.record import locked, write_json
 
 PLAN = "plan.json"
 """The file of a study that holds its settings."""

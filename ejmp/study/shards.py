@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ejmp.data.store.durable import write_json
+from ejmp.lock import locked
 from ejmp.provenance import provenance
 from ejmp.study.execute import Outcome, carry_out
 from ejmp.study.inputs import Inputs
 from ejmp.study.plan import RunSpec
-from ejmp.study.record import RESULT, is_finished, locked, read_result, run_folder, write_json
+from ejmp.study.record import RESULT, is_finished, read_result, run_folder
 from ejmp.study.settings import StudySettings
 from ejmp.train.faults import session
 

@@ -160,7 +160,7 @@ def _read(options: argparse.Namespace) -> "tuple[dict[str, Reading], list[Series
 
 
 def _show(options: argparse.Namespace) -> int:
-    from ejmp.measure.markdown import markdown_table  # noqa: PLC0415
+    from ejmp.markdown import markdown_table  # noqa: PLC0415
 
     _, series = _read(options)
     for key in dict.fromkeys(one.key for one in series):

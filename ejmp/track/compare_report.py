@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ejmp.measure.markdown import Columns, format_rows
+from ejmp.markdown import Columns, format_rows
 from ejmp.track.exact import shown
 from ejmp.track.verdict import NOISY_SHARE
 

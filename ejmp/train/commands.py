@@ -228,6 +228,7 @@ def _train(
         ranks=ranks,
         factors=factors,
         trackers=request.trackers,
+        force=request.force,
     )
     return train(run, resume=request.resume)
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ejmp.data import InOrder
+from ejmp.markdown import markdown_table
 from ejmp.model.jmp import JMP
 from ejmp.train.distributed import Ranks, sum_over_ranks
 from ejmp.train.metrics import Maes
@@ -67,8 +68,5 @@ def table(rows: dict[str, Errors]) -> str:
         rows: errors by name of the model; all on the same datasets.
     """
     columns = [(name, kind) for name, errors in next(iter(rows.values())).items() for kind in errors]
-    head = "| model | " + " | ".join(f"{name} {kind}" for name, kind in columns) + " |"
-    lines = [head, "| --- |" + " ---: |" * len(columns)]
-    for model, errors in rows.items():
-        lines.append(f"| {model} | " + " | ".join(f"{errors[name][kind]:.4g}" for name, kind in columns) + " |")
-    return "\n".join(lines)
+    cells = ([model, *(f"{errors[name][kind]:.4g}" for name, kind in columns)] for model, errors in rows.items())
+    return markdown_table(["model", *(f"{name} {kind}" for name, kind in columns)], cells, numbers=True)

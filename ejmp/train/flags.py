@@ -71,6 +71,8 @@ def _add_run(parser: argparse.ArgumentParser, name: TrainingName) -> None:
         help=f"folder of the run; default: runs/{name}",
     )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --run")
+    text = "go on although settings, data or code are not those that the run was begun with"
+    parser.add_argument("--force", action="store_true", help=text)
     parser.add_argument("--track", nargs="+", default=(), choices=("tensorboard", "wandb"))
     add_settings(parser, PRESETS[name](), presets.demo(name))
 
@@ -79,6 +81,7 @@ def _run_request(options: argparse.Namespace, defaults: TrainConfig) -> RunReque
     return RunRequest(
         directory=options.directory,
         resume=options.resume,
+        force=options.force,
         trackers=tuple(options.track),
         config=read_settings(options, defaults),
     )

@@ -6,9 +6,11 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, Self
+
+from ejmp.progress import terminal_bar
 
 Tracker = Literal["tensorboard", "wandb"]
 """Service that gets the numbers of the log as well."""
@@ -137,8 +139,7 @@ class Log:
     ) -> None:
         self._file = None if path is None else path.open("a", buffering=1)
         self._trackers: list[_Tensorboard | _Wandb] = []
-        self._bar: Any = None
-        self._task: Any = None
+        self._bar, self._draw = ExitStack(), None
         self._steps = steps
         self._pace = Pace(steps, validate_every, time.monotonic())
         self._due = 0.0
@@ -152,19 +153,12 @@ class Log:
                 raise ModuleNotFoundError(text, name=error.name) from error
 
     def __enter__(self) -> Self:
-        if self._file is not None and sys.stderr.isatty() and find_spec("rich") is not None:
-            from rich.console import Console  # noqa: PLC0415
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn  # noqa: PLC0415
-
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-            self._bar = Progress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task("", total=self._steps)
-            self._bar.start()
+        if self._file is not None:
+            self._draw = self._bar.enter_context(terminal_bar())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.close()
         for tracker in self._trackers:
             tracker.close(failed=kind is not None)
         if self._file is not None:
@@ -191,8 +185,8 @@ class Log:
         left = self._pace.left(step)
         if left is not None:
             text = f"{text}  {duration(left)} left"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=text)
+        if self._draw is not None:
+            self._draw(step, self._steps, text)
         elif now >= self._due or step >= self._steps:
             self._due = now + SECONDS_BETWEEN_LINES["terminal" if sys.stderr.isatty() else "file"]
             sys.stderr.write(f"step {step} of {self._steps}  {text}\n")

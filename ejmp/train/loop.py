@@ -1,12 +1,12 @@
 """The training loop: steps, averages, validation, checkpoints, logs, and a clean end when it is told to stop."""
 
 import dataclasses
-import json
 import math
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,10 +15,13 @@ from typing import Any
 import torch
 
 from ejmp.data import MixSampler
+from ejmp.data.store.durable import write_json
+from ejmp.lock import locked
 from ejmp.model.checkpoint import save
-from ejmp.provenance import provenance
 from ejmp.train import checkpoint
 from ejmp.train.config import TrainConfig
+from ejmp.train.description import NAME as DESCRIPTION
+from ejmp.train.description import describe, differences
 from ejmp.train.distributed import Preemption, Ranks, any_rank
 from ejmp.train.ema import EMA
 from ejmp.train.engine import Engine, StepResult, deepspeed_json
@@ -31,6 +34,8 @@ from ejmp.train.sources import TaskData, at_most, loader_of
 
 FINAL = "final"
 """The folder of a run that holds the trained model."""
+LOCK = "run.lock"
+"""The file of a run by which a second process notices the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,8 @@ class Run:
     """Services that get the logged numbers as well."""
     validate_first: bool = True
     """Whether the errors before the first step are measured."""
+    force: bool = False
+    """Whether it goes on although settings, data or code are not those that it was begun with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,30 +87,51 @@ def train(run: Run, *, resume: bool = False) -> Result:
         resume: go on from the newest whole checkpoint in the folder.
 
     Raises:
-        ValueError: if the folder holds a run and resume is not asked for, or has no whole checkpoint of this model.
+        ValueError: if the folder holds a run and resume is not asked for, another process trains in it, it was begun
+            with other settings, data or code, or it has no whole checkpoint of this model.
         FileNotFoundError: if there is no checkpoint to resume from.
         RuntimeError: if too many steps in a row are not finite, or a reader or a worker process fails.
     """
+    with ExitStack() as stack:
+        if run.ranks.rank == 0 and not stack.enter_context(locked(run.directory / LOCK, wait=False)):
+            raise ValueError(f"run: another process trains in {run.directory}")
+        return _train(run, resume=resume)
+
+
+def _train(run: Run, *, resume: bool) -> Result:
     checkpoints = run.directory / "checkpoints"
-    if not resume and checkpoints.exists():
+    first_rank = run.ranks.rank == 0
+    if not resume and checkpoint.steps(checkpoints):
         raise ValueError(
             f"run: {run.directory} holds a run already; --resume goes on with it, or choose another folder"
         )
-    first_rank = run.ranks.rank == 0
+    if not resume and first_rank:  # what a run has left that was ended before its first checkpoint
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        (run.directory / "log.jsonl").unlink(missing_ok=True)
     run = _in_steps(run)
     problem = cut_short(run.config)
     if first_rank and problem:
         sys.stderr.write(f"{problem}\n")
     trainer = _Trainer(run)
+    description = describe(run.objective, run.sources, run.config, run.ranks) if first_rank else {}
     if resume:
+        if first_rank and not run.force:
+            _check_same(run.directory, description)
         trainer.restore(checkpoints)
     if first_rank:
         checkpoints.mkdir(parents=True, exist_ok=True)
         finish_save(run.directory / FINAL)
-    description = _describe(run) if first_rank else {}
+        write_json(run.directory / DESCRIPTION, description)
+        write_json(run.directory / "deepspeed.json", deepspeed_json(run.config, run.ranks.world_size))
     path = run.directory / "log.jsonl" if first_rank else None
     with Log(path, run.config.steps, run.trackers, description, run.config.validate_every) as log:
         return trainer.go(log, checkpoints)
+
+
+def _check_same(folder: Path, description: Mapping[str, Any]) -> None:
+    found = differences(folder, description)
+    if found:
+        raise ValueError(f"run: {folder} was begun otherwise: {'; '.join(found)}. --force goes on as it is now")
 
 
 def finish_save(path: Path) -> None:
@@ -277,21 +305,3 @@ class _Trainer:
             if restored.ema is None:
                 raise ValueError(f"{restored.path}: there are no averaged weights; resume with --ema none")
             self.ema.load_state_dict(restored.ema)
-
-
-def _describe(run: Run) -> dict[str, Any]:
-    """Write run.json and deepspeed.json: what this run is, and what it runs on; return the contents of run.json."""
-    model = run.objective.model
-    description = {
-        "config": run.config.to_dict(),
-        "objective": type(run.objective).__name__,
-        "datasets": {source.name: dataclasses.asdict(source.task.graph) for source in run.sources},
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "backend": model.backend,
-        "world_size": run.ranks.world_size,
-        "machine": provenance(run.ranks.device),
-    }
-    (run.directory / "run.json").write_text(json.dumps(description, indent=1) + "\n")
-    engine = deepspeed_json(run.config, run.ranks.world_size)
-    (run.directory / "deepspeed.json").write_text(json.dumps(engine, indent=1) + "\n")
-    return description

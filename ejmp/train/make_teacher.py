@@ -18,6 +18,7 @@ from ejmp.data.store.durable import hash_file
 from ejmp.model.checkpoint import load, save
 from ejmp.provenance import provenance
 from ejmp.train import presets
+from ejmp.train.checkpoint import steps
 from ejmp.train.config import TrainConfig
 from ejmp.train.demo import RECIPE, TEACHER, demo_config
 from ejmp.train.distributed import Ranks
@@ -46,10 +47,7 @@ def make_teacher(folder: Path, config: TrainConfig, ranks: Ranks) -> Errors | No
     run.mkdir(parents=True, exist_ok=True)
     sources = demo_mix()
     objective = Supervised(new_model(demo_config(), sources, seed=config.seed), tasks_of(sources))
-    resume = any((run / "checkpoints").glob("*"))
-    if not resume and ranks.rank == 0:
-        shutil.rmtree(run / "checkpoints", ignore_errors=True)
-    torch.distributed.barrier()
+    resume = bool(steps(run / "checkpoints"))
     result = train(Run(objective=objective, sources=sources, config=config, directory=run, ranks=ranks), resume=resume)
     if not result.finished:
         return None

@@ -95,12 +95,12 @@ def demo(command: Literal["pretrain", "distill", "finetune"], *, blocks: int | N
     if command == "distill":
         return dataclasses.replace(
             small,
-            steps=360,
+            steps=400,
             lr=1e-3 if blocks == 5 else 2e-3,
             warmup_steps=20,
             cosine_end=0.01,
-            validate_every=180,
-            checkpoint_every=180,
+            validate_every=200,
+            checkpoint_every=200,
         )
     if command == "finetune":
         return dataclasses.replace(small, steps=400, batch_size=8, lr=1e-3, warmup_steps=40, validate_every=100)

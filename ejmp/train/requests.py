@@ -27,6 +27,8 @@ class RunRequest:
     """Folder of the run."""
     resume: bool
     """Whether to go on from the newest checkpoint in the folder."""
+    force: bool
+    """Whether to go on with other settings, data or code than the run was begun with."""
     trackers: tuple[Tracker, ...]
     """Services that get the logged numbers as well."""
     config: TrainConfig

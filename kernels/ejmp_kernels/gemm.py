@@ -159,10 +159,13 @@ def _measure(key: str, a: Tensor, b: Tensor) -> str:
 
 def _write(path: Path, choices: dict[str, str]) -> None:
     """Replace the file as a whole; where it cannot be written, choices last as long as the process."""
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            temporary = Path(file.name)
             json.dump(choices, file, indent=1, sort_keys=True)
-        Path(file.name).replace(path)
+        temporary.replace(path)
     except OSError:
-        return
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)

@@ -18,8 +18,11 @@ from support.inputs import environment
 
 from ejmp import cli
 from ejmp.data import FORMATS, Format, Part, convert, open_store, verify
+from ejmp.data.store.conversion import LOCK
+from ejmp.lock import locked
 
 KILLS = {"slice": 10, "all": 200}
+SIGNALS = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
 def contents(dest):
@@ -147,7 +150,7 @@ def run_slowly(dest):
 
 
 def check_kills(folder, reference, kills, seed):
-    """Kill conversions at random moments and restart each until it is complete; return how many became complete."""
+    """End conversions by signals at random moments and restart each until it is complete; return how many became so."""
     context, random = multiprocessing.get_context("fork"), np.random.default_rng(seed)
     start = time.monotonic()
     run_slowly(folder / "timed" / "set")
@@ -159,8 +162,9 @@ def check_kills(folder, reference, kills, seed):
         process.start()
         process.join(random.uniform(0, whole))
         if process.exitcode is None:
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
+            os.kill(process.pid, random.choice(SIGNALS))
+            process.join(30)
+            assert process.exitcode
             killed += 1
         check_readable(dest, reference)
         if contents(dest) == reference:
@@ -178,7 +182,7 @@ def check_readable(dest, reference):
         return
     for name, data in contents(dest).items():
         assert name.endswith(".tmp") or data == reference[name], name
-    for split in dest.iterdir():
+    for split in filter(Path.is_dir, dest.iterdir()):
         if (split / "dataset.json").exists():
             assert not [problem for _, found in verify(split) for problem in found]
         else:
@@ -315,3 +319,12 @@ def test_one_process_needs_no_mpi(tmp_path, monkeypatch):
     convert("nowhere", tmp_path / "set", format="mine")
     plan = json.loads((tmp_path / "set" / "train" / "plan.json").read_text())
     assert plan["count"] == 160
+
+
+def test_two_conversions_into_one_folder(tmp_path, reference):
+    """The second one is told; the first goes on undisturbed, and the same command is right afterwards."""
+    dest = tmp_path / "set"
+    with locked(dest / LOCK, wait=False), pytest.raises(ValueError, match="set: another process converts into it"):
+        convert("nowhere", dest, format=make_format(), shard_size=30, licence="CC0")
+    convert("nowhere", dest, format=make_format(), shard_size=30, licence="CC0")
+    assert contents(dest) == reference

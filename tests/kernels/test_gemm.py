@@ -1,6 +1,11 @@
 """The choice of the provider of matrix products."""
 
+import errno
 import json
+import os
+import subprocess
+import sys
+import tempfile
 
 import pytest
 import torch
@@ -92,3 +97,40 @@ def test_linear_refuses():
         linear(torch.zeros(3, 4), torch.zeros(5, 3))
     with pytest.raises(ValueError, match="bfloat16"):
         linear(torch.zeros(3, 4), torch.zeros(5, 4, dtype=torch.bfloat16))
+
+
+def test_a_full_disk_leaves_nothing(cache, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(gemm.json, "dump", full)
+    a, b = operands()
+    assert gemm.choose(a, b) in gemm.PROVIDERS
+    assert list(cache.parent.iterdir()) == []
+
+
+def test_a_user_without_a_home(monkeypatch):
+    """As in a container that runs as a user whom its system does not know."""
+
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(gemm.Path, "home", home)
+    assert gemm.cache_file().is_relative_to(tempfile.gettempdir())
+    a, b = operands()
+    assert gemm.choose(a, b) in gemm.PROVIDERS
+
+
+def test_two_processes_write_one_cache(cache):
+    """Whoever is last wins, and the file is whole at every moment."""
+    text = "from ejmp_kernels import gemm\nfor i in range(300): gemm._write(gemm.cache_file(), {str(i): 'torch' * 200})"
+    writers = [subprocess.Popen([sys.executable, "-c", text]) for _ in range(2)]
+    seen = set()
+    while any(writer.poll() is None for writer in writers):
+        if cache.exists():
+            seen.update(json.loads(cache.read_text()))
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert "299" in json.loads(cache.read_text())
+    assert seen
+    assert list(cache.parent.iterdir()) == [cache]

@@ -6,8 +6,8 @@ import json
 import pytest
 from support.inputs import ROOT
 
+from ejmp.markdown import markdown_table
 from ejmp.measure import report
-from ejmp.measure.markdown import markdown_table
 
 
 @pytest.fixture

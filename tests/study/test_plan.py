@@ -92,7 +92,7 @@ def test_a_folder_holds_one_study(tmp_path):
     before = (tmp_path / "plan.json").read_bytes()
     claim(tmp_path, asked)
     assert json.loads(before)["budget"]["distill_steps"] == 7
-    with pytest.raises(ValueError, match="distill_steps is 7 there and 360 here; seeds is 2 there and 5 here"):
+    with pytest.raises(ValueError, match="distill_steps is 7 there and 400 here; seeds is 2 there and 5 here"):
         claim(tmp_path, settings(seeds=5))
     assert (tmp_path / "plan.json").read_bytes() == before
 

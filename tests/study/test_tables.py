@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
+from ejmp.data.store.durable import write_json
+from ejmp.lock import locked
 from ejmp.study.numbers import COLUMNS, csv_rows
 from ejmp.study.plan import plan
-from ejmp.study.record import is_finished, locked, run_folder, write_json
+from ejmp.study.record import is_finished, run_folder
 from ejmp.study.settings import make_settings
 from ejmp.study.shards import duration, progress
 from ejmp.study.tables import curve, fig2, fig3, main_error, summary, table1

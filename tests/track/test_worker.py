@@ -1,5 +1,6 @@
 """Real workers on this checkout: every case is right, an older side lacks some, and a worker ends with its parent."""
 
+import dataclasses
 import shutil
 import signal
 import subprocess
@@ -58,6 +59,15 @@ def test_what_an_older_side_lacks_is_not_an_error(workers):
     ):
         older.ask("time", case="pair/forward", seconds=1e-3)
     assert this.ask("time", case="pair/forward", seconds=1e-3) > 0
+
+
+def test_triton_as_on_a_gpu(sides):
+    """With --device cuda --backend triton the same questions are asked; here Triton's interpreter answers them."""
+    with pair(*sides, dataclasses.replace(SETTING, backend="triton")) as (_, this):
+        assert this.ask("names", only=["atom_sum/forward"]) == {"atom_sum/forward": None}
+        assert this.ask("error", case="atom_sum/forward") <= 1e-3
+        assert this.ask("facts", case="atom_sum/forward")["dispatches"] > 0
+        assert this.ask("time", case="atom_sum/forward", seconds=1e-3) > 0
 
 
 def test_facts_are_exact(workers):

@@ -23,6 +23,7 @@ from ejmp.catalog import CATALOG
 from ejmp.compress.config import DistillConfig
 from ejmp.data import InOrder, Loader, make_batch
 from ejmp.data.store.durable import hash_file
+from ejmp.lock import locked
 from ejmp.model.checkpoint import load, save
 from ejmp.train import faults
 from ejmp.train import main as launch
@@ -30,7 +31,7 @@ from ejmp.train.commands import fastest_precision
 from ejmp.train.config import TrainConfig
 from ejmp.train.demo import demo_config, demo_teacher
 from ejmp.train.evaluate import evaluate, score, table
-from ejmp.train.loop import FINAL, Run, train
+from ejmp.train.loop import FINAL, LOCK, Run, train
 from ejmp.train.objective import Distillation, Supervised, freeze_blocks, predict
 from ejmp.train.sources import TaskData, at_most, demo_downstream, demo_mix, tasks_of, with_graph, with_tasks_of
 from ejmp.train.start import for_finetuning, new_model
@@ -149,6 +150,34 @@ def test_training_time_and_epochs(tmp_path, ranks, sources, teacher, monkeypatch
     more = {**changes, "max_seconds": 60.0}
     later = train(run_of(tmp_path / "run", ranks, sources, ejmp.prune(teacher, blocks=1), **more), resume=True)
     assert result.step < later.step <= 2 * result.step + 1
+
+
+def test_going_on_otherwise(tmp_path, ranks, sources, teacher):
+    """Other settings, data or code are named; --force takes them, and what changes no number needs no force."""
+    run = run_of(tmp_path / "run", ranks, sources, ejmp.prune(teacher, blocks=1), epochs=None)
+    train(run)
+    noted = (tmp_path / "run" / "run.json").read_text()
+    longer = dataclasses.replace(run, config=dataclasses.replace(run.config, steps=8, log_every=2))
+    for changed, problem in (
+        (longer, "steps is 6 there and 8 here. --force"),
+        (dataclasses.replace(run, sources=sources[::-1]), "datasets is .* there and .* here"),
+        (dataclasses.replace(run, sources=[few(sources[:1], 4)[0], *sources[1:]]), "structures is .* 8"),
+    ):
+        with pytest.raises(ValueError, match=f"was begun otherwise: {problem}"):
+            train(changed, resume=True)
+    assert (tmp_path / "run" / "run.json").read_text() == noted
+    (tmp_path / "run" / "run.json").write_text(noted.replace(json.loads(noted)["machine"]["commit"], "abc1234"))
+    with pytest.raises(ValueError, match="was begun otherwise: commit is abc1234 there and "):
+        train(run, resume=True)
+    assert train(dataclasses.replace(longer, force=True), resume=True).step == 8
+    assert train(dataclasses.replace(longer, config=dataclasses.replace(longer.config, log_every=1)), resume=True)
+
+
+def test_two_trainings_in_one_folder(tmp_path, ranks, sources, teacher):
+    run = run_of(tmp_path / "run", ranks, sources, ejmp.prune(teacher, blocks=1))
+    with locked(tmp_path / "run" / LOCK, wait=False), pytest.raises(ValueError, match="another process trains in"):
+        train(run)
+    assert train(run).finished
 
 
 def test_evaluation_by_hand(ranks, sources, teacher):

@@ -12,7 +12,7 @@ from ejmp.limits import check_limit, current_limits, open_regular
 
 AVERAGE = 256
 """How many lines of atoms have as many bytes as the longest line may have."""
-BLOCK = 1 << 16
+BLOCK = 1 << 17
 """Least number of bytes that are read at once."""
 
 

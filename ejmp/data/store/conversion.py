@@ -30,11 +30,14 @@ from ejmp.data.store.shard import Index, Shard, write_shard
 from ejmp.data.store.stats import Tally
 from ejmp.data.store.writers import Writers
 from ejmp.graph.structure import Structure
+from ejmp.lock import locked
 
 SHARD_SIZE = 20_000
 """Structures per shard, unless another number is asked for."""
 PLAN_NAME = "plan.json"
 """File in the folder of a split by which a conversion knows that the folder is its own."""
+LOCK = ".lock"
+"""File in the dataset's folder by which a second conversion notices the first."""
 CUSTOM = "custom"
 """What `dataset.json` calls a format that is not one of ejmp's."""
 
@@ -69,11 +72,13 @@ def convert(  # noqa: PLR0913, all but two by name
         The folders of the splits.
 
     Raises:
-        ValueError: if the source cannot be read or split, or `dest` holds another conversion.
+        ValueError: if the source cannot be read or split, or `dest` holds another conversion, or is being written.
     """
     writers = Writers()
-    with writers.ending_together():
-        source, dest = Path(source), Path(dest).resolve()
+    source, dest = Path(source), Path(dest).resolve()
+    with ExitStack() as stack, writers.ending_together():
+        if writers.rank == 0 and not stack.enter_context(locked(dest / LOCK, wait=False)):
+            raise ValueError(f"{dest}: another process converts into it")
         survey = Survey(quiet=writers.rank != 0)
         reader, name = _reader(source, format, options or ReadOptions(), survey)
         if current_checks().on_error == "skip":

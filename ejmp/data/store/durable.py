@@ -2,10 +2,12 @@
 
 import errno
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 TEMPORARY = ".tmp"
 """Ending of the names of files that are still being written."""
@@ -35,6 +37,12 @@ def written(path: Path) -> Iterator[Path]:
             raise
         text = f"{os.strerror(error.errno)}; what was finished before stays, and the same command goes on from there"
         raise OSError(error.errno, text, str(path)) from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file of JSON, which is there completely or not at all."""
+    with written(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def hash_file(path: Path) -> str:
