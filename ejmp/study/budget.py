@@ -57,7 +57,7 @@ DEMO = Budget(
     inference_batch=8,
     inference_seconds=30.0,
 )
-"""Lengths on the demo data: Table 1 of one seed takes 10 minutes on two cores, everything 45."""
+"""Lengths on the demo data: Table 1 of one seed takes 6 minutes on two cores of 2025, everything half an hour."""
 FULL = Budget(
     distill_steps=None,
     finetune_steps=None,

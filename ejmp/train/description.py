@@ -62,5 +62,6 @@ def _compared(description: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name in ("commit", "ejmp"):
         yield name, description["machine"][name]
     for name in ("objective", "datasets", "structures", "parameters"):
-        if name in description:
-            yield name, description[name]
+        value = description.get(name)
+        if value is not None:
+            yield name, list(value.items()) if isinstance(value, dict) else value  # the order of datasets counts

@@ -127,7 +127,7 @@ def test_a_rank_stands_alone(monkeypatch):
 def test_settings_of_training():
     lengths = dataclasses.replace(budget.DEMO, distill_steps=150, finetune_steps=60, validations=6)
     distill = budget.distill_config(lengths, demo=True, blocks=4, seed=3)
-    assert (distill.steps, distill.seed, distill.validate_every, distill.warmup_steps) == (150, 3, 150, 25)
+    assert (distill.steps, distill.seed, distill.validate_every, distill.warmup_steps) == (150, 3, 150, 20)
     assert distill.lr == presets.demo("distill").lr
     finetune = budget.finetune_config(lengths, recipe=None, seed=0)
     assert (finetune.steps, finetune.validate_every, finetune.warmup_steps) == (60, 10, 10)

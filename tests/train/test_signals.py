@@ -100,10 +100,6 @@ def campaign(tmp_path, config, count):
     return met
 
 
-def test_signals(tmp_path, tiny_config):
-    campaign(tmp_path, tiny_config, 5)
-
-
 @pytest.mark.slow
 def test_two_hundred_signals(tmp_path, tiny_config):
     met = campaign(tmp_path, tiny_config, 200)
