@@ -178,7 +178,10 @@ def test_everything(inputs, tmp_path):
 def test_nothing_is_gathered_too_early(inputs, tmp_path, capsys):
     words = map(str, flags(inputs, "ani1x"))
     assert cli.main(["reproduce", "table1", "--run", str(tmp_path / "new"), *words, "--gather"]) == 2
-    assert "18 runs are not finished (kd-5-seed0, kd-4-seed0, kd-3-seed0, kd-2-seed0, scratch-5-seed0, ...)" in capsys.readouterr().err
+    assert (
+        "18 runs are not finished (kd-5-seed0, kd-4-seed0, kd-3-seed0, kd-2-seed0, scratch-5-seed0, ...)"
+        in capsys.readouterr().err
+    )
 
 
 def dry(inputs, capsys, folder, *more, status=0):
