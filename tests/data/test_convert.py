@@ -164,7 +164,7 @@ def check_kills(folder, reference, kills, seed):
         if process.exitcode is None:
             os.kill(process.pid, random.choice(SIGNALS))
             process.join(30)
-            assert process.exitcode
+            assert process.exitcode is not None
             killed += 1
         check_readable(dest, reference)
         if contents(dest) == reference:
