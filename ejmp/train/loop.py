@@ -105,7 +105,7 @@ def _train(run: Run, *, resume: bool) -> Result:
         raise ValueError(
             f"run: {run.directory} holds a run already; --resume goes on with it, or choose another folder"
         )
-    if not resume and first_rank and checkpoints.exists():  # what a run has left that was ended before its first checkpoint
+    if not resume and first_rank and checkpoints.exists():  # a run was ended before its first checkpoint
         shutil.rmtree(checkpoints, ignore_errors=True)
         (run.directory / "log.jsonl").unlink(missing_ok=True)
     run = _in_steps(run)
