@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from ejmp.lock import locked
 from ejmp_kernels.cache import cache_root
 
 PREFIX = "ejmp-compare-"
@@ -196,7 +197,7 @@ def _environment(needed: tuple[str, ...], name: str, report: Report) -> str:
     key = hashlib.sha256("\n".join((sys.version, *needed)).encode()).hexdigest()[:16]
     folder = cache_root() / "environments" / key
     python = str(folder / "bin" / "python")
-    with _only_one(folder.with_suffix(".lock")):
+    with locked(folder.with_suffix(".lock"), wait=True):
         if not (folder / "complete").exists():
             report(f"{name} needs other packages than this interpreter has: making {folder} with {', '.join(needed)}")
             shutil.rmtree(folder, ignore_errors=True)
@@ -206,15 +207,6 @@ def _environment(needed: tuple[str, ...], name: str, report: Report) -> str:
                     raise RuntimeError(f"{name}: {' '.join(command[:4])} failed: {done.stderr.strip()[-500:]}")
             (folder / "complete").touch()
     return python
-
-
-@contextlib.contextmanager
-def _only_one(path: Path) -> Iterator[None]:
-    """Let one process at a time into the body."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def extension_key(root: Path, torch_version: str) -> str:
@@ -234,7 +226,7 @@ def _build(root: Path, python: str, name: str, report: Report) -> str | None:
     version = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
     kept = cache_root() / "extensions" / extension_key(root, version) / "_C.so"
     place = root / "kernels" / "ejmp_kernels" / kept.name
-    with _only_one(kept.parent.with_suffix(".lock")):
+    with locked(kept.parent.with_suffix(".lock"), wait=True):
         if not kept.exists():
             report(f"{name}: building the C++ extension, minutes; it is kept in {kept.parent}")
             environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

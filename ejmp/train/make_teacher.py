@@ -48,7 +48,8 @@ def make_teacher(folder: Path, config: TrainConfig, ranks: Ranks) -> Errors | No
     sources = demo_mix()
     objective = Supervised(new_model(demo_config(), sources, seed=config.seed), tasks_of(sources))
     resume = bool(steps(run / "checkpoints"))
-    result = train(Run(objective=objective, sources=sources, config=config, directory=run, ranks=ranks), resume=resume)
+    whole = Run(objective=objective, sources=sources, config=config, directory=run, ranks=ranks, force=True)
+    result = train(whole, resume=resume)
     if not result.finished:
         return None
     if ranks.rank == 0:
