@@ -39,7 +39,7 @@ quick: .venv/built
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder $(QUICK)
 
 slow: .venv/built
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --timeout 0
 
 bench: .venv/built
 	$(BIN)/ejmp bench --precision fp32 --seconds 90 --output results/blocks.json

@@ -2,7 +2,13 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal, get_args
 
+FinalMLPStart = Literal["sliced", "random", "refit"]
+"""How the first layer of a pruned model's final MLP is made; see `ejmp.prune`."""
+FINAL_MLPS: tuple[FinalMLPStart, ...] = get_args(FinalMLPStart)
+REFIT_STRUCTURES = 1000
+"""Structures that the final MLP is refitted on if nothing is said."""
 EDGE_TERMS = ("edge", "edge_to_node", "vector_to_vector")
 """Names of the terms that compare features of edges, which need the force branch."""
 

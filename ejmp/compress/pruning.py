@@ -2,11 +2,13 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
 
 import torch
 
+from ejmp.compress.config import FINAL_MLPS, FinalMLPStart
+from ejmp.compress.refit import refit
+from ejmp.graph.graph import AtomGraph
 from ejmp.model.jmp import JMP
 from ejmp.model.layers import he_orthogonal_
 
@@ -18,7 +20,8 @@ def prune(
     *,
     blocks: int | None = None,
     keep: Sequence[int] | None = None,
-    final_mlp: Literal["sliced", "random"] = "sliced",
+    final_mlp: FinalMLPStart = "sliced",
+    data: Iterable[AtomGraph] | None = None,
 ) -> JMP:
     """Return a copy of the model with fewer interaction blocks (Ghunaim et al., block reduction).
 
@@ -30,10 +33,13 @@ def prune(
         blocks: number of blocks to keep, the first ones.
         keep: numbers of the blocks to keep instead, from 0, ascending.
         final_mlp: "sliced" keeps the surviving input columns of the final MLP's first layer (of both branches),
-            "random" initialises that layer anew at the smaller size.
+            "random" initialises that layer anew at the smaller size, "refit" corrects the sliced layer so that it
+            gives what the whole one gave on `data`, in least squares (`ejmp.compress.refit`): no training, no labels.
+        data: graphs for "refit", of some hundred structures such as the model will see; only for "refit".
 
     Raises:
-        ValueError: unless exactly one of blocks and keep is given and names at least one existing block.
+        ValueError: unless exactly one of blocks and keep is given and names at least one existing block; if there is
+            no data for "refit", or data for another choice.
     """
     have = model.config.blocks
     if (blocks is None) == (keep is None):
@@ -41,8 +47,10 @@ def prune(
     kept = list(range(blocks)) if blocks is not None else list(keep or ())
     if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= have:
         raise ValueError(f"prune: expected between 1 and {have} different blocks of 0..{have - 1} in order, got {kept}")
-    if final_mlp not in ("sliced", "random"):
-        raise ValueError(f'final_mlp: expected "sliced" or "random", got {final_mlp!r}')
+    if final_mlp not in FINAL_MLPS:
+        raise ValueError(f"final_mlp: expected one of {', '.join(FINAL_MLPS)}, got {final_mlp!r}")
+    if (final_mlp == "refit") != (data is not None):
+        raise ValueError('prune: data= is what final_mlp="refit" needs, and nothing else does')
     origin = model.config.kept_blocks or tuple(range(have))
     config = dataclasses.replace(model.config, blocks=len(kept), kept_blocks=tuple(origin[i] for i in kept))
     with torch.device("meta"):
@@ -60,6 +68,8 @@ def prune(
             raise ValueError(f"prune: {name}: expected {list(expected.shape)}, got {list(value.shape)}")
         state[name] = value.clone()
     small.load_state_dict(state, assign=True)
+    if data is not None:
+        refit(small, model, kept, data)
     return small.train(model.training)
 
 

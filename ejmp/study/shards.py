@@ -50,8 +50,8 @@ def work(folder: Path, runs: Sequence[RunSpec], settings: StudySettings, shard: 
     """
     with session() as ranks:
         inputs = Inputs(settings, folder, ranks)
+        signal.signal(signal.SIGTERM, _stop)  # a training has its own handler meanwhile
         while not all(is_finished(folder, spec.name) for spec in runs):
-            signal.signal(signal.SIGTERM, _stop)  # a training has its own handler meanwhile
             taken = any(_take(spec, inputs, runs, shard) for spec in runs)
             if not taken and not any(_waits(spec, folder) for spec in runs):
                 return False

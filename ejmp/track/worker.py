@@ -48,6 +48,8 @@ CLOCK = time.process_time if DEVICE.type == "cpu" and len(SETTINGS["cores"]) == 
 nothing; with more, or on a GPU, what a clock on the wall shows."""
 LEAST_CALLS, MOST_CALLS = 3, 100
 """How many calls a block of a case has at least and at most."""
+LONG_CALL = 3
+"""How many blocks a call must last to be timed alone."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -298,8 +300,13 @@ def seconds_of(name: str, call: Callable[[], Any]) -> float:
 
 
 def time_block(name: str, call: Callable[[], Any], seconds: float) -> float:
-    """Return the median seconds of the calls of a block that is to last about `seconds`, after one uncounted call."""
+    """Return the median seconds of the calls of a block that is to last about `seconds`, after one uncounted call.
+
+    A call that is longer than several blocks is made once: it takes little notice of what others left in the caches.
+    """
     once = seconds_of(name, call)
+    if once > LONG_CALL * seconds:
+        return once
     calls = min(max(LEAST_CALLS, math.ceil(seconds / once)), MOST_CALLS)
     return statistics.median(seconds_of(name, call) for _ in range(calls))
 

@@ -11,6 +11,7 @@ import torch
 from torch import distributed as dist
 
 from ejmp.catalog import FINETUNING
+from ejmp.compress.config import REFIT_STRUCTURES
 from ejmp.compress.pruning import prune
 from ejmp.data import convert
 from ejmp.data.source_flags import SourceRequest
@@ -43,6 +44,7 @@ from ejmp.train.sources import (
     demo_downstream,
     demo_mix,
     from_stores,
+    graphs_of,
     tasks_of,
     with_graph,
     with_tasks_of,
@@ -96,7 +98,7 @@ def distill(request: DistillRequest, ranks: Ranks) -> str:
     teacher = load(path)
     sources = with_tasks_of(path, _mix(request.data), teacher)
     config = request.run.config
-    student = _ready(_student(request, teacher), config.precision, ranks)
+    student = _ready(_student(request, teacher, sources), config.precision, ranks)
     teacher_precision = request.teacher_precision or fastest_precision(ranks.device, config.precision)
     teacher = _ready(teacher, teacher_precision, ranks)
     if request.freeze_blocks:
@@ -119,10 +121,12 @@ def _mix(data: str | None) -> Sequence[Splits]:
     return from_stores(data) if data else demo_mix()
 
 
-def _student(request: DistillRequest, teacher: JMP) -> JMP:
+def _student(request: DistillRequest, teacher: JMP, sources: Sequence[TaskData]) -> JMP:
     if request.student:
         return load(request.student)
-    return prune(teacher, blocks=request.blocks, keep=request.keep, final_mlp=request.final_mlp)
+    seed = request.run.config.seed
+    graphs = graphs_of(teacher, sources, REFIT_STRUCTURES, seed=seed) if request.final_mlp == "refit" else None
+    return prune(teacher, blocks=request.blocks, keep=request.keep, final_mlp=request.final_mlp, data=graphs)
 
 
 def fastest_precision(device: torch.device, otherwise: Precision) -> Precision:

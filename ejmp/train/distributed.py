@@ -6,7 +6,7 @@ import signal
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -143,16 +143,23 @@ def host() -> str:
 
 
 class Preemption:
-    """Notices SIGTERM and SIGUSR1, which Slurm sends some time before it takes the nodes away.
+    """A context that notices SIGTERM and SIGUSR1, which Slurm sends some time before it takes the nodes away.
 
-    The signal may reach a single rank: all must ask `requested` at the same step.
+    The signal may reach a single rank: all must ask `requested` at the same step. Only the main thread can enter it.
     """
 
     def __init__(self) -> None:
-        """Install handlers of both signals, which only the main thread can."""
         self._noticed = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._notice)
+            self._before[number] = signal.signal(number, self._notice)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _notice(self, *_: object) -> None:
         self._noticed = True

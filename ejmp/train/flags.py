@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ejmp.catalog import CATALOG, FINETUNING
-from ejmp.compress.config import parse_blocks, parse_terms
+from ejmp.compress.config import FINAL_MLPS, parse_blocks, parse_terms
 from ejmp.data.readers.options import ReadOptions
 from ejmp.data.source_flags import SourceRequest, add_source_flags
 from ejmp.train import presets
@@ -121,7 +121,7 @@ def _add_distill(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--blocks", type=int, help="number of the teacher's blocks the student keeps, the first ones")
     parser.add_argument("--keep", help="or exactly these blocks, like 0,1,2,5")
-    parser.add_argument("--final-mlp", choices=("sliced", "random"), default="sliced")
+    parser.add_argument("--final-mlp", choices=FINAL_MLPS, default="sliced", help="see ejmp prune")
     parser.add_argument("--student", type=Path, metavar="PATH", help="or a saved model to go on with")
     parser.add_argument("--freeze-blocks", action="store_true", help="train the final MLP and the heads only")
     parser.add_argument(

@@ -95,10 +95,10 @@ def train(run: Run, *, resume: bool = False) -> Result:
     with ExitStack() as stack:
         if run.ranks.rank == 0 and not stack.enter_context(locked(run.directory / LOCK, wait=False)):
             raise ValueError(f"run: another process trains in {run.directory}")
-        return _train(run, resume=resume)
+        return _train(run, stack.enter_context(Preemption()), resume=resume)
 
 
-def _train(run: Run, *, resume: bool) -> Result:
+def _train(run: Run, preemption: Preemption, *, resume: bool) -> Result:
     checkpoints = run.directory / "checkpoints"
     first_rank = run.ranks.rank == 0
     if not resume and checkpoint.steps(checkpoints):
@@ -112,7 +112,7 @@ def _train(run: Run, *, resume: bool) -> Result:
     problem = cut_short(run.config)
     if first_rank and problem:
         sys.stderr.write(f"{problem}\n")
-    trainer = _Trainer(run)
+    trainer = _Trainer(run, preemption)
     description = describe(run.objective, run.sources, run.config, run.ranks) if first_rank else {}
     if resume:
         if first_rank and not run.force:
@@ -169,8 +169,8 @@ def _in_steps(run: Run) -> Run:
 class _Trainer:
     """The parts of a run and how far it is."""
 
-    def __init__(self, run: Run) -> None:
-        self.run, self.config = run, run.config
+    def __init__(self, run: Run, preemption: Preemption) -> None:
+        self.run, self.config, self.preemption = run, run.config, preemption
         torch.manual_seed(run.config.seed)
         model = run.objective.model
         self.model = model.train()
@@ -180,7 +180,6 @@ class _Trainer:
         self.ema = None if run.config.ema is None else EMA(dict(model.named_parameters()), run.config.ema)
         self.schedule = Schedule(run.config)
         self.stopper = EarlyStop(run.config.early_stop or 10**9)
-        self.preemption = Preemption()
         self.sampler = _sampler(run)
         self.loader = loader_of(
             run.sources,

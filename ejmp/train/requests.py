@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ejmp.compress.config import DistillConfig
+from ejmp.compress.config import DistillConfig, FinalMLPStart
 from ejmp.data.source_flags import SourceRequest
 from ejmp.model.config import Precision
 from ejmp.train.config import TrainConfig
@@ -84,7 +84,7 @@ class DistillRequest(TrainingRequest):
     """The student keeps these blocks of the teacher."""
     student: Path | None
     """Saved model to go on with as the student."""
-    final_mlp: Literal["sliced", "random"]
+    final_mlp: FinalMLPStart
     """How the first layer of a pruned student's final MLP is made; see `ejmp.prune`."""
     freeze_blocks: bool
     """Whether to train only the final MLP and the heads."""

@@ -1,7 +1,7 @@
 """The data of a run: record stores named on the command line, or the embedded demo data, with their tasks."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from ejmp.catalog import CATALOG, GraphSettings
-from ejmp.data import DEMO_DOWNSTREAM, DEMO_MIX, Dataset, DatasetInfo, Loader, Structure, demo, open_store
+from ejmp.data import DEMO_DOWNSTREAM, DEMO_MIX, Dataset, DatasetInfo, Loader, MixSampler, Structure, demo, open_store
 from ejmp.data.sampling.mix import Sampler
 from ejmp.data.sampling.permutation import permute
+from ejmp.graph.graph import AtomGraph
 from ejmp.model.checkpoint import TASKS
 from ejmp.model.jmp import JMP
 from ejmp.train.task import Task, Tasks
@@ -225,6 +226,21 @@ def loader_of(
         device=device,
         num_workers=num_workers,
     )
+
+
+def graphs_of(model: JMP, sources: Sequence[TaskData], structures: int, *, seed: int = 0) -> Iterator[AtomGraph]:
+    """Yield graphs, as a model takes them, of training structures of all sources, mixed as for training.
+
+    Args:
+        model: whose type and device the graphs have.
+        sources: datasets with a split "train".
+        structures: number of structures, rounded up to whole batches of 16.
+        seed: seed of the choice.
+    """
+    sizes = [len(source.split("train")) for source in sources]
+    sampler = MixSampler(sizes=sizes, seed=seed, batch_size=16)
+    loader = loader_of(sources, "train", sampler, dtype=model.dtype, device=model.device)
+    return (batch.graph for batch in loader.batches(0, structures))
 
 
 def tasks_of(sources: Sequence[TaskData]) -> Tasks:

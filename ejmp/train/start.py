@@ -6,20 +6,17 @@ from typing import Literal
 
 import torch
 
-from ejmp.data import MixSampler
 from ejmp.model.config import JMPConfig
 from ejmp.model.jmp import JMP
 from ejmp.model.scale_factors import fit_scale_factors
-from ejmp.train.sources import TaskData, loader_of
+from ejmp.train.sources import TaskData, graphs_of
 
 
 def new_model(config: JMPConfig, sources: Sequence[TaskData], *, seed: int) -> JMP:
     """Return an untrained model for the sources' tasks; its scale factors are fitted to some of their structures."""
     torch.manual_seed(seed)
     model = JMP(config, tasks=[source.task for source in sources])
-    sizes = [len(source.split("train")) for source in sources]
-    loader = loader_of(sources, "train", MixSampler(sizes=sizes, seed=seed, batch_size=16))
-    fit_scale_factors(model, [batch.graph for batch in loader.batches(0, 64)])
+    fit_scale_factors(model, list(graphs_of(model, sources, 64, seed=seed)))
     return model
 
 

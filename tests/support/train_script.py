@@ -307,11 +307,12 @@ def fault(ranks):
 
 def preempted(ranks):
     """Take steps until some rank is told to stop, and return how many."""
-    preemption, steps = Preemption(), 0
-    (Path(sys.argv[2]) / f"pid{ranks.rank}").write_text(str(os.getpid()))
-    while not preemption.requested():
-        steps += 1
-        time.sleep(0.01)
+    steps = 0
+    with Preemption() as preemption:
+        (Path(sys.argv[2]) / f"pid{ranks.rank}").write_text(str(os.getpid()))
+        while not preemption.requested():
+            steps += 1
+            time.sleep(0.01)
     return steps
 
 

@@ -89,9 +89,11 @@ def test_stopped_and_resumed_is_bit_identical(tmp_path, ranks, sources, teacher,
         return forward(self, batch)
 
     monkeypatch.setattr(Supervised, "forward", interrupted)
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     first = train(run_of(tmp_path / "parts", ranks, sources, ejmp.prune(teacher, blocks=2)))
     assert not first.finished
     assert first.step == 3
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == handlers
     second = train(run_of(tmp_path / "parts", ranks, sources, ejmp.prune(teacher, blocks=2)), resume=True)
     assert second.finished
     assert calls == [4, 8, 12, 16, 20, 24]  # no sample lost or repeated

@@ -3,9 +3,8 @@
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from ejmp.compress.config import parse_blocks
+from ejmp.compress.config import FINAL_MLPS, REFIT_STRUCTURES, FinalMLPStart, parse_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,12 +19,23 @@ class PruneRequest:
     """Number of blocks to keep, the first ones; None: `keep` says which."""
     keep: tuple[int, ...] | None
     """Numbers of the blocks to keep; None: `blocks` says how many."""
-    final_mlp: Literal["sliced", "random"]
+    final_mlp: FinalMLPStart
     """How the first layer of the final MLP is made; see `ejmp.prune`."""
+    data: str | None
+    """Record stores whose training structures the final MLP is refitted on; None: the demo mix."""
+    structures: int
+    """How many structures it is refitted on."""
     seed: int
     """Seed of a random first layer."""
     overwrite: bool
     """Whether a model in the directory is replaced."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers, and that nothing is asked for that has no effect."""
+        if self.structures < 1:
+            raise ValueError(f"--structures: expected 1 or more, got {self.structures}")
+        if self.data and self.final_mlp != "refit":
+            raise ValueError("--data: structures are needed for --final-mlp refit only")
 
 
 def add_prune(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +46,13 @@ def add_prune(parser: argparse.ArgumentParser) -> None:
     kept = parser.add_mutually_exclusive_group(required=True)
     kept.add_argument("--blocks", type=int, help="keep this many, the first ones")
     kept.add_argument("--keep", metavar="0,1,...", help="keep exactly these, numbered from 0")
-    parser.add_argument("--final-mlp", default="sliced", choices=("sliced", "random"), help="default: sliced")
-    parser.add_argument("--seed", type=int, default=0, help="seed of --final-mlp random (default: 0)")
+    text = "how the final MLP's first layer is made: sliced (default), random, or refitted to what it gave before"
+    parser.add_argument("--final-mlp", default="sliced", choices=FINAL_MLPS, help=text)
+    text = "record stores to refit on, named as the model's tasks; default: the embedded demo mix"
+    parser.add_argument("--data", metavar="NAME=FOLDER,...", help=text)
+    text = f"how many of their structures to refit on; default: {REFIT_STRUCTURES}"
+    parser.add_argument("--structures", type=int, metavar="N", default=REFIT_STRUCTURES, help=text)
+    parser.add_argument("--seed", type=int, default=0, help="seed of a random layer, and of the choice of structures")
     parser.add_argument("--overwrite", action="store_true", help="replace a model at OUT")
 
 
@@ -45,6 +60,7 @@ def _prune(options: argparse.Namespace) -> int:
     import torch  # noqa: PLC0415
 
     import ejmp  # noqa: PLC0415
+    from ejmp.train.sources import demo_mix, from_stores, graphs_of, with_tasks_of  # noqa: PLC0415
 
     request = PruneRequest(
         model=options.model,
@@ -52,12 +68,19 @@ def _prune(options: argparse.Namespace) -> int:
         blocks=options.blocks,
         keep=None if options.keep is None else parse_blocks(options.keep),
         final_mlp=options.final_mlp,
+        data=options.data,
+        structures=options.structures,
         seed=options.seed,
         overwrite=options.overwrite,
     )
     torch.manual_seed(request.seed)
     model = ejmp.load(request.model)
-    small = ejmp.prune(model, blocks=request.blocks, keep=request.keep, final_mlp=request.final_mlp)
+    graphs = None
+    if request.final_mlp == "refit":
+        sources = from_stores(request.data) if request.data else demo_mix()
+        sources = with_tasks_of(request.model, sources, model)
+        graphs = graphs_of(model, sources, request.structures, seed=request.seed)
+    small = ejmp.prune(model, blocks=request.blocks, keep=request.keep, final_mlp=request.final_mlp, data=graphs)
     ejmp.save(small, request.out, overwrite=request.overwrite)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
     kept = ", ".join(map(str, small.config.kept_blocks or ()))
