@@ -19,6 +19,8 @@ ROUNDS = 20
 """Rounds of a pair; the median of their log ratios is the pair's sample."""
 BLOCK_SECONDS = 3e-3
 """How long a block of calls lasts about; with longer ones the two sides no longer see the same moment."""
+LONG_SECONDS = 10 * BLOCK_SECONDS
+"""A call that lasts longer is timed in every third round only."""
 PATIENCE_SECONDS = 300.0
 """After this time without an answer a worker is ended."""
 
@@ -157,6 +159,8 @@ class Sample:
 def measure(base: Worker, head: Worker, cases: Sequence[str], rounds: int) -> dict[str, Sample]:
     """Time cases on both sides by turns: in every round all cases in random order, in each a random side first.
 
+    Cases with long calls take part in every third round.
+
     Args:
         base: worker of one side.
         head: worker of the other.
@@ -164,13 +168,17 @@ def measure(base: Worker, head: Worker, cases: Sequence[str], rounds: int) -> di
         rounds: how often each side is timed; one more round before is not counted.
     """
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+    long: set[str] = set()
     for number in range(rounds + 1):
-        for name in random.sample(list(cases), len(cases)):
+        going = [name for name in cases if name not in long or number % 3 == 1]
+        for name in random.sample(going, len(going)):
             found = {}
             for worker in random.sample([base, head], 2):
                 found[worker] = worker.ask("time", case=name, seconds=BLOCK_SECONDS)
             if number:
                 seconds[name].append((found[base], found[head]))
+            elif max(found.values()) > LONG_SECONDS:
+                long.add(name)
     return {
         name: Sample(
             log_ratio=statistics.median(math.log(h / b) for b, h in values),

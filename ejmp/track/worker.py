@@ -338,6 +338,7 @@ def main() -> None:
     torch.set_num_threads(max(1, len(SETTINGS["cores"])) if SETTINGS["cores"] else torch.get_num_threads())
     cases = Cases()
     gc.disable()
+    gc.freeze()  # what torch consists of need not be looked at again and again
     for line in sys.stdin:
         question = json.loads(line)
         try:
