@@ -1,7 +1,7 @@
 """Two sides compared: correctness first, then exact facts, then times until each benchmark is decided.
 
 Times follow `ejmp.track.verdict`: 4 pairs of processes for all benchmarks, more for those that are UNSURE, and for
-those that are SLOW 4 fresh pairs that must say so again.
+those that are SLOW fresh pairs, again 4 or more, that must say so again.
 """
 
 import contextlib
@@ -281,14 +281,18 @@ class _Comparison:
         if not slow:
             return
         self.report(f"slow, and measured again: {', '.join(slow)}")
-        for _ in range(rules.LOOKS[0]):
-            for name, sample in self._more(slow).items():
-                self.rows[name].again.append(sample)
-        again = {name: [sample.log_ratio for sample in self.rows[name].again] for name in slow}
-        kept = rules.confirmed(again, {name: self.rows[name].limit for name in slow})
-        for name in slow:
-            if name not in kept:
-                self.rows[name].verdict, self.rows[name].note = "UNSURE", "was slow, but not again in fresh pairs"
+        going = list(slow)
+        for pairs in rules.LOOKS:
+            if not going or (pairs > rules.LOOKS[0] and self._passed() > self.request.budget_seconds):
+                break
+            while len(self.rows[going[0]].again) < pairs:
+                for name, sample in self._more(going).items():
+                    self.rows[name].again.append(sample)
+            again = {name: [sample.log_ratio for sample in self.rows[name].again] for name in going}
+            kept = rules.confirmed(again, {name: self.rows[name].limit for name in going}, len(slow))
+            going = [name for name in going if name not in kept]
+        for name in going:
+            self.rows[name].verdict, self.rows[name].note = "UNSURE", "was slow, but not again in fresh pairs"
 
 
 def _about(side: Side) -> dict[str, Any]:

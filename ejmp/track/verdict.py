@@ -142,9 +142,16 @@ def look(samples: Mapping[str, Sequence[float]], limits: Mapping[str, float], fa
     return found
 
 
-def confirmed(samples: Mapping[str, Sequence[float]], limits: Mapping[str, float]) -> set[str]:
-    """Return which of the benchmarks that were SLOW are so again in fresh pairs, by Holm's procedure at `LEVEL`."""
-    return holm({name: p_beyond(x, limits[name]) for name, x in samples.items()}, LEVEL, len(samples))
+def confirmed(samples: Mapping[str, Sequence[float]], limits: Mapping[str, float], family: int) -> set[str]:
+    """Return which of the benchmarks that were SLOW are so again at one look at fresh pairs.
+
+    Args:
+        samples: log ratios of the fresh pairs by name; all have as many, a number of `LOOKS`.
+        limits: tolerated log ratio by name.
+        family: number of benchmarks that were SLOW.
+    """
+    level = level_of_look(len(next(iter(samples.values()))))
+    return holm({name: p_beyond(x, limits[name]) for name, x in samples.items()}, level, family)
 
 
 def spread_of(samples: Sequence[float]) -> float:

@@ -77,8 +77,10 @@ def simulate(rng, truth, spread):
         if not going:
             break
     slow = [name for name, found in final.items() if found == "SLOW"]
-    again = {name: rng.normal(truth[name], spread, LOOKS[0]).tolist() for name in slow}
-    kept = verdict.confirmed(again, limits) if slow else set()
+    again, kept = {name: rng.normal(truth[name], spread, LOOKS[-1]).tolist() for name in slow}, set()
+    for pairs in LOOKS:
+        going = {name: again[name][:pairs] for name in slow if name not in kept}
+        kept |= verdict.confirmed(going, limits, len(slow)) if going else set()
     return final | {name: "UNSURE" for name in slow if name not in kept}
 
 
