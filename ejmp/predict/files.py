@@ -1,12 +1,12 @@
 """Structures of files with what was predicted of them: read lazily, written so that an interrupted run can go on."""
 
-import fcntl
 import io
 import itertools
 import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from ejmp.data.readers.ase_files import read_text
 from ejmp.data.readers.files import SourceError
+from ejmp.lock import locked
 from ejmp.predict.predictor import Prediction, Predictor
 
 Frame = tuple[str, Any]
@@ -186,16 +187,14 @@ class ResumableFrames:
         self.path = path
         self.part, self._note = (path.with_name(path.name + ending) for ending in (".part", ".part.json"))
         text = json.dumps(asked, indent=1, sort_keys=True) + "\n"
-        self._file = self.part.open("a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise ValueError(f"--output: another run is writing {self.part}") from error
+        self._open = ExitStack()
+        if not self._open.enter_context(locked(self.part, wait=False)):
+            raise ValueError(f"--output: another run is writing {self.part}")
+        self._file = self._open.enter_context(self.part.open("a+b"))
         same = self._note.exists() and self._note.read_text() == text
         if not same:
             if self._file.seek(0, os.SEEK_END) and not overwrite:
-                self._file.close()
+                self._open.close()
                 raise ValueError(
                     f"--output: {self.part} is of an interrupted run that was asked something else; "
                     "--overwrite begins anew, or give another name"
@@ -209,7 +208,7 @@ class ResumableFrames:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._open.close()
 
     def append(self, atoms: Any) -> None:
         """Add a frame, an ase.Atoms; it is in the file when this returns, whatever happens to this process."""

@@ -6,7 +6,6 @@ one day does not look like a change. Change points are found by ruptures (PELT: 
 107, 1590 (2012)), with a penalty from the noise between neighbouring records.
 """
 
-import fcntl
 import importlib
 import json
 import math
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ejmp.lock import locked
 from ejmp.track.schema import Reading, Record, read_lines
 
 LEAST_CHANGE = 0.05
@@ -48,9 +48,7 @@ def add(folder: Path, records: Iterable[Record]) -> dict[Path, int]:
 
 
 def _append(path: Path, lines: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locked(path, wait=True), path.open("ab+") as file:
         size = file.seek(0, os.SEEK_END)
         if size:
             file.seek(size - 1)

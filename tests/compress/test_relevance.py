@@ -147,7 +147,17 @@ def test_prune_command(saved, tmp_path, tiny, capsys):
         weights.append(ejmp.load(out).backbone.out_mlp_E.out_mlp[0].linear.weight)
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
-    capsys.readouterr()
+    words = ["--final-mlp", "refit", "--structures", "16", "--overwrite"]
+    assert cli.main(["prune", str(saved), str(out), "--blocks", "2", *words]) == 0
+    refitted, sliced = ejmp.load(out), ejmp.prune(ejmp.load(saved), blocks=2)
+    different = {n for n, value in sliced.state_dict().items() if not torch.equal(value, refitted.state_dict()[n])}
+    assert different == {f"backbone.out_mlp_{branch}.out_mlp.0.linear.weight" for branch in "EF"}
+    assert [task.name for task in refitted.tasks] == list(DEMO_MIX)
+    assert cli.main(["prune", str(saved), str(out), "--blocks", "2", "--data", "oc20=x"]) == 2
+    assert cli.main(["prune", str(saved), str(out), "--blocks", "2", "--final-mlp", "refit", "--structures", "0"]) == 2
+    error = capsys.readouterr().err
+    assert "--data: structures are needed for --final-mlp refit only" in error
+    assert "--structures: expected 1 or more, got 0" in error
     assert cli.main(["prune", str(saved), str(out), "--keep", "a"]) == 2
     assert cli.main(["prune", str(saved), str(out), "--blocks", "9", "--overwrite"]) == 2
     error = capsys.readouterr().err

@@ -74,6 +74,7 @@ def test_it_has_learnt_and_blocks_matter(errors):
 def test_it_is_made_again_by_its_command(tmp_path, ranks, monkeypatch):
     """The same steps give the same bytes twice; the recipe has their hash."""
     monkeypatch.setattr(make_teacher, "demo_mix", lambda: few(demo_mix()))
+    monkeypatch.setattr(make_teacher, "demo_config", lambda: demo_config(blocks=2))  # a third of the time
     config = dataclasses.replace(
         presets.teacher(), steps=4, validate_every=2, checkpoint_every=2, batch_size=4, zero_stage=0
     )
