@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ejmp.compress.config import parse_terms
+from ejmp.compress.config import REFIT_STRUCTURES, parse_terms
 from ejmp.compress.pruning import prune
 from ejmp.data import InOrder, make_batch
 from ejmp.measure.bench import forward_pass
@@ -30,7 +30,7 @@ from ejmp.train.groups import LayerFactors
 from ejmp.train.loop import FINAL, Result, Run, train
 from ejmp.train.metrics import Maes
 from ejmp.train.objective import Distillation, Objective, Supervised
-from ejmp.train.sources import Split, TaskData, loader_of, tasks_of
+from ejmp.train.sources import Split, TaskData, graphs_of, loader_of, tasks_of
 from ejmp.train.start import for_finetuning
 from ejmp.train.survey import survey
 
@@ -105,8 +105,12 @@ def constant_errors(sources: Sequence[TaskData], split: Split, *, heads: int) ->
 def _evaluated(spec: RunSpec, inputs: Inputs) -> Outcome:
     teacher = inputs.teacher()
     sources = inputs.mix(teacher)
-    model = _student(spec, teacher).to(inputs.ranks.device)
-    return Outcome(values={"errors": evaluate(model, sources, inputs.ranks)})
+    if spec.strategy == "br_refit":
+        graphs = graphs_of(teacher, sources, REFIT_STRUCTURES, seed=spec.seed)
+        model = prune(teacher, blocks=spec.blocks, final_mlp="refit", data=graphs)
+    else:
+        model = _student(spec, teacher)
+    return Outcome(values={"errors": evaluate(model.to(inputs.ranks.device), sources, inputs.ranks)})
 
 
 def _distilled(spec: RunSpec, inputs: Inputs) -> Outcome | None:

@@ -14,11 +14,12 @@ STRATEGIES = {
     "br_random": "BR, random MLP",
     "br_kd": "BR + KD",
     "scratch": "from scratch",
+    "br_refit": "BR, refitted MLP",
 }
 """Strategies of a study, and what tables and legends call them."""
 CONTROLS = ("zero", "mean")
 """Strategies without a model: their errors are beyond the others', and stand above a panel."""
-PRUNED = ("br", "br_random", "br_kd")
+PRUNED = ("br", "br_random", "br_refit", "br_kd")
 """Strategies that are the teacher itself where nothing is removed."""
 DRAWN = tuple(name for name in STRATEGIES if name not in CONTROLS)
 """Strategies that have a line, each with the same colour and marker in all figures."""

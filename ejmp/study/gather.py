@@ -95,7 +95,9 @@ def text(part: Part, content: Mapping[str, Any]) -> str:
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    strategy = str(row["strategy"]).replace("br_random", "br/random").replace("br_kd", "br+kd")
+    strategy = {"br_random": "br/random", "br_refit": "br/refit", "br_kd": "br+kd"}.get(
+        row["strategy"], row["strategy"]
+    )
     return strategy if row["blocks"] is None else f"{row['blocks']} blocks, {strategy}"
 
 

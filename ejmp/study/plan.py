@@ -8,7 +8,7 @@ from ejmp.catalog import CATALOG
 from ejmp.study.settings import Part, StudySettings
 
 Kind = Literal["constant", "evaluate", "distill", "scratch", "relevance", "inference", "finetune"]
-Strategy = Literal["zero", "mean", "teacher", "br", "br_random", "br_kd", "scratch"]
+Strategy = Literal["zero", "mean", "teacher", "br", "br_random", "br_refit", "br_kd", "scratch"]
 BLOCKS = 6
 """Number of interaction blocks of the teacher."""
 FEWER = (5, 4, 3, 2)
@@ -80,6 +80,7 @@ def _table1(settings: StudySettings) -> Iterator[RunSpec]:
     for blocks in FEWER:
         yield RunSpec(name=f"br-{blocks}", kind="evaluate", strategy="br", blocks=blocks)
         yield RunSpec(name=f"random-{blocks}", kind="evaluate", strategy="br_random", blocks=blocks)
+        yield RunSpec(name=f"refit-{blocks}", kind="evaluate", strategy="br_refit", blocks=blocks)
         yield from _distilled(blocks, range(settings.seeds))
         yield RunSpec(name=f"scratch-{blocks}-seed0", kind="scratch", strategy="scratch", blocks=blocks)
 

@@ -234,13 +234,13 @@ def graphs_of(model: JMP, sources: Sequence[TaskData], structures: int, *, seed:
     Args:
         model: whose type and device the graphs have.
         sources: datasets with a split "train".
-        structures: number of structures, rounded up to whole batches of 16.
+        structures: number of structures, rounded up to whole batches of 16; at most an epoch of them is given.
         seed: seed of the choice.
     """
     sizes = [len(source.split("train")) for source in sources]
     sampler = MixSampler(sizes=sizes, seed=seed, batch_size=16)
     loader = loader_of(sources, "train", sampler, dtype=model.dtype, device=model.device)
-    return (batch.graph for batch in loader.batches(0, structures))
+    return (batch.graph for batch in loader.batches(0, min(structures, sampler.epoch_size)))
 
 
 def tasks_of(sources: Sequence[TaskData]) -> Tasks:

@@ -34,9 +34,9 @@ def test_plan_is_complete(parts, seeds):
 
 
 def test_runs_of_table_1():
-    """Counted by hand: 2 without pruning, and for each of 4 sizes BR, random, scratch and 3 seeds of KD."""
+    """Counted by hand: 2 without pruning, and for each of 4 sizes BR, random, refitted, scratch and 3 seeds of KD."""
     runs = plan(("table1",), settings())
-    assert len(runs) == 2 + 4 * (3 + 3)
+    assert len(runs) == 2 + 4 * (4 + 3)
     assert sorted(spec.seed for spec in runs if (spec.kind, spec.blocks) == ("distill", 4)) == [0, 1, 2]
     assert {spec.blocks for spec in runs if spec.blocks} == {BLOCKS, *FEWER}
     assert not any(spec.needs for spec in runs)

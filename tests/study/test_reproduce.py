@@ -17,7 +17,7 @@ from ejmp import cli
 from ejmp.study.numbers import COLUMNS
 
 pytest.importorskip("deepspeed")
-TABLE1_RUNS = 18
+TABLE1_RUNS = 22
 """Two without pruning, and BR, random, scratch and one seed of KD for each of four sizes."""
 
 
@@ -61,7 +61,7 @@ def undisturbed(inputs, tmp_path_factory):
 def test_table_1(inputs, undisturbed):
     """Every run has its line and its folder; the tables are written, and a second call does nothing again."""
     folder, out = undisturbed
-    assert re.findall(r"^\[(\d+)/18\]", out, re.MULTILINE) == [str(i) for i in range(1, TABLE1_RUNS + 1)]
+    assert re.findall(rf"^\[(\d+)/{TABLE1_RUNS}\]", out, re.MULTILINE) == [str(i) for i in range(1, TABLE1_RUNS + 1)]
     assert "| 4 blocks, br+kd |" in out
     study = json.loads((folder / "study.json").read_text())
     assert set(study) == {"command", "seeds", "commit", "machine", "demo", "table1", "runs"}
@@ -74,7 +74,7 @@ def test_table_1(inputs, undisturbed):
     with (folder / "study.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
-    assert {row["strategy"] for row in rows} == {"zero", "teacher", "br", "br_random", "br_kd", "scratch"}
+    assert {row["strategy"] for row in rows} == {"zero", "teacher", "br", "br_random", "br_refit", "br_kd", "scratch"}
     before = state(folder)
     again, _ = reproduce("table1", "--run", folder, *flags(inputs, "ani1x"))
     assert state(folder) == before
@@ -90,7 +90,7 @@ def test_other_settings_are_refused(inputs, undisturbed):
 
 def test_two_processes_do_the_same(inputs, undisturbed, tmp_path):
     out, _ = reproduce("table1", "--run", tmp_path / "two", "--processes", 2, *flags(inputs, "ani1x"))
-    assert sorted(re.findall(r"^\[\d+/18\] ([\w-]+):", out, re.MULTILINE)) == sorted(
+    assert sorted(re.findall(rf"^\[\d+/{TABLE1_RUNS}\] ([\w-]+):", out, re.MULTILINE)) == sorted(
         path.name for path in (tmp_path / "two" / "runs").iterdir()
     )
     assert tables(tmp_path / "two") == tables(undisturbed[0])
@@ -179,7 +179,7 @@ def test_nothing_is_gathered_too_early(inputs, tmp_path, capsys):
     words = map(str, flags(inputs, "ani1x"))
     assert cli.main(["reproduce", "table1", "--run", str(tmp_path / "new"), *words, "--gather"]) == 2
     assert (
-        "18 runs are not finished (kd-5-seed0, kd-4-seed0, kd-3-seed0, kd-2-seed0, scratch-5-seed0, ...)"
+        f"{TABLE1_RUNS} runs are not finished (kd-5-seed0, kd-4-seed0, kd-3-seed0, kd-2-seed0, scratch-5-seed0, ...)"
         in capsys.readouterr().err
     )
 

@@ -52,7 +52,7 @@ def test_table_1(tmp_path):
         finish(tmp_path, spec, {"errors": errors[spec.name]})
     part = table1(tmp_path, settings)
     rows = {(row["strategy"], row["blocks"]): row for row in part["rows"]}
-    assert len(rows) == len(part["rows"]) == 2 + 4 * 4
+    assert len(rows) == len(part["rows"]) == 2 + 4 * 5
     of_three = [errors[f"kd-3-seed{seed}"]["ani1x"]["forces_meV_per_A"] for seed in range(3)]
     found = rows["br_kd", 3]["values"]["ani1x"]
     assert found["seeds"] == of_three
@@ -124,8 +124,8 @@ def test_progress(tmp_path):
         if spec.blocks in (None, 6, 5):
             finish(tmp_path, spec, {}, seconds={"distill": 600.0, "evaluate": 5.0}.get(spec.kind, 60.0))
     last = next(spec for spec in runs if spec.name == "kd-5-seed0")
-    left = 3 * (600 + 2 * 5 + 60)
-    assert progress(tmp_path, runs, last, 2) == f"[6/18] kd-5-seed0: 10.0 min; about {left / 120:.1f} min left"
+    left = 3 * (600 + 3 * 5 + 60)
+    assert progress(tmp_path, runs, last, 2) == f"[7/22] kd-5-seed0: 10.0 min; about {left / 120:.1f} min left"
     assert [duration(seconds) for seconds in (3, 600, 7200)] == ["3 s", "10.0 min", "2.0 h"]
 
 
