@@ -95,9 +95,8 @@ def text(part: Part, content: Mapping[str, Any]) -> str:
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    strategy = {"br_random": "br/random", "br_refit": "br/refit", "br_kd": "br+kd"}.get(
-        row["strategy"], row["strategy"]
-    )
+    name = str(row["strategy"])
+    strategy = {"br_random": "br/random", "br_refit": "br/refit", "br_kd": "br+kd"}.get(name, name)
     return strategy if row["blocks"] is None else f"{row['blocks']} blocks, {strategy}"
 
 
