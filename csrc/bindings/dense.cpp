@@ -223,6 +223,7 @@ struct Matmul : torch::autograd::Function<Matmul> {
 };
 
 Tensor matmul(const Tensor& a, const Tensor& b, bool transpose_a, bool transpose_b) {
+    check_given("matmul", "a", a), check_given("matmul", "b", b);
     return Matmul::apply(a, b, transpose_a, transpose_b);
 }
 

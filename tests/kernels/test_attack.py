@@ -25,6 +25,14 @@ def test_no_argument_ends_the_process(backend, number):
     assert sum(n for (_, outcome), n in counts.items() if outcome == "ran") > number / 40
 
 
+@pytest.mark.parametrize(("name", "given"), [("a", (None, torch.ones(2, 2))), ("b", (torch.ones(2, 2), None))])
+def test_none_is_no_matrix(name, given):
+    """Found by the 26,155th call of `make attack`."""
+    require_native()
+    with pytest.raises(ValueError, match=f"matmul: {name} must be a tensor, got none"):
+        torch.ops.ejmp.matmul(*given, False, False)
+
+
 @pytest.mark.parametrize("backend", ["native", "triton"])
 def test_every_op_is_attacked(backend):
     require(backend)

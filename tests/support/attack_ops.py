@@ -22,6 +22,8 @@ import time
 import warnings
 from pathlib import Path
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
+
 import torch
 
 from ejmp_kernels import registry
