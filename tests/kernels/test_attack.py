@@ -33,6 +33,14 @@ def test_none_is_no_matrix(name, given):
         torch.ops.ejmp.matmul(*given, False, False)
 
 
+def test_none_is_no_tensor_for_triton():
+    """Found by the 268th call of `make attack`."""
+    require_triton()
+    Ops("triton")
+    with pytest.raises(ValueError, match="swap_add: swap must be a tensor, got none"):
+        torch.ops.ejmp_triton.swap_add(torch.ones(2, 2), None, None, 1.0)
+
+
 @pytest.mark.parametrize("backend", ["native", "triton"])
 def test_every_op_is_attacked(backend):
     require(backend)

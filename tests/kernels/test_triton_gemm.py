@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo.testing
 from support.inputs import environment
 from support.tolerances import relative_error, tolerance
 

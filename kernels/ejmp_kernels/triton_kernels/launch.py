@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -32,8 +33,21 @@ def define(schema: str) -> Callable[[Callable], Callable]:
 
     def decorate(function: Callable) -> Callable:
         LIBRARY.define(schema)
+        name, arguments = re.fullmatch(r"(\w+)\((.*)\) -> .*", schema).groups()
+        words = [text.split() for text in arguments.split(", ")]
+        needed = [
+            (i, argument) for i, (kind, argument, *_) in enumerate(words) if re.fullmatch(r"Tensor(\(.*\))?", kind)
+        ]
+
+        @functools.wraps(function)
+        def checked(*given: Any) -> Any:
+            for i, argument in needed:
+                if given[i] is None:  # which torch lets through
+                    raise ValueError(f"{name}: {argument} must be a tensor, got none")
+            return function(*given)
+
         for device in ("CUDA", "CPU"):  # the latter for Triton's interpreter
-            LIBRARY.impl(schema.split("(", maxsplit=1)[0], function, device)
+            LIBRARY.impl(name, checked, device)
         return function
 
     return decorate
