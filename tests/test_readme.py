@@ -13,9 +13,9 @@ import sys
 import textwrap
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from support.refit_table import refit_table
 
 import ejmp
 from ejmp import cli
@@ -271,32 +271,8 @@ def limits_table():
     return markdown(["limit", "default"], [[f"`{name}`", f"{most:,}"] for name, most in vars(Limits()).items()])
 
 
-def refit_table():
-    rows, names = result("refit_cpu")["rows"], ("oc20", "oc22", "ani1x", "transition1x")
-
-    def mean(blocks, kind, error):
-        found = [row["errors"] for row in rows if (row["blocks"], row["final_mlp"]) == (blocks, kind)]
-        return np.array([np.mean([errors[name][error] for errors in found]) for name in names])
-
-    head = "blocks | OC20 | OC22 | ANI-1x | Transition-1x | share of what the cut cost, forces | energies"
-    whole = " | ".join(f"{x:.1f}" for x in mean(6, "teacher", "forces_meV_per_A"))
-    lines = [f"| {head} |", "| ---: | --- | --- | --- | --- | ---: | ---: |", f"| 6 (teacher) | {whole} | | |"]
-    for blocks in (5, 4, 3, 2):
-        shares = []
-        for error in ("energy_meV_per_atom", "forces_meV_per_A"):
-            teacher, cut, refitted = (
-                mean(6, "teacher", error),
-                mean(blocks, "sliced", error),
-                mean(blocks, "refit", error),
-            )
-            shares.append(f"{100 * np.mean((cut - refitted) / (cut - teacher)):.0f}%")
-        cells = " | ".join(f"{a:.1f} -> {b:.1f}" for a, b in zip(cut, refitted, strict=True))
-        lines.append(f"| {blocks} | {cells} | {shares[1]} | {shares[0]} |")
-    return "\n".join(lines)
-
-
 TABLES = {
-    "refit": ("docs/training.md", refit_table),
+    "refit": ("docs/training.md", lambda: refit_table(result("refit_cpu"))),
     "short": ("README.md", short_table),
     "blocks": ("docs/benchmarks.md", lambda: report.table(result("blocks_mof_cpu"))),
     "kernels": ("docs/benchmarks.md", lambda: report.kernel_table(result("kernels_cpu"))),
