@@ -13,12 +13,14 @@ import functools
 import pytest
 import torch
 from op_cases import CASES, ORDERS, LinearOpError, model_sizes
+from torch.utils.flop_counter import FlopCounterMode
 
 import ejmp
 from ejmp.compress.pruning import prune
 from ejmp.measure import bench, workloads
+from ejmp.measure.flops import count_macs, graph_sizes
 from ejmp.measure.memory import peak_memory, tensors_of
-from ejmp.measure.rates import gemm_rates
+from ejmp.measure.rates import copy_rate, gemm_rates
 from ejmp.measure.timing import Rounds, by_turns
 from ejmp.track import machine
 from ejmp.track.schema import Record
@@ -88,11 +90,16 @@ def bench_op(benchmark, provenance, graphs, product_gflops, op, order):
         pytest.skip(str(reason))
     error = largest_error(native(), of_order(exact.spec, [x.double() for x in case.inputs])())
     assert error <= ALLOWED
+    with FlopCounterMode(display=False) as counter:
+        out = native()
+    traffic = sum(x.nbytes for x in (*case.inputs, *out) if x is not None)
     fields = {
         "name": f"{op}/{order}",
         "sizes": {"atoms": graph.num_atoms, "edges": graph.main.num_edges},
         "error": error,
-        "gbytes": 1e-9 * sum(x.nbytes for x in (*case.inputs, *native()) if x is not None),
+        "gflop": 1e-9 * counter.get_total_flops(),
+        "gbytes": 1e-9 * traffic,
+        "copy_gbytes_per_s": copy_rate(CPU, traffic // 2, repeats=20),  # of as much, which may fit into a cache
         "product_gflops": product_gflops,
         "peak_bytes": peak_memory(native, CPU, case.inputs),
     }
@@ -112,6 +119,7 @@ def bench_model(benchmark, provenance, models, product_gflops, blocks):
         "name": f"model/{blocks}-blocks",
         "sizes": {"blocks": blocks, "atoms": graph.num_atoms, "edges": graph.main.num_edges},
         "error": error,
+        "gflop": 2e-9 * sum(count_macs(model.config, graph_sizes(graph)).values()),
         "product_gflops": product_gflops,
         "peak_bytes": peak_memory(call, CPU, tensors_of(model, graph)),
     }

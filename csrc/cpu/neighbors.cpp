@@ -26,11 +26,11 @@ struct Neighbor {
 
 // One structure's atoms sorted into bins.
 struct CellList {
-    const double* cell;
-    double inverse[3][3];                // cartesian -> fractional: f_j = sum_i r_i inverse[i][j]
-    double low[3], width[3], height[3];  // fractional origin and extent of the bins, distance between cell faces
-    bool periodic[3];
-    int64_t bins[3];
+    const double* cell = nullptr;
+    double inverse[3][3]{};                    // cartesian -> fractional: f_j = sum_i r_i inverse[i][j]
+    double low[3]{}, width[3]{}, height[3]{};  // fractional origin and extent of the bins, distance between cell faces
+    bool periodic[3]{};  // set, as all numbers here, so that a list refused half-way can still be moved
+    int64_t bins[3]{};
     std::vector<double> fractional;       // [n, 3], wrapped into the cell in periodic directions
     std::vector<Shift> wrap;              // cells by which each atom was moved
     std::vector<int64_t> start, members;  // CSR over bins

@@ -26,6 +26,8 @@ from ejmp.train.markup import (
 )
 
 TITLE = "ejmp: speed over commits"
+CAPTION = """The newest record of each benchmark; ceiling: the time in which the machine, in the same run, multiplied or
+copied as much, whichever is longer"""
 FILTER_STYLE = """<style>
 fieldset {{ border: 1px solid var(--line); margin: 0.5rem 0; display: flex; flex-wrap: wrap; gap: 0.2rem 1rem;
   font-size: 0.875rem }}
@@ -109,7 +111,7 @@ def _table(series: Sequence[Series]) -> str:
     for one in series:
         last = one.records[-1]
         values = one.values
-        share = last.product_share if last.product_share is not None else last.copy_share
+        share = last.ceiling_share
         rows.append(
             [
                 (one.name, " ".join(filter(None, (one.suite, one.dtype, one.backend)))),
@@ -122,7 +124,7 @@ def _table(series: Sequence[Series]) -> str:
             ]
         )
     titles = ["benchmark", "commit", "ms", "x of reference", "% of ceiling", "of the first", "records"]
-    return table("The newest record of each benchmark; ceiling: the machine's product, or its copy rate", titles, rows)
+    return table(CAPTION, titles, rows)
 
 
 def _panels(
@@ -135,8 +137,11 @@ def _panels(
         name, alt = f"{_label('trend', one.key)}-{place}", f"{one.title} over {len(one.records)} records"
         drawings = [draw(name, alt, _trend(one, found), size=(3.7, 2.0))]
         speedups = [record.speedup or math.nan for record in one.records]
-        if any(map(math.isfinite, speedups)):
-            drawings.append(draw(f"{name}-x", f"{one.title}: speed-up", _speedup(one, speedups), size=(3.7, 1.8)))
+        percents = [100 * (record.ceiling_share or math.nan) for record in one.records]
+        for label, values, color in (("x of reference", speedups, COLORS[2]), ("% of ceiling", percents, COLORS[1])):
+            if any(map(math.isfinite, values)):
+                plot = _plain(one, label, values, color)
+                drawings.append(draw(f"{name}-{label[0]}", f"{one.title}: {label}", plot, size=(3.7, 1.8)))
         yield f'<div class="panel {labels}">{heading(one.title, 3)}{"".join(drawings)}</div>'
     yield "</div>"
 
@@ -156,10 +161,10 @@ def _trend(one: Series, changes: Sequence[Change]) -> Callable[[Any], None]:
     return plot
 
 
-def _speedup(one: Series, values: Sequence[float]) -> Callable[[Any], None]:
+def _plain(one: Series, label: str, values: Sequence[float], color: str) -> Callable[[Any], None]:
     def plot(axes: Any) -> None:
-        axes.plot(range(len(values)), values, "s-", color=COLORS[2])
-        axes.set_ylabel("x of reference")
+        axes.plot(range(len(values)), values, "s-", color=color)
+        axes.set_ylabel(label)
         _name_commits(axes, one)
 
     return plot

@@ -120,6 +120,11 @@ class Record:
         return self.gbytes / self.median / self.copy_gbytes_per_s
 
     @property
+    def ceiling_share(self) -> float | None:
+        """Share of what the machine allows by its product and copy rates (a roofline): the larger of the two shares."""
+        return max(filter(None, (self.product_share, self.copy_share)), default=None)
+
+    @property
     def series(self) -> tuple[str, str, str]:
         """What a trend is drawn of, besides machine and suite: name, type, backend."""
         return self.name, self.dtype, self.backend

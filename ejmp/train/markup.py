@@ -121,6 +121,11 @@ def _cell(cell: Cell) -> str:
     return f"{html.escape(cell[0])}<br><small>{html.escape(cell[1])}</small>"
 
 
+def _breakable(text: str) -> str:
+    """Let a line of a narrow column end inside names such as atom_to_edge/forward."""
+    return re.sub(r"(?<=\w)([_/])(?=\w)", r"\1<wbr>", text)
+
+
 def table(
     caption: str, titles: Sequence[str], rows: Iterable[Sequence[Cell]], *, groups: Sequence[tuple[str, int]] = ()
 ) -> str:
@@ -140,8 +145,10 @@ def table(
     else:
         head = f'<tr><th scope="col" class="first">{first}</th>{head}</tr>'
     body = "\n".join(
-        f'<tr><th scope="row">{_cell(row[0])}</th>' + "".join(f"<td>{_cell(cell)}</td>" for cell in row[1:]) + "</tr>"
-        for row in rows
+        f'<tr><th scope="row">{_breakable(_cell(name))}</th>'
+        + "".join(f"<td>{_cell(cell)}</td>" for cell in cells)
+        + "</tr>"
+        for name, *cells in rows
     )
     name = html.escape(caption)
     return (

@@ -185,7 +185,7 @@ def attack(backend, count, first=0, library=None):
             for i in range(size):
                 kind, outcome = KINDS[state[2 * i]], OUTCOMES[state[2 * i + 1]]
                 if outcome in ("", "started"):
-                    sys.stdout.write(report[-4000:])
+                    sys.stdout.write(report[:4000])
                     done, outcome = i + 1, ended
                 counts[kind, outcome] += 1
                 if outcome in BAD:

@@ -110,7 +110,8 @@ def test_page(tmp_path):
     pytest.importorskip("matplotlib")
     name = "<script>/forward"
     made = trend([1.0, 1.0, 1.2])
-    made += [record(name, commit="c0", reference_seconds=(3e-3, 3.3e-3, 3.6e-3), dtype="bf16")]
+    rates = {"gflop": 0.011, "product_gflops": 100.0, "gbytes": 0.0055, "copy_gbytes_per_s": 10.0}
+    made += [record(name, commit="c0", reference_seconds=(3e-3, 3.3e-3, 3.6e-3), dtype="bf16", **rates)]
     history.add(tmp_path, made)
     all_series = history.series_of(history.read(tmp_path))
     change = history.Change(series=all_series[0], index=2, ratio=1.2, p_value=1e-4)
@@ -125,6 +126,9 @@ def test_page(tmp_path):
     for box in (attributes for attributes in page.named("input")):
         assert f"main:has(#{box['id']}:not(:checked)) .{box['id'].removeprefix('show-')} " in path.read_text()
     cells = dict(zip(page.cells[:7], page.cells[7:14], strict=True))
-    assert cells["of the first"] == "1.20"
+    assert (cells["of the first"], cells["% of ceiling"]) == ("1.20", "-")
+    other = dict(zip(page.cells[:7], page.cells[14:21], strict=True))
+    # a call of 1.1 ms: 10% of the product's rate, half of the copy rate, which is the nearer of the two limits
+    assert (other["x of reference"], other["% of ceiling"]) == ("3.00", "50")
     with pytest.raises(ValueError, match="expected records to show"):
         write_page(path, [], [], [])
