@@ -6,7 +6,8 @@
 #   make bench   set up .venv, then the block-count benchmark (table, results/blocks.json, results/blocks.png)
 #   make track   is this tree slower than a commit? make track BASE=main (docs/tracking.md; results/track.md)
 #   make fuzz    100,000 damaged sources for every reader (hours; nightly)
-#   make attack  1,100,000 calls of the ops with what they must not be called with, and hostile files (minutes; nightly)
+#   make attack  1,100,000 calls of the ops with what they must not be called with, hostile files, and 300 trainings that
+#                are ended, damaged or left without a disk at any moment (an hour; nightly)
 #   make sanitize the tests of ops and graphs and 1,000,000 such calls with AddressSanitizer and UndefinedBehaviorSanitizer
 #   make demo    set up .venv, then the paper's Table 1 on small data: pruning, distillation, controls (runs/demo)
 #   make gpu     with a GPU and only torch, triton, numpy and pytest: build, test, measure; benchmarks/results/<gpu>/
@@ -53,6 +54,7 @@ fuzz: .venv/built
 attack: .venv/built
 	PYTHONPATH=tests $(BIN)/python -m support.attack_ops
 	PYTHONPATH=tests $(BIN)/python -m support.attack_sources
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m support.attack_runs
 
 # g++'s libraries must be there before Python's. Leaks are not looked for: Python and torch keep what they have until the
 # process ends, and every report would be of them.

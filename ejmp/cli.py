@@ -15,7 +15,7 @@ from ejmp.predict import cli as predict
 from ejmp.study import cli as study
 from ejmp.track import cli as track
 from ejmp.train import main as training_main
-from ejmp.train.cli import add_prune
+from ejmp.train.cli import add_prune, add_search
 from ejmp.train.flags import COMMANDS
 
 _EXTRAS = {"ase": "ase", "mpi4py": "mpi", "tblite": "demo"}
@@ -37,6 +37,7 @@ def make_parser() -> Parser:
         commands.add_parser("doctor", help="which implementation serves which op, device and type, and why")
     )
     data.add_commands(commands.add_parser("data", help="convert, check and describe datasets"))
+    add_search(commands.add_parser("search", help="which interaction blocks of a model to keep: errors of all subsets"))
     add_prune(commands.add_parser("prune", help="keep some interaction blocks of a model"))
     add_export(commands.add_parser("export", help="write a model as safetensors or as a package for torch alone"))
     measure.add_relevance(commands.add_parser("relevance", help="how much each block's output matters, by dataset"))

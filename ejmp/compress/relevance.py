@@ -1,9 +1,9 @@
-"""How much each block's output matters to a loss: Grad-CAM on what the final MLP reads."""
+"""How much each block's output matters to a loss: Grad-CAM, or a Taylor expansion, on what the final MLP reads."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ class HasGraph(Protocol):
 
 
 Item = TypeVar("Item", bound=AtomGraph | HasGraph)
+Score = Literal["grad-cam", "taylor"]
+"""What is summed of x * dL/dx: its positive part, or over channels the magnitude of the sum."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +49,17 @@ def magnitude(output: Output, _item: object) -> Tensor:
 
 
 def block_relevance(
-    model: JMP, graphs: Iterable[Item], *, loss: Callable[[Output, Item], Tensor] = magnitude
+    model: JMP,
+    graphs: Iterable[Item],
+    *,
+    loss: Callable[[Output, Item], Tensor] = magnitude,
+    score: Score = "grad-cam",
 ) -> Relevance:
     """Score the output blocks of a model: the mean of ReLU(x * dL/dx) over atoms (edges) and channels.
 
-    Source: Ghunaim et al., section 3.2, who take the loss of training on labelled data for L.
+    Source: Ghunaim et al., section 3.2, who take the loss of training on labelled data for L. The other score is the
+    mean of |sum_channels x * dL/dx| over atoms (edges), the change of the loss, to first order, if the output of the
+    block becomes zero there (Molchanov et al., arXiv:1611.06440, equation 8).
 
     Args:
         model: model to score, which is not changed; its parameters may be frozen.
@@ -59,6 +67,7 @@ def block_relevance(
         loss: returns the loss L of an output and the graph or batch it belongs to. One with labels is
             `lambda out, batch: multitask_loss(out.energy, out.forces, batch, tasks).total`. Where L is a mean over
             structures, give batches of one size, so that all structures count alike.
+        score: "grad-cam" or "taylor".
 
     Raises:
         ValueError: if there are no graphs, or the loss or a score is not finite.
@@ -67,7 +76,7 @@ def block_relevance(
     counts = torch.zeros(2, dtype=torch.float64)
     for i, item in enumerate(graphs):
         graph = item if isinstance(item, AtomGraph) else item.graph
-        found = _batch_scores(model, graph, lambda output, item=item: loss(output, item))
+        found = _batch_scores(model, graph, lambda output, item=item: loss(output, item), score)
         sums = [new + old for new, old in zip(found, sums, strict=True)] if sums else found
         counts += torch.tensor([graph.num_atoms * model.config.emb_size_atom, graph.main.num_edges])
         if not all(branch.isfinite().all() for branch in found):
@@ -79,8 +88,8 @@ def block_relevance(
     return Relevance(energy=means[0], forces=means[1] if len(means) > 1 else None)
 
 
-def _batch_scores(model: JMP, graph: AtomGraph, loss: Callable[[Output], Tensor]) -> list[Tensor]:
-    """Return for each branch [blocks + 1] sums of ReLU(x * dL/dx)."""
+def _batch_scores(model: JMP, graph: AtomGraph, loss: Callable[[Output], Tensor], score: Score) -> list[Tensor]:
+    """Return for each branch [blocks + 1] sums of ReLU(x * dL/dx), or of the magnitudes of its sums over channels."""
     with torch.enable_grad(), _embedding_takes_gradients(model):
         features = model.features(graph)
         value = loss(model.heads(features, graph))
@@ -88,7 +97,9 @@ def _batch_scores(model: JMP, graph: AtomGraph, loss: Callable[[Output], Tensor]
         blocks = [x for branch in branches for x in branch]
         gradients = torch.autograd.grad(value, blocks, allow_unused=True)
     scores = [
-        torch.zeros((), dtype=torch.float64, device=graph.device) if g is None else (x * g).relu().double().sum()
+        torch.zeros((), dtype=torch.float64, device=graph.device)
+        if g is None
+        else ((x * g).relu() if score == "grad-cam" else (x * g).sum(-1).abs()).double().sum()
         for x, g in zip(blocks, gradients, strict=True)
     ]
     return list(torch.stack(scores).detach().view(len(branches), -1))

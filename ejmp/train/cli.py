@@ -1,6 +1,8 @@
-"""`ejmp prune`."""
+"""`ejmp search` and `ejmp prune`."""
 
 import argparse
+import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,4 +87,73 @@ def _prune(options: argparse.Namespace) -> int:
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
     kept = ", ".join(map(str, small.config.kept_blocks or ()))
     print(f"{request.out}: blocks {kept}; {after:,} of {before:,} parameters")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRequest:
+    """Find out which interaction blocks of a saved model to keep."""
+
+    model: Path
+    """Unpruned model, as `ejmp.load` reads it."""
+    data: str | None
+    """Record stores to try subsets on; None: the demo mix."""
+    structures: int
+    """Largest number of validation structures of each."""
+    refit: int
+    """Number of the best subsets of each size that are refitted and compared again."""
+    refit_structures: int
+    """How many training structures they are refitted on."""
+    output: Path | None
+    """File to write everything to that was found, as JSON."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name, least in (("structures", 1), ("refit", 0), ("refit_structures", 1)):
+            if getattr(self, name) < least:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag}: expected {least} or more, got {getattr(self, name)}")
+
+
+def add_search(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `ejmp search` to its parser."""
+    parser.set_defaults(run=_search)
+    parser.add_argument("model", type=Path, help="unpruned model, what ejmp.load reads")
+    text = "record stores, named as the model's tasks; default: the embedded demo mix"
+    parser.add_argument("--data", metavar="NAME=FOLDER,...", help=text)
+    text = "at most this many validation structures of each (default: 64)"
+    parser.add_argument("--structures", type=int, metavar="N", default=64, help=text)
+    text = "refit the final MLP of this many of the best subsets of each size, and compare again (default: 0)"
+    parser.add_argument("--refit", type=int, metavar="N", default=0, help=text)
+    text = f"training structures to refit on; default: {REFIT_STRUCTURES}"
+    parser.add_argument("--refit-structures", type=int, metavar="N", default=REFIT_STRUCTURES, help=text)
+    parser.add_argument("--output", type=Path, metavar="JSON", help="write the errors of all subsets, and the scores")
+
+
+def _search(options: argparse.Namespace) -> int:
+    import ejmp  # noqa: PLC0415
+    from ejmp.train.search import search, text_of, to_json  # noqa: PLC0415
+    from ejmp.train.sources import demo_mix, from_stores, with_tasks_of  # noqa: PLC0415
+
+    request = SearchRequest(
+        model=options.model,
+        data=options.data,
+        structures=options.structures,
+        refit=options.refit,
+        refit_structures=options.refit_structures,
+        output=options.output,
+    )
+    model = ejmp.load(request.model)
+    sources = from_stores(request.data) if request.data else demo_mix()
+    found = search(
+        model,
+        with_tasks_of(request.model, sources, model),
+        structures=request.structures,
+        refit=request.refit,
+        refit_structures=request.refit_structures,
+        report=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(text_of(found), end="")
+    if request.output is not None:
+        request.output.write_text(json.dumps(to_json(found), indent=1) + "\n")
     return 0
