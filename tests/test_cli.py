@@ -180,6 +180,7 @@ def test_export(folder, tmp_path):
 
 
 def test_relevance_and_report(folder, data, tmp_path, capsys):
+    assert "| removal |" in ejmp_command("search", folder / "model", "--data", data, "--structures", "2")
     result = tmp_path / "relevance.json"
     asked = ("relevance", folder / "model", "--data", data, "--structures", "2", "--labels")
     printed = ejmp_command(*asked, "--output", result)

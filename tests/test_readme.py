@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.refit_table import refit_table
+from support.track_table import track_table
 
 import ejmp
 from ejmp import cli
@@ -23,6 +24,7 @@ from ejmp.limits import Limits
 from ejmp.measure import report
 from ejmp.study import gather
 from ejmp.train.evaluate import table
+from ejmp.train.search import from_json, text_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -132,7 +134,7 @@ COMMANDS = commands()
 def test_all_kinds_of_commands_are_found():
     verbs = {command[1] for command in COMMANDS if command[0] == "ejmp"}
     assert verbs == {
-        "bench", "profile", "report", "doctor", "data", "prune", "relevance",
+        "bench", "profile", "report", "doctor", "data", "prune", "relevance", "search",
         "pretrain", "distill", "finetune", "evaluate", "relax", "md", "predict", "compare", "config", "export",
         "reproduce",
     }  # fmt: skip
@@ -271,7 +273,16 @@ def limits_table():
     return markdown(["limit", "default"], [[f"`{name}`", f"{most:,}"] for name, most in vars(Limits()).items()])
 
 
+def search_tables():
+    """The two tables of docs/training.md on subsets of blocks."""
+    found = {key: part for key, part in result("search_cpu").items() if key in ("ratios", "refitted", "scores")}
+    return text_of(from_json(found)).split("\n\n")[1::1]
+
+
 TABLES = {
+    "track": ("docs/tracking.md", lambda: track_table(result("track_cpu"))),
+    "search": ("docs/training.md", lambda: search_tables()[0]),
+    "scores": ("docs/training.md", lambda: search_tables()[1].rstrip("\n")),
     "refit": ("docs/training.md", lambda: refit_table(result("refit_cpu"))),
     "short": ("README.md", short_table),
     "blocks": ("docs/benchmarks.md", lambda: report.table(result("blocks_mof_cpu"))),

@@ -190,6 +190,15 @@ def to_json(found: Found) -> dict[str, Any]:
     }
 
 
+def from_json(content: Mapping[str, Any]) -> Found:
+    """Return what `to_json` gave back as it was."""
+    ratios, refitted = (
+        {tuple(map(int, name.split(","))): float(x) for name, x in content[key].items()}
+        for key in ("ratios", "refitted")
+    )
+    return Found(ratios=ratios, refitted=refitted, scores=content["scores"])
+
+
 def text_of(found: Found) -> str:
     """Return two Markdown tables: the best subset of each size, and the scores of the blocks."""
     rows = []

@@ -258,6 +258,8 @@ class Campaign:
             assert codes == [0] * len(codes), f"it failed of itself: {codes} {self.said(start.folder)}"
             return
         lost = last_step(start.folder) - (saved(start.folder) or [0])[0]
+        if kind in ("SIGTERM", "SIGUSR1") and len(codes) == 1:  # saved, or it had not begun to train
+            assert codes[0] in (0, -SIGNALS[kind]), self.said(start.folder)
         assert lost <= CONFIG.checkpoint_every, (kind, lost)
         if kind == "files deleted" and not delete_some(start.folder, self.rng):
             kind = "SIGKILL"

@@ -1,0 +1,25 @@
+"""The table of docs/tracking.md on how often comparisons are right, from benchmarks/results/track_cpu.json."""
+
+import collections
+
+from ejmp.markdown import markdown_table
+
+
+def track_table(result):
+    counts = collections.defaultdict(collections.Counter)
+    for one in result["comparisons"]:
+        noted = {name: row["verdict"] for name, row in one["not_same"].items()}
+        for name, share in one["shares"].items():
+            counts[f"{100 * share:.0f}% slower"][noted.pop(name, "SAME")] += 1
+        same = counts["the same code" if one["shares"] else "the same code, all benchmarks"]
+        same.update(noted.values())
+        same["SAME"] += one["benchmarks"] - len(one["shares"]) - len(noted)
+        same["comparisons"] += 1
+    rows = []
+    for name, found in sorted(counts.items()):
+        verdicts = {key: n for key, n in found.items() if key != "comparisons"}
+        undecided = sum(verdicts.get(key, 0) for key in ("UNSURE", "UNSTABLE"))
+        cells = (verdicts.get("SLOW"), verdicts.get("FAST"), undecided, verdicts.get("SAME"))
+        comparisons = found["comparisons"] or sum(verdicts.values())
+        rows.append([name, str(comparisons), *(str(n or 0) for n in cells)])
+    return markdown_table(["HEAD", "comparisons", "SLOW", "FAST", "undecided", "SAME"], rows, numbers=True)
