@@ -26,7 +26,8 @@ def prune(
     """Return a copy of the model with fewer interaction blocks (Ghunaim et al., block reduction).
 
     The output block of the embedding always stays. The model's config records which of the unpruned model's blocks
-    were kept; its tasks stay what they were.
+    were kept; its tasks stay what they were. A model that was trained at several depths (`config.depths`) needs no
+    training after it was pruned to one of these.
 
     Args:
         model: model to prune, which is not changed.
@@ -52,7 +53,9 @@ def prune(
     if (final_mlp == "refit") != (data is not None):
         raise ValueError('prune: data= is what final_mlp="refit" needs, and nothing else does')
     origin = model.config.kept_blocks or tuple(range(have))
-    config = dataclasses.replace(model.config, blocks=len(kept), kept_blocks=tuple(origin[i] for i in kept))
+    config = dataclasses.replace(
+        model.config, blocks=len(kept), kept_blocks=tuple(origin[i] for i in kept), depths=_depths(model, kept)
+    )
     with torch.device("meta"):
         small = JMP(config, model.requested_backend, model.precision, tasks=model.tasks)
     old = model.state_dict()
@@ -71,6 +74,13 @@ def prune(
     if data is not None:
         refit(small, model, kept, data)
     return small.train(model.training)
+
+
+def _depths(model: JMP, kept: list[int]) -> tuple[int, ...] | None:
+    """Return which numbers of the kept blocks were trained to do alone, if more than that of all of them."""
+    known = [depth for depth in model.config.depths or () if depth <= len(kept)]
+    trained = kept == list(range(len(kept))) and len(kept) in known
+    return tuple(known) if trained and len(known) > 1 else None
 
 
 def _old_name(name: str, kept: list[int]) -> str:

@@ -27,7 +27,9 @@ from ejmp.model.tensor_file import TensorFile, check_stored, open_tensors
 FORMAT = "ejmp-1"
 TASKS = "tasks.json"
 """File of a saved model that says what its heads predict, in which units and of which graphs."""
-ADDED = {"head", "forces_coupled", "rbf_cutoff_atom_edges", "rbf_cutoff_quad_edges", "rbf_cutoff_atom_pairs"}
+ADDED = {
+    "head", "forces_coupled", "rbf_cutoff_atom_edges", "rbf_cutoff_quad_edges", "rbf_cutoff_atom_pairs", "depths",
+}  # fmt: skip
 """Fields of the config that models saved by earlier versions lack; they have the defaults, which are JMP's."""
 State = dict[str, Tensor]
 
@@ -221,8 +223,9 @@ def _read_config(path: Path) -> JMPConfig:
         if not known - ADDED <= set(values) <= known:
             missing, unknown = sorted(known - ADDED - set(values)), sorted(set(values) - known)
             raise ValueError(f"missing {missing}, unknown {unknown}")  # noqa: TRY301
-        if values["kept_blocks"] is not None:
-            values["kept_blocks"] = tuple(values["kept_blocks"])
+        for name in ("kept_blocks", "depths"):
+            if values.get(name) is not None:
+                values[name] = tuple(values[name])
         return JMPConfig(**values)
     except RefusedFileError as error:
         raise error if error.path == path else RefusedFileError(path, str(error)) from error

@@ -23,8 +23,8 @@ class JMPConfig:
     """Sizes of a JMP model (GemNet-OC, arXiv 2204.02782; JMP, arXiv 2310.16802). Defaults are JMP-L.
 
     Raises:
-        ValueError: if a size is not positive or beyond all models, or `kept_blocks` does not name `blocks` blocks in
-            order.
+        ValueError: if a size is not positive or beyond all models, `kept_blocks` does not name `blocks` blocks in
+            order, or `depths` are not ascending numbers up to `blocks`.
         LimitError: if the model would have more parameters or weights than `ejmp.limits` allows.
     """
 
@@ -43,6 +43,9 @@ class JMPConfig:
     """Whether the direct forces along an edge and its counter-edge are averaged (fairchem 1.x)."""
     kept_blocks: tuple[int, ...] | None = None
     """Which blocks of the unpruned model these are; None if the model was never pruned."""
+    depths: tuple[int, ...] | None = None
+    """Numbers of first blocks, ascending up to all of them, of which each was trained to do alone: `prune(blocks=b)`
+    then gives a trained model. None: only all blocks together were trained."""
 
     emb_size_atom: int = 256
     """C, the channels of atoms."""
@@ -114,6 +117,14 @@ class JMPConfig:
             or kept[0] < 0
         ):
             raise ValueError(f"JMPConfig.kept_blocks: expected {self.blocks} ascending block numbers, got {kept[:20]}")
+        depths = self.depths
+        if depths is not None and (
+            not all(type(depth) is int for depth in depths)
+            or list(depths) != sorted(set(depths))
+            or not depths
+            or not 1 <= depths[0] <= depths[-1] == self.blocks
+        ):
+            raise ValueError(f"JMPConfig.depths: expected ascending numbers up to {self.blocks}, got {depths[:20]}")
         parameters, tensors = self.count_parameters()
         check_limit("JMPConfig", "parameters", parameters, "parameters")
         check_limit("JMPConfig", "tensors", tensors, "weights")

@@ -278,9 +278,12 @@ class JMP(nn.Module):
     def final_mlp(self, x_E: tuple[Tensor, ...], x_F: tuple[Tensor, ...], graph: AtomGraph) -> Features:
         """Run the final MLP on outputs of blocks, the embedding's first: the end of `features`.
 
+        Of the first blocks alone, it gives what the model pruned to these gives: missing outputs count as zero, and
+        the first layer, which has no bias, takes no notice of them.
+
         Args:
-            x_E: blocks + 1 tensors [N, C].
-            x_F: blocks + 1 tensors [E, M], or none.
+            x_E: blocks + 1 tensors [N, C], or fewer.
+            x_F: blocks + 1 tensors [E, M], or as many as there are of x_E, or none.
             graph: the batch whose atoms and edges these are.
         """
         return self._final_mlp(self.executor(graph), x_E, x_F)
@@ -288,8 +291,11 @@ class JMP(nn.Module):
     def _final_mlp(self, executor: Executor, x_E: tuple[Tensor, ...], x_F: tuple[Tensor, ...]) -> Features:
         backbone = self.backbone
         with products(self.precision), executor.linear_maps(), region("final_mlp"):
-            mlp_E = executor.final_mlp(backbone.out_mlp_E, x_E)
-            mlp_F = executor.final_mlp(backbone.out_mlp_F, x_F) if x_F else ()
+            missing = self.config.blocks + 1 - len(x_E)
+            mlp_E = executor.final_mlp(backbone.out_mlp_E, x_E + (torch.zeros_like(x_E[0]),) * missing)
+            mlp_F = ()
+            if x_F:
+                mlp_F = executor.final_mlp(backbone.out_mlp_F, x_F + (torch.zeros_like(x_F[0]),) * missing)
         return Features(x_E=x_E, x_F=x_F, mlp_E=mlp_E, mlp_F=mlp_F)
 
     def heads(self, features: Features, graph: AtomGraph) -> Output:

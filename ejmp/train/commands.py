@@ -80,11 +80,39 @@ def pretrain(request: PretrainRequest, ranks: Ranks) -> str:
         sources = [with_graph(pretraining_data(data, head), **given) for head, data in stores]
     config = request.run.config
     sizes = dataclasses.replace(_sizes(request.model, request.blocks), num_tasks=len(sources))
+    sizes = dataclasses.replace(sizes, depths=_depths(request.any_depth, sizes.blocks))
     model = _ready(new_model(sizes, sources, seed=config.seed), config.precision, ranks)
     objective = Supervised(model, tasks_of(sources), edge_dropout=config.edge_dropout)
     result = _train(request.run, objective, sources, ranks)
     rows = {"untrained": result.before, "trained": result.after}
+    rows |= _at_depths(request.run, result, sources, ranks)
     return _report(request.run, result, rows) + _page(request.run, "Pre-trained", result, sources, rows, ranks)
+
+
+def _depths(least: int | None, blocks: int) -> tuple[int, ...] | None:
+    """Return the depths that a model is trained at.
+
+    Raises:
+        ValueError: if the least one is none of its numbers of blocks.
+    """
+    if least is not None and not 1 <= least <= blocks:
+        raise ValueError(f"--any-depth: expected a number of blocks, 1 to {blocks}, got {least}")
+    return None if least is None else tuple(range(least, blocks + 1))
+
+
+def _at_depths(run: RunRequest, result: Result, sources: Sequence[TaskData], ranks: Ranks) -> dict[str, Errors]:
+    """Return the errors of a finished run's model at each of its depths but that of all blocks."""
+    if not result.finished:
+        return {}
+    dist.barrier()
+    model = load(run.directory / FINAL)
+    depths = [depth for depth in model.config.depths or () if depth < model.config.blocks]
+    return {
+        f"its first {depth} blocks": errors_of(
+            _ready(prune(model, blocks=depth), run.config.precision, ranks), sources, ranks
+        )
+        for depth in reversed(depths)
+    }
 
 
 def _sizes(model: ModelSize, blocks: int | None) -> JMPConfig:
@@ -99,6 +127,8 @@ def distill(request: DistillRequest, ranks: Ranks) -> str:
     sources = with_tasks_of(path, _mix(request.data), teacher)
     config = request.run.config
     student = _ready(_student(request, teacher, sources), config.precision, ranks)
+    depths = _depths(request.any_depth, student.config.blocks)
+    student.config = dataclasses.replace(student.config, depths=depths)
     teacher_precision = request.teacher_precision or fastest_precision(ranks.device, config.precision)
     teacher = _ready(teacher, teacher_precision, ranks)
     if request.freeze_blocks:
@@ -113,6 +143,7 @@ def distill(request: DistillRequest, ranks: Ranks) -> str:
         f"blocks {','.join(map(str, kept))}: BR": result.before,
         f"blocks {','.join(map(str, kept))}: BR+KD": result.after,
     }
+    rows |= _at_depths(request.run, result, validation, ranks)
     return _report(request.run, result, rows) + _page(request.run, "Distilled", result, validation, rows, ranks)
 
 

@@ -27,6 +27,7 @@ def describe(objective: Objective, sources: Sequence[TaskData], config: TrainCon
         "datasets": {source.name: dataclasses.asdict(source.task.graph) for source in sources},
         "structures": {source.name: {name: len(data) for name, data in source.splits.items()} for source in sources},
         "parameters": sum(p.numel() for p in model.parameters()),
+        "depths": model.config.depths or (model.config.blocks,),
         "backend": model.backend,
         "world_size": ranks.world_size,
         "machine": provenance(ranks.device),
@@ -61,7 +62,7 @@ def _compared(description: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
     for name in ("commit", "ejmp"):
         yield name, description["machine"][name]
-    for name in ("objective", "datasets", "structures", "parameters"):
+    for name in ("objective", "datasets", "structures", "parameters", "depths"):
         value = description.get(name)
         if value is not None:
             yield name, list(value.items()) if isinstance(value, dict) else value  # the order of datasets counts

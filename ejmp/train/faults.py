@@ -63,15 +63,14 @@ def session(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[Ranks]:
         ValueError: for a device that is not there, or if ranks are on several nodes and nothing says where rank 0 is.
     """
     ranks = start(device)
-    if ranks.world_size == 1:
-        yield ranks
-    else:
-        with Watch(ranks):
+    try:
+        with contextlib.nullcontext() if ranks.world_size == 1 else Watch(ranks):
             yield ranks
-    dist.destroy_process_group()
-    groups = sys.modules.get("deepspeed.utils.groups")
-    if groups is not None:  # else a later session of this process would get this one's groups
-        vars(groups)["_WORLD_GROUP"] = None
+    finally:  # also after a mistake, so that the same process can try again
+        dist.destroy_process_group()
+        groups = sys.modules.get("deepspeed.utils.groups")
+        if groups is not None:  # else a later session of this process would get this one's groups
+            vars(groups)["_WORLD_GROUP"] = None
 
 
 class Watch:

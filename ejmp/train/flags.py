@@ -77,6 +77,11 @@ def _add_run(parser: argparse.ArgumentParser, name: TrainingName) -> None:
     add_settings(parser, PRESETS[name](), presets.demo(name))
 
 
+def _add_any_depth(parser: argparse.ArgumentParser) -> None:
+    text = "train this many first blocks (default: 2), and all more, to do alone: ejmp prune then needs no training"
+    parser.add_argument("--any-depth", nargs="?", type=int, const=2, metavar="LEAST", help=text)
+
+
 def _run_request(options: argparse.Namespace, defaults: TrainConfig) -> RunRequest:
     return RunRequest(
         directory=options.directory,
@@ -92,6 +97,7 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     _add_data(parser)
     parser.add_argument("--model", choices=("demo", "jmp-s", "jmp-l"), default="demo", help="sizes")
     parser.add_argument("--blocks", type=int, help="default: all")
+    _add_any_depth(parser)
     _add_graph(parser, "the paper's for the data's name")
     _add_run(parser, "pretrain")
 
@@ -105,6 +111,7 @@ def _pretrain_request(options: argparse.Namespace) -> PretrainRequest:
         blocks=options.blocks,
         cutoff=options.cutoff,
         max_neighbors=options.max_neighbors,
+        any_depth=options.any_depth,
     )
 
 
@@ -124,6 +131,7 @@ def _add_distill(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--final-mlp", choices=FINAL_MLPS, default="sliced", help="see ejmp prune")
     parser.add_argument("--student", type=Path, metavar="PATH", help="or a saved model to go on with")
     parser.add_argument("--freeze-blocks", action="store_true", help="train the final MLP and the heads only")
+    _add_any_depth(parser)
     parser.add_argument(
         "--terms",
         metavar="NAME=WEIGHT,...",
@@ -147,6 +155,7 @@ def _distill_request(options: argparse.Namespace) -> DistillRequest:
         student=options.student,
         final_mlp=options.final_mlp,
         freeze_blocks=options.freeze_blocks,
+        any_depth=options.any_depth,
         terms=parse_terms(options.terms or (presets.TERMS if options.data else presets.DEMO_TERMS)),
     )
 

@@ -1,6 +1,7 @@
 """What a step minimises: modules that turn a batch into losses."""
 
 import dataclasses
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
@@ -8,10 +9,11 @@ from torch import Tensor, nn
 
 from ejmp.compress.config import DistillConfig
 from ejmp.compress.distill import combine, distill_loss
-from ejmp.compress.losses import Losses
+from ejmp.compress.losses import Losses, mean_losses
 from ejmp.data.readers.impossible import LEAST
 from ejmp.data.sampling.batch import Batch
-from ejmp.model.jmp import JMP
+from ejmp.graph.graph import AtomGraph
+from ejmp.model.jmp import JMP, Features
 from ejmp.train.dropout import drop_edges, scaled_outputs
 from ejmp.train.loss import multitask_loss
 from ejmp.train.task import Tasks
@@ -43,6 +45,14 @@ def predict(model: JMP, batch: Batch, tasks: Tasks, *, create_graph: bool = Fals
         total = tasks.own_energy(energy, batch).sum()
         (gradient,) = torch.autograd.grad(total, positions, create_graph=create_graph)
     return energy, -gradient.to(model.dtype)
+
+
+def at_depths(model: JMP, features: Features, graph: AtomGraph) -> Iterator[Features]:
+    """Yield features at each of the depths that a model is trained at, of one pass through all of its blocks."""
+    for depth in model.config.depths or (model.config.blocks,):
+        whole = depth == model.config.blocks
+        shorter = features.x_E[: depth + 1], features.x_F[: depth + 1]
+        yield features if whole else model.final_mlp(*shorter, graph)
 
 
 class Objective(nn.Module):
@@ -80,6 +90,9 @@ def _suspects(batch: Batch, tasks: Tasks) -> tuple[str, ...]:
 class Supervised(Objective):
     """Learn labels: pre-training and fine-tuning. The tasks become the model's.
 
+    A model with `config.depths` learns them at all of these depths at once: the loss is the mean over depths. Its
+    tasks must not have gradient forces.
+
     Args:
         model: model with a head for each task.
         tasks: tasks by dataset number.
@@ -105,15 +118,27 @@ class Supervised(Objective):
             batch = dataclasses.replace(batch, graph=graph)
             context = scaled_outputs(self.model, self.edge_dropout)
         with context:
+            if self.model.config.depths:
+                return mean_losses([multitask_loss(*pair, batch, self.tasks) for pair in self._at_depths(batch.graph)])
             energy, forces = predict(self.model, batch, self.tasks, create_graph=torch.is_grad_enabled())
         return multitask_loss(energy, forces, batch, self.tasks)
+
+    def _at_depths(self, graph: AtomGraph) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield raw energies and direct forces at each depth."""
+        if any(task.forces == "gradient" for task in self.tasks):
+            raise ValueError("depths: a model is trained at several depths on energies and direct forces only")
+        features = self.model.features(graph, direct_forces=any(task.forces for task in self.tasks))
+        for at_depth in at_depths(self.model, features, graph):
+            output = self.model.heads(at_depth, graph)
+            yield output.energy, output.forces
 
 
 class Distillation(Objective):
     """Learn what a teacher makes of the same graph, on its outputs and at every layer of the final MLP.
 
-    The tasks, and those of the teacher's other heads, become the student's. The teacher runs without autograd. Where
-    the student is the teacher's own blocks, all frozen (`freeze_blocks`), they are run once, for both.
+    A student with `config.depths` learns at all of these depths at once: the loss is the mean over depths, and the
+    teacher runs once. The tasks, and those of the teacher's other heads, become the student's. The teacher runs without
+    autograd. Where the student is the teacher's own blocks, all frozen (`freeze_blocks`), they are run once, for both.
 
     Args:
         model: student to train.
@@ -147,10 +172,13 @@ class Distillation(Objective):
             x_e = tuple(teacher_features.x_E[i] for i in self.shared)
             x_f = tuple(teacher_features.x_F[i] for i in self.shared) if teacher_features.x_F else ()
             features = self.model.final_mlp(x_e, x_f, graph)
-        out = self.model.heads(features, graph)
-        label_loss = multitask_loss(out.energy, out.forces, batch, self.tasks) if self.config.labels else None
-        teacher_loss = distill_loss((features, out), (teacher_features, teacher_out), graph, self.config)
-        return combine(label_loss, teacher_loss, self.config)
+        found = []
+        for at_depth in at_depths(self.model, features, graph):
+            out = self.model.heads(at_depth, graph)
+            label_loss = multitask_loss(out.energy, out.forces, batch, self.tasks) if self.config.labels else None
+            teacher_loss = distill_loss((at_depth, out), (teacher_features, teacher_out), graph, self.config)
+            found.append(combine(label_loss, teacher_loss, self.config))
+        return mean_losses(found)
 
 
 def freeze_blocks(model: JMP) -> None:

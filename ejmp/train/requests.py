@@ -64,6 +64,8 @@ class PretrainRequest(TrainingRequest):
     """Longest edge of graphs, A; None: see `ejmp.train.sources.with_graph`."""
     max_neighbors: int | None
     """Most main edges into an atom; None: see `ejmp.train.sources.with_graph`."""
+    any_depth: int | None
+    """Smallest number of blocks that is trained to do alone, as are all above it; None: all blocks only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,8 @@ class DistillRequest(TrainingRequest):
     """How the first layer of a pruned student's final MLP is made; see `ejmp.prune`."""
     freeze_blocks: bool
     """Whether to train only the final MLP and the heads."""
+    any_depth: int | None
+    """Smallest number of the student's blocks that is trained to do alone, as are all above it; None: all only."""
     terms: DistillConfig
     """Weights of the loss."""
 

@@ -50,6 +50,7 @@ def for_finetuning(
         head="mlp" if biases else "mlp-no-bias",
         direct_forces=direct_forces,
         energy_reduction=reduction,
+        depths=None,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
