@@ -32,7 +32,7 @@ class Found:
     ratios: dict[Subset, float]
     """Error of each subset that was tried over that of the whole model, as `ratio` says."""
     refitted: dict[Subset, float]
-    """The same after the final MLP was refitted, for those for which it was asked."""
+    """Such errors after the final MLP was refitted, of the subsets for which it was asked."""
     scores: dict[str, list[float]]
     """Scores of the interaction blocks by name, more for those that matter more; "removal" is the truth: the error of
     the model without this block."""

@@ -72,6 +72,9 @@ def set_back(moment):
 def go(start, rank, port):
     """Train, from the newest checkpoint if there is one: the body of a rank's process."""
     os.setsid()
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):  # as in a terminal, whoever started this
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(os.open(start.folder / f"said-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     world, workers = SHAPES[start.shape]
     if world > 1:
@@ -232,13 +235,20 @@ class Campaign:
             shutil.rmtree(start.folder)
             number += 1
 
+    @staticmethod
+    def possible(start):
+        """Return the kinds of what can happen to a training now."""
+        checkpoints = len(saved(start.folder))
+        needed = {"files deleted": 2, "other settings": 1, "other data": 1}
+        kinds = [kind for kind in KINDS if needed.get(kind, 0) <= checkpoints]
+        return kinds if SHAPES[start.shape][1] else [kind for kind in kinds if kind != "worker killed"]
+
     def fault(self, start, count):
         """Start a training, let something happen to it at some moment, and wait until it has ended."""
-        kind = self.rng.choice(KINDS) if len(self.met) < count else None
+        kind = self.rng.choice(self.possible(start)) if len(self.met) < count else None
         length = self.whole[start.shape][1]
         if kind in ("other settings", "other data"):
-            if saved(start.folder):
-                self.refused(kind, start)
+            self.refused(kind, start)
             return
         moment = self.rng.uniform(0, 1.2 * length)
         jump = {"clock": time.time() + moment} if kind == "clock set back" else {}

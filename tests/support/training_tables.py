@@ -1,10 +1,24 @@
-"""The table of docs/training.md on refitting, from benchmarks/results/refit_cpu.json."""
+"""The tables of docs/training.md on refitting and on training at any depth, from benchmarks/results."""
 
 import numpy as np
 
+NAMES = ("oc20", "oc22", "ani1x", "transition1x")
+
+
+def any_depth_table(result, study):
+    """Force errors of one training for all depths -> those of a training per depth (three seeds)."""
+    separate = {row["blocks"]: row["values"] for row in study["table1"]["rows"] if row["strategy"] == "br_kd"}
+    errors = result["runs"][0]["errors"]
+    lines = ["| blocks | OC20 | OC22 | ANI-1x | Transition-1x |", "| ---: | --- | --- | --- | --- |"]
+    for blocks in (5, 4, 3, 2):
+        row = errors["blocks 0,1,2,3,4: BR+KD" if blocks == 5 else f"its first {blocks} blocks"]
+        pairs = [(separate[blocks][name]["mean"], row[name]["forces_meV_per_A"]) for name in NAMES]
+        lines.append(f"| {blocks} | " + " | ".join(f"{a:.1f} -> {b:.1f} (x {b / a:.2f})" for a, b in pairs) + " |")
+    return "\n".join(lines)
+
 
 def refit_table(result):
-    rows, names = result["rows"], ("oc20", "oc22", "ani1x", "transition1x")
+    rows, names = result["rows"], NAMES
 
     def mean(blocks, kind, error):
         found = [row["errors"] for row in rows if (row["blocks"], row["final_mlp"]) == (blocks, kind)]
