@@ -4,7 +4,8 @@ Small trainings, of one process, of one with two loader workers, and of two rank
 by the death of a worker or a rank, by a disk that takes no more, by a clock that is set back, by files that are deleted
 from a checkpoint, by other settings or other data. Each is started again until it is finished. Then its weights must
 be, to the last bit, those of a training that nothing happened to; no more steps may be lost than since the last
-checkpoint; and all processes must have ended soon after.
+checkpoint; and all processes must have ended soon after, but for ranks that wait for one that died before all had met:
+these the campaign ends, as a launcher does.
 """
 
 import argparse
@@ -86,6 +87,7 @@ def go(start, rank, port):
     config = dataclasses.replace(CONFIG, num_workers=workers, lr=start.lr)
     tiny = ejmp.JMPConfig.from_upstream(json.loads(shared_file("golden/tiny.json").read_text()))
     with session("cpu") as ranks:
+        (start.folder / f"met-{rank}").touch()
         objective = Supervised(new_model(dataclasses.replace(tiny, num_tasks=4), sources, seed=0), tasks_of(sources))
         run = Run(objective=objective, sources=sources, config=config, directory=start.folder / "run", ranks=ranks)
         train(run, resume=bool(checkpoint.steps(run.directory / "checkpoints")))
@@ -96,6 +98,8 @@ def started(start):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     (start.folder / "run").mkdir(parents=True, exist_ok=True)
+    for path in start.folder.glob("met-*"):
+        path.unlink()
     processes = [FORK.Process(target=go, args=(start, rank, port)) for rank in range(SHAPES[start.shape][0])]
     for process in processes:
         process.start()
@@ -260,7 +264,11 @@ class Campaign:
                 self.note(kind, start.shape, last_step(start.folder), 0, "went on")
             return
         ended = wait(processes, moment)
+        met = len(list(start.folder.glob("met-*"))) == len(processes)
         happened = not ended and happen(kind, processes, self.rng)
+        if happened and not met and not wait(processes, PATIENCE):  # ranks wait for one that never came
+            for process in processes:
+                process.kill()
         assert wait(processes, PATIENCE if happened else 600), f"{kind} does not end it: {self.said(start.folder)}"
         self.alone(processes)
         codes = [process.exitcode for process in processes]
