@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ejmp.data.store.durable import write_json
 from ejmp.track.compare import CompareRequest, compare
 
 SLOWED = ("pair/second", "quadruplet/forward", "edge_to_atom/backward", "activate/second")
@@ -88,9 +89,7 @@ def main() -> None:
                 load = os.getloadavg()[0]
                 found = compare(request, report=lambda line: print(line, file=sys.stderr, flush=True))
                 held["comparisons"].append(summary(kind, options.busy, shares, load, found))
-                part = options.output.with_suffix(".part")
-                part.write_text(json.dumps(held, indent=1) + "\n")
-                part.replace(options.output)
+                write_json(options.output, held)
                 print(f"{kind} {number + 1} of {wanted}: {found['outcome']}, {found['seconds']:.0f} s", flush=True)
 
 

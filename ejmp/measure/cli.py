@@ -58,7 +58,7 @@ def add_relevance(parser: argparse.ArgumentParser) -> None:
 def _relevance(options: argparse.Namespace) -> int:
     import ejmp  # noqa: PLC0415
     from ejmp.measure import report  # noqa: PLC0415
-    from ejmp.train.sources import demo_mix, from_stores, with_tasks_of  # noqa: PLC0415
+    from ejmp.train.sources import mix_of, with_tasks_of  # noqa: PLC0415
     from ejmp.train.survey import survey  # noqa: PLC0415
 
     request = RelevanceRequest(
@@ -73,10 +73,9 @@ def _relevance(options: argparse.Namespace) -> int:
     if request.output is not None and not writes_json:
         report.need_matplotlib()
     model = ejmp.load(request.model)
-    sources = from_stores(request.data) if request.data else demo_mix()
     scores = survey(
         model,
-        with_tasks_of(request.model, sources, model),
+        with_tasks_of(request.model, mix_of(request.data), model),
         structures=request.structures,
         batch_size=request.batch,
         labels=request.labels,

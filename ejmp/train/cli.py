@@ -62,7 +62,7 @@ def _prune(options: argparse.Namespace) -> int:
     import torch  # noqa: PLC0415
 
     import ejmp  # noqa: PLC0415
-    from ejmp.train.sources import demo_mix, from_stores, graphs_of, with_tasks_of  # noqa: PLC0415
+    from ejmp.train.sources import graphs_of, mix_of, with_tasks_of  # noqa: PLC0415
 
     request = PruneRequest(
         model=options.model,
@@ -79,8 +79,7 @@ def _prune(options: argparse.Namespace) -> int:
     model = ejmp.load(request.model)
     graphs = None
     if request.final_mlp == "refit":
-        sources = from_stores(request.data) if request.data else demo_mix()
-        sources = with_tasks_of(request.model, sources, model)
+        sources = with_tasks_of(request.model, mix_of(request.data), model)
         graphs = graphs_of(model, sources, request.structures, seed=request.seed)
     small = ejmp.prune(model, blocks=request.blocks, keep=request.keep, final_mlp=request.final_mlp, data=graphs)
     ejmp.save(small, request.out, overwrite=request.overwrite)
@@ -133,7 +132,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
 def _search(options: argparse.Namespace) -> int:
     import ejmp  # noqa: PLC0415
     from ejmp.train.search import search, text_of, to_json  # noqa: PLC0415
-    from ejmp.train.sources import demo_mix, from_stores, with_tasks_of  # noqa: PLC0415
+    from ejmp.train.sources import mix_of, with_tasks_of  # noqa: PLC0415
 
     request = SearchRequest(
         model=options.model,
@@ -144,10 +143,9 @@ def _search(options: argparse.Namespace) -> int:
         output=options.output,
     )
     model = ejmp.load(request.model)
-    sources = from_stores(request.data) if request.data else demo_mix()
     found = search(
         model,
-        with_tasks_of(request.model, sources, model),
+        with_tasks_of(request.model, mix_of(request.data), model),
         structures=request.structures,
         refit=request.refit,
         refit_structures=request.refit_structures,

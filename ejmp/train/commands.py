@@ -38,13 +38,13 @@ from ejmp.train.requests import (
     RunRequest,
 )
 from ejmp.train.sources import (
-    Splits,
     TaskData,
     at_most,
     demo_downstream,
     demo_mix,
     from_stores,
     graphs_of,
+    mix_of,
     tasks_of,
     with_graph,
     with_tasks_of,
@@ -124,7 +124,7 @@ def distill(request: DistillRequest, ranks: Ranks) -> str:
     """Teach a pruned student what its teacher makes of the mix."""
     path = request.teacher or demo_teacher()
     teacher = load(path)
-    sources = with_tasks_of(path, _mix(request.data), teacher)
+    sources = with_tasks_of(path, mix_of(request.data), teacher)
     config = request.run.config
     student = _ready(_student(request, teacher, sources), config.precision, ranks)
     depths = _depths(request.any_depth, student.config.blocks)
@@ -145,11 +145,6 @@ def distill(request: DistillRequest, ranks: Ranks) -> str:
     }
     rows |= _at_depths(request.run, result, validation, ranks)
     return _report(request.run, result, rows) + _page(request.run, "Distilled", result, validation, rows, ranks)
-
-
-def _mix(data: str | None) -> Sequence[Splits]:
-    """Return the record stores that were given, or the demo mix."""
-    return from_stores(data) if data else demo_mix()
 
 
 def _student(request: DistillRequest, teacher: JMP, sources: Sequence[TaskData]) -> JMP:
@@ -237,7 +232,7 @@ def evaluate(request: EvaluateRequest, ranks: Ranks) -> str:
     rows = {}
     for path in request.models or [demo_teacher()]:
         model = load(path).to(ranks.device)
-        data = [demo_downstream(request.demo)] if request.demo and not request.data else _mix(request.data)
+        data = [demo_downstream(request.demo)] if request.demo and not request.data else mix_of(request.data)
         sources = with_tasks_of(path, data, model)
         rows[str(path)] = errors_of(model, sources, ranks, split=request.split, batch_size=request.batch_size)
     if request.output is not None and ranks.rank == 0:

@@ -15,14 +15,13 @@ from ejmp.data.sampling.batch import Batch
 from ejmp.graph.graph import AtomGraph
 from ejmp.markdown import markdown_table
 from ejmp.model.jmp import JMP, Output
+from ejmp.train.evaluate import Errors
 from ejmp.train.loss import multitask_loss
 from ejmp.train.metrics import Maes
 from ejmp.train.sources import TaskData, at_most, graphs_of, loader_of, tasks_of
 
 EXHAUSTIVE = 8
 """With more blocks than this, not all subsets are tried: each size leaves out one more block of the best one before."""
-Errors = Mapping[str, Mapping[str, float]]
-"""As `ejmp.train.evaluate.Errors`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +36,14 @@ class Found:
     """Scores of the interaction blocks by name, more for those that matter more; "removal" is the truth: the error of
     the model without this block."""
 
-    def best(self, size: int, among: str = "ratios") -> tuple[Subset, float]:
+    def best(self, size: int) -> tuple[Subset, float]:
         """Return the subset of a size with the smallest error, and that error over the whole model's."""
-        known = {subset: value for subset, value in getattr(self, among).items() if len(subset) == size}
-        subset = min(known, key=lambda subset: known[subset])
-        return subset, known[subset]
+        return _ranked(self.ratios, size)[0]
+
+
+def _ranked(ratios: Mapping[Subset, float], size: int) -> list[tuple[Subset, float]]:
+    """Return the subsets of a size with their errors, the smallest first."""
+    return sorted((pair for pair in ratios.items() if len(pair[0]) == size), key=lambda pair: pair[1])
 
 
 def ratio(errors: Errors, whole: Errors) -> float:
@@ -94,12 +96,11 @@ def search(
     report(f"{len(ratios)} subsets tried on {batches.count} structures")
     refitted = {}
     for size in range(blocks - 1, 0, -1):
-        mine = sorted((s for s in ratios if len(s) == size), key=lambda subset: ratios[subset])
-        for subset in mine[:refit]:
+        for subset, sliced in _ranked(ratios, size)[:refit]:
             graphs = graphs_of(model, sources, refit_structures)
             small = prune(model, keep=subset, final_mlp="refit", data=graphs)
             (refitted[subset],) = _ratios(small, batches, [tuple(range(size))]).values()
-            report(f"{name_of(subset)} refitted: x {ratios[subset]:.3f} -> {refitted[subset]:.3f}")
+            report(f"{name_of(subset)} refitted: x {sliced:.3f} -> {refitted[subset]:.3f}")
     return Found(ratios=ratios, refitted=refitted, scores=_scores(model, batches, ratios))
 
 
@@ -206,10 +207,9 @@ def text_of(found: Found) -> str:
         best, value = found.best(size)
         first = found.ratios.get(tuple(range(size)))
         cells = [str(size), name_of(best), f"{value:.3f}", "-" if first is None else f"{first:.3f}"]
-        again = {subset: x for subset, x in found.refitted.items() if len(subset) == size}
         if found.refitted:
-            chosen = min(again, key=lambda subset: again[subset], default=())
-            cells += [name_of(chosen), f"{again[chosen]:.3f}"] if chosen else ["-", "-"]
+            again = _ranked(found.refitted, size)
+            cells += [name_of(again[0][0]), f"{again[0][1]:.3f}"] if again else ["-", "-"]
         rows.append(cells)
     titles = ["blocks", "best to keep", "error", "error of the first ones"]
     titles += ["best to keep, refitted", "error, refitted"] if found.refitted else []

@@ -142,6 +142,11 @@ def from_stores(spec: str) -> list[Stores]:
     return found
 
 
+def mix_of(spec: str | None) -> Sequence[Splits]:
+    """Return the record stores of "NAME=FOLDER,...", as `from_stores` reads them, or the demo mix for None."""
+    return from_stores(spec) if spec else demo_mix()
+
+
 def with_graph(
     source: TaskData,
     *,

@@ -1,6 +1,7 @@
 """Run `train_script` in one process or several."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,12 @@ SCRIPT = Path(__file__).with_name("train_script.py")
 def environment(**more):
     """Return the variables of a training process on the CPU."""
     return inputs.environment(DS_ACCELERATOR="cpu", **more)
+
+
+def free_port():
+    """Return a port of this machine on which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def launch(world_size, *arguments, script=SCRIPT, **more):

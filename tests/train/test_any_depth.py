@@ -97,6 +97,7 @@ def test_loss_and_gradients_are_the_means_over_depths(model, batch, objective_of
     assert found.total.item() == pytest.approx(sum(losses.total.item() for losses, _ in singles) / 3, rel=1e-5)
     for name, part in found.parts.items():
         assert part.item() == pytest.approx(sum(losses.parts[name].item() for losses, _ in singles) / 3, rel=1e-5)
+    assert set(slopes) == set(singles[-1][1])
     for name, slope in slopes.items():
         expected = torch.zeros_like(slope)
         for own in (own[name] for _, own in singles if name in own):

@@ -4,14 +4,13 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from support.launching import SCRIPT, environment, launch, results
+from support.launching import SCRIPT, environment, free_port, launch, results
 
 from ejmp.train import distributed
 
@@ -24,11 +23,6 @@ def bare(monkeypatch):
     for name in ALL_NAMES:
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def start_pair(*arguments):
