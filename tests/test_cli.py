@@ -168,9 +168,13 @@ def test_data_fetch(tmp_path):
     assert str(tmp_path / "qmof.zip") in ejmp_command("data", "fetch", "qmof", tmp_path)
 
 
-def test_prune(folder, tmp_path):
+def test_prune(folder, data, tmp_path):
     assert "blocks 1" in ejmp_command("prune", folder / "model", tmp_path / "small", "--keep", "1")
     assert ejmp.load(tmp_path / "small").config.kept_blocks == (1,)
+    asked = ("--edge-channels", "6", "--residuals", "concat=0", "--data", data, "--structures", "8")
+    assert "6 channels of edges" in ejmp_command("prune", folder / "model", tmp_path / "narrow", *asked)
+    narrow = ejmp.load(tmp_path / "narrow")
+    assert (narrow.config.emb_size_edge, narrow.config.num_concat, len(narrow.tasks)) == (6, 0, 1)
 
 
 def test_export(folder, tmp_path):

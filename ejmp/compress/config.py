@@ -9,6 +9,8 @@ FinalMLPStart = Literal["sliced", "random", "refit"]
 FINAL_MLPS: tuple[FinalMLPStart, ...] = get_args(FinalMLPStart)
 REFIT_STRUCTURES = 1000
 """Structures that the final MLP is refitted on if nothing is said."""
+RESIDUALS = {"before_skip": "layers_before_skip", "after_skip": "layers_after_skip", "concat": "residual_m"}
+"""Places of a block's residual layers of edges, as `prune` calls them, and what they are called in the model."""
 EDGE_TERMS = ("edge", "edge_to_node", "vector_to_vector")
 """Names of the terms that compare features of edges, which need the force branch."""
 
@@ -72,6 +74,22 @@ def parse_terms(text: str) -> DistillConfig:
         if not found or name not in names:
             raise ValueError(f"terms: expected some of {', '.join(names)}, got {item!r}")
     return DistillConfig(**weights)
+
+
+def parse_residuals(text: str) -> dict[str, int]:
+    """Return the numbers of layers that a flag like --residuals before_skip=1,concat=2 gives.
+
+    Raises:
+        ValueError: for text of another form, or a place that does not exist.
+    """
+    numbers = {}
+    for item in text.split(","):
+        place, _, number = item.partition("=")
+        if place not in RESIDUALS or not number.isdecimal():
+            places = ", ".join(RESIDUALS)
+            raise ValueError(f"--residuals: expected PLACE=NUMBER,... with some of {places}, got {item!r}")
+        numbers[place] = int(number)
+    return numbers
 
 
 def parse_blocks(text: str) -> tuple[int, ...]:

@@ -93,18 +93,24 @@ class _NormalEquations:
         """Return D^T of `refit`, [columns of X, columns of Y]."""
         best, least = None, 0.0  # of no correction, but for the square of Y, which all have
         for ridge in RIDGES:
-            found = _solve(self.gram[False], self.moment[False], ridge)
+            found = solve(self.gram[False], self.moment[False], ridge)
             if found is not None:
                 error = (found * (self.gram[True] @ found - 2 * self.moment[True])).sum().item()
                 if error < least:
                     best, least = ridge, error
         moment = self.moment[False] + self.moment[True]
-        whole = None if best is None else _solve(self.gram[False] + self.gram[True], moment, best)
+        whole = None if best is None else solve(self.gram[False] + self.gram[True], moment, best)
         return torch.zeros_like(moment) if whole is None else whole
 
 
-def _solve(gram: Tensor, moment: Tensor, ridge: float) -> Tensor | None:
-    """Return the minimum with a ridge, or None if rounding leaves no positive definite matrix."""
+def solve(gram: Tensor, moment: Tensor, ridge: float) -> Tensor | None:
+    """Return the minimum of least squares with a ridge, or None if rounding leaves no positive definite matrix.
+
+    Args:
+        gram: X^T X, [n, n] float64.
+        moment: X^T Y, [n, m] float64.
+        ridge: as a share of each column's sum of squares.
+    """
     size = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
     scaled = gram / size[:, None] / size
     scaled.diagonal().add_(ridge)

@@ -29,6 +29,7 @@ TASKS = "tasks.json"
 """File of a saved model that says what its heads predict, in which units and of which graphs."""
 ADDED = {
     "head", "forces_coupled", "rbf_cutoff_atom_edges", "rbf_cutoff_quad_edges", "rbf_cutoff_atom_pairs", "depths",
+    "kept_force_channels",
 }  # fmt: skip
 """Fields of the config that models saved by earlier versions lack; they have the defaults, which are JMP's."""
 State = dict[str, Tensor]
@@ -223,7 +224,7 @@ def _read_config(path: Path) -> JMPConfig:
         if not known - ADDED <= set(values) <= known:
             missing, unknown = sorted(known - ADDED - set(values)), sorted(set(values) - known)
             raise ValueError(f"missing {missing}, unknown {unknown}")  # noqa: TRY301
-        for name in ("kept_blocks", "depths"):
+        for name in ("kept_blocks", "kept_force_channels", "depths"):
             if values.get(name) is not None:
                 values[name] = tuple(values[name])
         return JMPConfig(**values)

@@ -43,6 +43,8 @@ class JMPConfig:
     """Whether the direct forces along an edge and its counter-edge are averaged (fairchem 1.x)."""
     kept_blocks: tuple[int, ...] | None = None
     """Which blocks of the unpruned model these are; None if the model was never pruned."""
+    kept_force_channels: tuple[int, ...] | None = None
+    """Which channels of the unpruned model's final MLP these are, in the force branch; None if none was removed."""
     depths: tuple[int, ...] | None = None
     """Numbers of first blocks, ascending up to all of them, of which each was trained to do alone: `prune(blocks=b)`
     then gives a trained model. None: only all blocks together were trained."""
@@ -109,14 +111,21 @@ class JMPConfig:
         for name, choices in {"energy_reduction": ("sum", "mean"), "head": HEADS}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"JMPConfig.{name}: expected one of {choices}, got {getattr(self, name)!r}")
-        kept = self.kept_blocks
-        if kept is not None and (
-            len(kept) != self.blocks
-            or not all(type(block) is int for block in kept)
-            or list(kept) != sorted(set(kept))
-            or kept[0] < 0
-        ):
-            raise ValueError(f"JMPConfig.kept_blocks: expected {self.blocks} ascending block numbers, got {kept[:20]}")
+        self._check_what_was_kept()
+        parameters, tensors = self.count_parameters()
+        check_limit("JMPConfig", "parameters", parameters, "parameters")
+        check_limit("JMPConfig", "tensors", tensors, "weights")
+
+    def _check_what_was_kept(self) -> None:
+        for name, count in {"kept_blocks": self.blocks, "kept_force_channels": self.emb_size_edge}.items():
+            kept = getattr(self, name)
+            if kept is not None and (
+                len(kept) != count
+                or not all(type(number) is int for number in kept)
+                or list(kept) != sorted(set(kept))
+                or kept[0] < 0
+            ):
+                raise ValueError(f"JMPConfig.{name}: expected {count} ascending numbers, got {kept[:20]}")
         depths = self.depths
         if depths is not None and (
             not all(type(depth) is int for depth in depths)
@@ -125,9 +134,6 @@ class JMPConfig:
             or not 1 <= depths[0] <= depths[-1] == self.blocks
         ):
             raise ValueError(f"JMPConfig.depths: expected ascending numbers up to {self.blocks}, got {depths[:20]}")
-        parameters, tensors = self.count_parameters()
-        check_limit("JMPConfig", "parameters", parameters, "parameters")
-        check_limit("JMPConfig", "tensors", tensors, "weights")
 
     def count_parameters(self) -> tuple[int, int]:
         """Return how many parameters a model of these sizes has, and in how many tensors, without making it."""

@@ -152,7 +152,8 @@ def untrained(teacher: JMP, blocks: int, *, seed: int) -> JMP:
     """
     kept = {name: value for name, value in prune(teacher, blocks=blocks).state_dict().items() if name.endswith(SCALE)}
     torch.manual_seed(seed)
-    config = dataclasses.replace(teacher.config, blocks=blocks, kept_blocks=None, depths=None)
+    anew = {"kept_blocks": None, "kept_force_channels": None, "depths": None}
+    config = dataclasses.replace(teacher.config, blocks=blocks, **anew)
     model = JMP(config, teacher.requested_backend, teacher.precision, tasks=teacher.tasks)
     model.load_state_dict({**model.state_dict(), **kept})
     return model

@@ -6,7 +6,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ejmp.compress.config import FINAL_MLPS, REFIT_STRUCTURES, FinalMLPStart, parse_blocks
+from ejmp.compress.config import (
+    FINAL_MLPS,
+    REFIT_STRUCTURES,
+    RESIDUALS,
+    FinalMLPStart,
+    parse_blocks,
+    parse_residuals,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +30,14 @@ class PruneRequest:
     """Numbers of the blocks to keep; None: `blocks` says how many."""
     final_mlp: FinalMLPStart
     """How the first layer of the final MLP is made; see `ejmp.prune`."""
+    edge_channels: int | None
+    """Channels of edges to keep; None: all."""
+    residuals: dict[str, int]
+    """Residual layers to keep in each block, by place; empty: all."""
     data: str | None
-    """Record stores whose training structures the final MLP is refitted on; None: the demo mix."""
+    """Record stores whose training structures say what is fitted and left out; None: the demo mix."""
     structures: int
-    """How many structures it is refitted on."""
+    """How many structures are looked at."""
     seed: int
     """Seed of a random first layer."""
     overwrite: bool
@@ -36,8 +47,13 @@ class PruneRequest:
         """Check the numbers, and that nothing is asked for that has no effect."""
         if self.structures < 1:
             raise ValueError(f"--structures: expected 1 or more, got {self.structures}")
-        if self.data and self.final_mlp != "refit":
-            raise ValueError("--data: structures are needed for --final-mlp refit only")
+        if self.data and not self.looks_at_data:
+            raise ValueError("--data: only --final-mlp refit, --edge-channels and --residuals look at structures")
+
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether structures are needed."""
+        return self.final_mlp == "refit" or self.edge_channels is not None or bool(self.residuals)
 
 
 def add_prune(parser: argparse.ArgumentParser) -> None:
@@ -45,14 +61,18 @@ def add_prune(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_prune)
     parser.add_argument("model", type=Path, help="what ejmp.load reads")
     parser.add_argument("out", type=Path, help="directory to write")
-    kept = parser.add_mutually_exclusive_group(required=True)
-    kept.add_argument("--blocks", type=int, help="keep this many, the first ones")
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument("--blocks", type=int, help="keep this many interaction blocks, the first ones")
     kept.add_argument("--keep", metavar="0,1,...", help="keep exactly these, numbered from 0")
+    text = "keep this many channels of edges in all blocks; least squares make up for the others"
+    parser.add_argument("--edge-channels", type=int, metavar="N", help=text)
+    text = f"keep so many residual layers of edges in each block; places: {', '.join(RESIDUALS)}"
+    parser.add_argument("--residuals", metavar="PLACE=NUMBER,...", help=text)
     text = "how the final MLP's first layer is made: sliced (default), random, or refitted to what it gave before"
     parser.add_argument("--final-mlp", default="sliced", choices=FINAL_MLPS, help=text)
-    text = "record stores to refit on, named as the model's tasks; default: the embedded demo mix"
+    text = "record stores to fit on, named as the model's tasks; default: the embedded demo mix"
     parser.add_argument("--data", metavar="NAME=FOLDER,...", help=text)
-    text = f"how many of their structures to refit on; default: {REFIT_STRUCTURES}"
+    text = f"how many of their structures to fit on; default: {REFIT_STRUCTURES}"
     parser.add_argument("--structures", type=int, metavar="N", default=REFIT_STRUCTURES, help=text)
     parser.add_argument("--seed", type=int, default=0, help="seed of a random layer, and of the choice of structures")
     parser.add_argument("--overwrite", action="store_true", help="replace a model at OUT")
@@ -70,6 +90,8 @@ def _prune(options: argparse.Namespace) -> int:
         blocks=options.blocks,
         keep=None if options.keep is None else parse_blocks(options.keep),
         final_mlp=options.final_mlp,
+        edge_channels=options.edge_channels,
+        residuals=parse_residuals(options.residuals) if options.residuals else {},
         data=options.data,
         structures=options.structures,
         seed=options.seed,
@@ -78,14 +100,23 @@ def _prune(options: argparse.Namespace) -> int:
     torch.manual_seed(request.seed)
     model = ejmp.load(request.model)
     graphs = None
-    if request.final_mlp == "refit":
+    if request.looks_at_data:
         sources = with_tasks_of(request.model, mix_of(request.data), model)
         graphs = graphs_of(model, sources, request.structures, seed=request.seed)
-    small = ejmp.prune(model, blocks=request.blocks, keep=request.keep, final_mlp=request.final_mlp, data=graphs)
+    small = ejmp.prune(
+        model,
+        blocks=request.blocks,
+        keep=request.keep,
+        final_mlp=request.final_mlp,
+        edge_channels=request.edge_channels,
+        residuals=request.residuals,
+        data=graphs,
+    )
     ejmp.save(small, request.out, overwrite=request.overwrite)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
     kept = ", ".join(map(str, small.config.kept_blocks or ()))
-    print(f"{request.out}: blocks {kept}; {after:,} of {before:,} parameters")
+    channels = f"; {small.config.emb_size_edge} channels of edges" if request.edge_channels else ""
+    print(f"{request.out}: blocks {kept}{channels}; {after:,} of {before:,} parameters")
     return 0
 
 

@@ -7,9 +7,10 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from ejmp.compress.config import DistillConfig
+from ejmp.compress.config import RESIDUALS, DistillConfig
 from ejmp.compress.distill import combine, distill_loss
 from ejmp.compress.losses import Losses, mean_losses
+from ejmp.compress.narrowing import shared_channels
 from ejmp.data.readers.impossible import LEAST
 from ejmp.data.sampling.batch import Batch
 from ejmp.graph.graph import AtomGraph
@@ -137,8 +138,9 @@ class Distillation(Objective):
     """Learn what a teacher makes of the same graph, on its outputs and at every layer of the final MLP.
 
     A student with `config.depths` learns at all of these depths at once: the loss is the mean over depths, and the
-    teacher runs once. The tasks, and those of the teacher's other heads, become the student's. The teacher runs without
-    autograd. Where the student is the teacher's own blocks, all frozen (`freeze_blocks`), they are run once, for both.
+    teacher runs once. A narrower student is compared with those of the teacher's channels that it has. The tasks, and
+    those of the teacher's other heads, become the student's. The teacher runs without autograd. Where the student is
+    the teacher's own blocks, all frozen (`freeze_blocks`), they are run once, for both.
 
     Args:
         model: student to train.
@@ -153,6 +155,7 @@ class Distillation(Objective):
         self.tasks = tasks
         self.config = config
         self._teacher = (teacher.eval().requires_grad_(requires_grad=False),)  # in a tuple: not part of what is trained
+        self._channels = shared_channels(model.config, teacher.config)
         self.shared = _shared_outputs(model, teacher)
         """Indices of the teacher's outputs (the embedding's is 0) that the student takes over; None: it has its own."""
 
@@ -166,6 +169,10 @@ class Distillation(Objective):
         with torch.no_grad():
             teacher_features = teacher.features(graph, direct_forces=self.model.config.direct_forces)
             teacher_out = teacher.heads(teacher_features, graph)
+        compared = teacher_features
+        if self._channels is not None:
+            same_channels = tuple(x[:, self._channels] for x in teacher_features.mlp_F)
+            compared = dataclasses.replace(teacher_features, mlp_F=same_channels)
         if self.shared is None:
             features = self.model.features(graph)
         else:
@@ -176,7 +183,7 @@ class Distillation(Objective):
         for at_depth in at_depths(self.model, features, graph):
             out = self.model.heads(at_depth, graph)
             label_loss = multitask_loss(out.energy, out.forces, batch, self.tasks) if self.config.labels else None
-            teacher_loss = distill_loss((at_depth, out), (teacher_features, teacher_out), graph, self.config)
+            teacher_loss = distill_loss((at_depth, out), (compared, teacher_out), graph, self.config)
             found.append(combine(label_loss, teacher_loss, self.config))
         return mean_losses(found)
 
@@ -194,6 +201,9 @@ def _shared_outputs(model: JMP, teacher: JMP) -> list[int] | None:
     kept = model.config.kept_blocks or tuple(range(model.config.blocks))
     origin = teacher.config.kept_blocks or tuple(range(teacher.config.blocks))
     if not set(kept) <= set(origin) or kept != origin[: len(kept)]:
+        return None
+    inside = [[getattr(each.config, f"num_{place}") for place in RESIDUALS] for each in (model, teacher)]
+    if inside[0] != inside[1]:
         return None
     teacher_state = teacher.state_dict()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

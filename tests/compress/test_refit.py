@@ -78,9 +78,9 @@ def test_only_the_first_layer_changes(tiny, graphs):
 
 
 def test_refused(tiny, graphs):
-    with pytest.raises(ValueError, match=r'data= is what final_mlp="refit" needs'):
+    with pytest.raises(ValueError, match=r'data= is what final_mlp="refit", edge_channels= and'):
         ejmp.prune(tiny, blocks=1, final_mlp="refit")
-    with pytest.raises(ValueError, match=r'data= is what final_mlp="refit" needs'):
+    with pytest.raises(ValueError, match=r'data= is what final_mlp="refit", edge_channels= and'):
         ejmp.prune(tiny, blocks=1, data=graphs)
     with pytest.raises(ValueError, match="expected graphs of 5 structures or more, got 3"):
         ejmp.prune(tiny, blocks=1, final_mlp="refit", data=graphs[:1])

@@ -34,6 +34,17 @@ def test_equals_golden(models):
     assert relative_error(out.forces.cpu(), golden.values["forces"]) <= 1e-9
 
 
+@pytest.mark.parametrize("channels", [20, 40])
+def test_narrower_blocks(models, channels):
+    """The kernels serve widths that are no power of two, nor a multiple of eight."""
+    graph = ejmp.build_graph(HYDROGEN_PEROXIDE, 8.0, dtype=torch.float64, device=DEVICE)
+    small = ejmp.prune(models[0].double(), edge_channels=channels, data=[graph])
+    with torch.no_grad():
+        found, expected = small.on(backend="triton")(graph), small(graph)
+    assert relative_error(found.energy, expected.energy) <= 1e-9
+    assert relative_error(found.forces, expected.forces) <= 1e-9
+
+
 def test_training_on_gradient_forces(models):
     """Gradient forces, and the gradients of a loss on them by every parameter: each op differentiated twice."""
     graph = ejmp.build_graph(HYDROGEN_PEROXIDE, 8.0, dtype=torch.float64, device=DEVICE)
