@@ -39,6 +39,10 @@ def make_parser() -> Parser:
     data.add_commands(commands.add_parser("data", help="convert, check and describe datasets"))
     add_search(commands.add_parser("search", help="which interaction blocks of a model to keep: errors of all subsets"))
     add_prune(commands.add_parser("prune", help="keep some interaction blocks of a model"))
+    pareto = commands.add_parser(
+        "pareto", help="error against speed of smaller models: the front, the fastest within x%"
+    )
+    study.add_pareto(pareto)
     add_export(commands.add_parser("export", help="write a model as safetensors or as a package for torch alone"))
     measure.add_relevance(commands.add_parser("relevance", help="how much each block's output matters, by dataset"))
     for name, command in COMMANDS.items():

@@ -91,7 +91,7 @@ class _Narrowed:
         config: of the model it is of.
     """
 
-    def __init__(self, name: str, weight: nn.Parameter, shape: torch.Size, config: JMPConfig) -> None:
+    def __init__(self, name: str, weight: Tensor, shape: torch.Size, config: JMPConfig) -> None:
         self.weight = weight
         self.rows, self.columns = _spaces(name)
         self.loses_outputs = weight.shape[0] != shape[0]
@@ -107,10 +107,10 @@ class _Narrowed:
     def scores(self, gram: Tensor) -> tuple[str, Tensor]:
         """Return the name of the inputs' channels and what share of the output's energy each brings, [channels]."""
         energy = gram.diagonal() * self.weight.double().square().sum(0)
-        summed = energy[self._starts()[0] :].unflatten(0, (self._parts, -1)).sum(0)
+        summed = energy[self._starts()[0] :].view(self._parts, -1).sum(0)
         return self.columns, summed / summed.sum().clamp_min(torch.finfo(summed.dtype).tiny)
 
-    def narrowed(self, kept: Mapping[str, Tensor], sums: Mapping[nn.Parameter, Tensor]) -> Tensor:
+    def narrowed(self, kept: Mapping[str, Tensor], sums: Mapping[Tensor, Tensor]) -> Tensor:
         """Return the smaller tensor, corrected for the inputs it lost."""
         value = self.weight.detach()
         if self.loses_inputs:
@@ -143,7 +143,11 @@ def _spaces(name: str) -> tuple[str, str]:
 @contextmanager
 def _watched(layers: Iterable[nn.Module], see: Callable[[nn.Module, Tensor, Tensor], None]) -> Iterator[None]:
     """Call `see(layer, input, output)` whenever a layer has run."""
-    handles = [layer.register_forward_hook(lambda layer, args, out: see(layer, args[0], out)) for layer in layers]
+
+    def hook(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        see(layer, args[0], out)
+
+    handles = [layer.register_forward_hook(hook) for layer in layers]
     try:
         yield
     finally:
@@ -161,9 +165,9 @@ def _run(model: JMP, graphs: Iterable[AtomGraph]) -> None:
         raise ValueError("prune: expected graphs to measure activations on, got none")
 
 
-def _sums(model: JMP, weights: set[nn.Parameter], graphs: Iterable[AtomGraph]) -> dict[nn.Parameter, Tensor]:
+def _sums(model: JMP, weights: set[Tensor], graphs: Iterable[AtomGraph]) -> dict[Tensor, Tensor]:
     """Return the sum of x x^T over the inputs x of each linear map, [in, in] float64, by its weights."""
-    sums: dict[nn.Parameter, Tensor] = {}
+    sums: dict[Tensor, Tensor] = {}
 
     def see(layer: nn.Module, x: Tensor, _: Tensor) -> None:
         assert isinstance(layer, nn.Linear)
@@ -206,7 +210,8 @@ def drop_residuals(model: JMP, numbers: Mapping[str, int], graphs: Iterable[Atom
         changes[layer].moved += (y - x).double().square().sum().item()
         changes[layer].size += y.double().square().sum().item()
 
-    with _watched((layer for layer in model.backbone.int_blocks.modules() if isinstance(layer, Residual)), see):
+    every = (layer for block in model.backbone.int_blocks for layer in block.modules())
+    with _watched((layer for layer in every if isinstance(layer, Residual)), see):
         _run(model, graphs)
     sizes = {f"num_{place}": number for place, number in numbers.items()}
     config = dataclasses.replace(model.config, **sizes, depths=None)
@@ -216,7 +221,7 @@ def drop_residuals(model: JMP, numbers: Mapping[str, int], graphs: Iterable[Atom
     for i, block in enumerate(model.backbone.int_blocks):
         for place, number in numbers.items():
             name = RESIDUALS[place]
-            layers = list(block.get_submodule(name))
+            layers = list(block.get_submodule(name).children())
             kept = sorted(sorted(range(len(layers)), key=lambda j: changes[layers[j]].share)[len(layers) - number :])
             prefix = f"backbone.int_blocks.{i}.{name}."
             moved = {key: state.pop(key) for key in list(state) if key.startswith(prefix)}

@@ -124,7 +124,7 @@ def need_matplotlib() -> None:
 
 
 @contextmanager
-def _picture(path: Path, width: float) -> Iterator[Any]:
+def axes_of(path: Path, width: float) -> Iterator[Any]:
     """Give axes to draw on, of a picture that is `width` x 4 inches and is written with a legend."""
     need_matplotlib()
     import matplotlib.pyplot as plt  # noqa: PLC0415
@@ -145,7 +145,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
     blocks = [row["blocks"] for row in rows]
     published = [(row["blocks"], row.get("published_throughput_ratio")) for row in rows]
     published = [point for point in published if point[1] is not None]
-    with _picture(path, 6) as axes:
+    with axes_of(path, 6) as axes:
         for precision, same in by_precision.items():
             ratios = [row["ratio"]["structures_per_s"] for row in same]
             axes.plot([row["blocks"] for row in same], ratios, "o-", label=f"ejmp, {precision}")
@@ -184,7 +184,7 @@ def relevance_picture(scores: dict[str, dict[str, list[float]]], path: Path) -> 
         path: file to write.
     """
     names, width = _block_names(scores), 0.8 / len(scores)
-    with _picture(path, 7) as axes:
+    with axes_of(path, 7) as axes:
         for i, (name, branches) in enumerate(scores.items()):
             places = [place + (i - (len(scores) - 1) / 2) * width for place in range(len(names))]
             axes.bar(places, branches["combined"], width, label=name)

@@ -135,6 +135,83 @@ def _done(
     return not left
 
 
+def add_pareto(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `ejmp pareto` to its parser."""
+    parser.set_defaults(run=_pareto)
+    parser.add_argument("model", nargs="?", type=Path, help="what ejmp.load reads; none given: the demo teacher")
+    text = "record stores, named as the model's tasks; default: the embedded demo mix"
+    parser.add_argument("--data", metavar="NAME=FOLDER,...", help=text)
+    text = "folder for the models; what is there is not made again (default: runs/pareto)"
+    parser.add_argument("--run", dest="directory", type=Path, default=Path("runs/pareto"), metavar="FOLDER", help=text)
+    parser.add_argument("--blocks", metavar="6,5,...", help="numbers of blocks (default: all down to 2)")
+    text = "channels of edges (default: all, 7/8 and 3/4 of them)"
+    parser.add_argument("--channels", metavar="1024,896,...", help=text)
+    text = f"steps of distillation (default: 0,{DEMO.distill_steps} on the demo mix, and 0, which is none, on yours)"
+    parser.add_argument("--steps", metavar="0,400,...", help=text)
+    parser.add_argument("--precisions", default="fp32", metavar="fp32,bf16", help="default: fp32")
+    parser.add_argument("--terms", metavar="NAME=WEIGHT,...", help="of the distillation; see ejmp distill")
+    text = "most validation structures of each dataset (default: 1000)"
+    parser.add_argument("--structures", type=int, metavar="N", default=1000, help=text)
+    parser.add_argument("--seconds", type=float, default=60.0, help="time for timing all models by turns (default: 60)")
+    parser.add_argument("--seed", type=int, default=0, help="of the distillation and of the choice of structures")
+    text = "name the fastest model with at most so many percent more error"
+    parser.add_argument("--within", type=float, metavar="PERCENT", help=text)
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw error against speed, .png or .svg")
+
+
+def _pareto(options: argparse.Namespace) -> int:
+    from ejmp.compress.config import parse_terms  # noqa: PLC0415 - these need torch
+    from ejmp.measure.report import need_matplotlib  # noqa: PLC0415
+    from ejmp.model.checkpoint import load  # noqa: PLC0415
+    from ejmp.study import front  # noqa: PLC0415
+    from ejmp.train import presets  # noqa: PLC0415
+    from ejmp.train.demo import demo_teacher  # noqa: PLC0415
+    from ejmp.train.faults import session  # noqa: PLC0415
+    from ejmp.train.sources import mix_of, with_tasks_of  # noqa: PLC0415
+
+    if options.picture is not None:
+        need_matplotlib()
+    path = options.model or demo_teacher()
+    model = load(path)
+    have, demo = model.config.emb_size_edge, options.data is None
+    settings = front.FrontSettings(
+        model=str(path),
+        data=options.data,
+        blocks=_numbers("--blocks", options.blocks) or tuple(range(model.config.blocks, 1, -1)) or (1,),
+        channels=_numbers("--channels", options.channels) or (have, have * 7 // 8, have * 3 // 4),
+        steps=_numbers("--steps", options.steps) or ((0, DEMO.distill_steps or 0) if demo else (0,)),
+        precisions=tuple(options.precisions.split(",")),
+        terms=parse_terms(options.terms or (presets.DEMO_TERMS if demo else presets.TERMS)),
+        structures=options.structures,
+        seconds=options.seconds,
+        seed=options.seed,
+    )
+    claim(options.directory, settings)
+    sources = with_tasks_of(path, mix_of(options.data), model)
+    with session("auto") as ranks:
+        result = front.measure(options.directory, settings, sources, ranks, report=_to_stderr)
+    print(f"{front.table(result)}\n\n{options.directory / front.FRONT}")
+    if options.picture is not None:
+        front.picture(result, options.picture)
+    if options.within is not None:
+        row = front.fastest(result, options.within)
+        told = f"{row['speed']:.2f} times the speed, {100 * (row['error'] - 1):.1f}% more error"
+        print(f"the fastest within {options.within:g}%: {front.folder_of(row, options.directory, settings)}, {told}")
+    return 0
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _numbers(flag: str, text: str | None) -> tuple[int, ...]:
+    """Return the numbers of a flag; none if it was not given."""
+    try:
+        return tuple(int(number) for number in text.split(",")) if text else ()
+    except ValueError:
+        raise ValueError(f"{flag}: expected numbers with commas, got {text!r}") from None
+
+
 def _words(options: argparse.Namespace) -> list[str]:
     """Return the command line of the study after `ejmp`, without how it is spread."""
     words = ["reproduce", options.what, "--run", str(options.directory)]

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from ejmp.catalog import CATALOG
 from ejmp.data.store.durable import write_json
@@ -130,7 +130,15 @@ def check_parts(parts: Sequence[Part], settings: StudySettings) -> None:
                 raise ValueError(f"--data: {part} needs some of {', '.join(known)}, got {', '.join(settings.stores)}")
 
 
-def claim(folder: Path, settings: StudySettings) -> None:
+class Told(Protocol):
+    """What a folder of runs was begun with."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it, ready for JSON."""
+        ...
+
+
+def claim(folder: Path, settings: Told) -> None:
     """Make a folder that of a study, or check that it is that of a study with the same settings.
 
     Raises:
@@ -144,7 +152,7 @@ def claim(folder: Path, settings: StudySettings) -> None:
             write_json(folder / PLAN, settings.to_json())
 
 
-def differences(folder: Path, settings: StudySettings) -> list[str]:
+def differences(folder: Path, settings: Told) -> list[str]:
     """Return a message if the study in a folder has other settings, naming what differs."""
     path = folder / PLAN
     if not path.exists():
