@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 FinalMLPStart = Literal["sliced", "random", "refit"]
 """How the first layer of a pruned model's final MLP is made; see `ejmp.prune`."""
@@ -30,7 +30,7 @@ class DistillConfig:
     energy: float = 0.0
     """Weight of the difference of energies: the raw outputs of all heads."""
     forces: float = 1.0
-    """Weight of the difference of direct forces: the raw outputs of all heads."""
+    """Weight of the difference of forces: the raw outputs of all heads, or the gradients of each structure's task."""
     node: float = 1.0
     """Weight of the difference of atom features, in the energy branch."""
     edge: float = 1.0
@@ -43,6 +43,11 @@ class DistillConfig:
     """Weight of the difference of edge features multiplied with their edge's unit vector and averaged over the edges
     into each atom, [N, 3, M]: equivariant features, of which GemNet-OC has none by itself, and which the
     vector-to-vector term of Kelvinius et al. compares."""
+    hessian: float = 0.0
+    """Weight of the difference of rows of the energy's Hessian, for models with gradient forces (Amin et al., arXiv
+    2501.09009). It falls linearly over a run, to 0 at its end."""
+    hessian_rows: int = 1
+    """Rows per structure and step, chosen at random; each costs as much as the step without any."""
     labels: float = 0.0
     """Weight of the loss on the labels, lambda0 in lambda0 * L0 + lambda * L_KD; 0: labels are not used."""
     teacher: float = 1.0
@@ -50,10 +55,12 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         """Check the weights."""
+        if type(self.hessian_rows) is not int or self.hessian_rows < 1:
+            raise ValueError(f"DistillConfig.hessian_rows: expected 1 or more, got {self.hessian_rows!r}")
         for name, value in dataclasses.asdict(self).items():
             if not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise ValueError(f"DistillConfig.{name}: expected 0 or more, got {value!r}")
-        if not any((self.energy, self.forces, self.node, *(getattr(self, name) for name in EDGE_TERMS))):
+        if not any((self.energy, self.forces, self.node, self.hessian, *(getattr(self, name) for name in EDGE_TERMS))):
             raise ValueError("DistillConfig: expected at least one term with a positive weight")
 
 
@@ -64,11 +71,11 @@ def parse_terms(text: str) -> DistillConfig:
         ValueError: for text of another form, or a term that does not exist.
     """
     names = [field.name for field in dataclasses.fields(DistillConfig)]
-    weights = {name: 0.0 for name in names if name != "teacher"}
+    weights: dict[str, Any] = {name: 0.0 for name in names if name not in ("teacher", "hessian_rows")}
     for item in text.split(","):
         name, found, value = item.partition("=")
         try:
-            weights[name] = float(value)
+            weights[name] = int(value) if name == "hessian_rows" else float(value)
         except ValueError as error:
             raise ValueError(f"terms: expected NAME=WEIGHT,..., got {item!r}") from error
         if not found or name not in names:

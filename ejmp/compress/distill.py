@@ -34,7 +34,7 @@ def distill_loss(student: Prediction, teacher: Prediction, graph: AtomGraph, con
     total = torch.zeros((), device=graph.device)
     parts = {}
     for name, pairs in _pairs(student, teacher, graph, config).items():
-        term = torch.stack([_distance(a, b, name) for a, b in pairs]).sum()
+        term = torch.stack([distance(a, b, name) for a, b in pairs]).sum()
         parts[f"kd_{name}"] = term.detach()
         total = total + getattr(config, name) * term
     return Losses(total=total, parts=parts)
@@ -117,7 +117,12 @@ def _onto(x: Tensor, graph: AtomGraph, name: str) -> Tensor:
     return summed / degree.view(-1, *[1] * (x.ndim - 1))
 
 
-def _distance(student: Tensor, teacher: Tensor, name: str) -> Tensor:
+def distance(student: Tensor, teacher: Tensor, name: str) -> Tensor:
+    """Return the mean absolute difference of two tensors, in float32 at least; the teacher's is detached.
+
+    Raises:
+        ValueError: if their shapes differ, naming the term.
+    """
     if student.shape != teacher.shape:
         raise ValueError(f"{name}: the student's are {[*student.shape]}, the teacher's {[*teacher.shape]}")
     dtype = torch.promote_types(student.dtype, torch.float32)

@@ -210,6 +210,7 @@ class _Trainer:
         self.noted = clock
         for batch in () if self._ended() else self.loader.batches(self.position, stop):
             self.engine.set_lr(partial(self.schedule.lr, self.step))
+            self.run.objective.progress = self.step / config.steps
             result = self.engine.step(batch)
             self.step, self.position = self.step + 1, batch.position
             if self.ema is not None and not result.skipped:

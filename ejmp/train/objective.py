@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ejmp.compress.config import RESIDUALS, DistillConfig
-from ejmp.compress.distill import combine, distill_loss
+from ejmp.compress.distill import Prediction, combine, distance, distill_loss
+from ejmp.compress.hessian import STEP, hessian_rows, one_atom_moved
 from ejmp.compress.losses import Losses, mean_losses
 from ejmp.compress.narrowing import shared_channels
 from ejmp.data.readers.impossible import LEAST
@@ -40,12 +41,31 @@ def predict(model: JMP, batch: Batch, tasks: Tasks, *, create_graph: bool = Fals
     if kinds != {"gradient"}:
         out = model(batch.graph, direct_forces=bool(kinds))
         return out.energy, out.forces
+    _, out = with_gradient(model, batch, tasks, create_graph=create_graph)
+    return out.energy, out.forces
+
+
+def with_gradient(
+    model: JMP, batch: Batch, tasks: Tasks, *, moved: Tensor | None = None, create_graph: bool = False
+) -> Prediction:
+    """Return features and output, whose forces [N, 3] are the negative gradient of each structure's own energy.
+
+    Args:
+        model: model with a head for each task.
+        batch: structures of the tasks' datasets.
+        tasks: tasks by dataset number.
+        moved: displacements of the atoms, [N, 3], A; None: they stay where they are.
+        create_graph: keep the autograd graph of the forces, to train on them.
+    """
     with torch.enable_grad():
-        positions = batch.graph.positions.detach().requires_grad_()
-        energy = model(batch.graph.with_positions(positions), direct_forces=False).energy
-        total = tasks.own_energy(energy, batch).sum()
+        positions = batch.graph.positions.detach()
+        positions = (positions if moved is None else positions + moved).requires_grad_()
+        graph = batch.graph.with_positions(positions)
+        features = model.features(graph, direct_forces=False)
+        out = model.heads(features, graph)
+        total = tasks.own_energy(out.energy, batch).sum()
         (gradient,) = torch.autograd.grad(total, positions, create_graph=create_graph)
-    return energy, -gradient.to(model.dtype)
+    return features, dataclasses.replace(out, forces=-gradient.to(model.dtype))
 
 
 def at_depths(model: JMP, features: Features, graph: AtomGraph) -> Iterator[Features]:
@@ -64,6 +84,8 @@ class Objective(nn.Module):
     """
 
     model: JMP
+    progress: float = 0.0
+    """Share of the run's steps that are taken."""
 
     def __init__(self, model: JMP) -> None:
         super().__init__()
@@ -140,17 +162,26 @@ class Distillation(Objective):
     A student with `config.depths` learns at all of these depths at once: the loss is the mean over depths, and the
     teacher runs once. A narrower student is compared with those of the teacher's channels that it has. The tasks, and
     those of the teacher's other heads, become the student's. The teacher runs without autograd. Where the student is
-    the teacher's own blocks, all frozen (`freeze_blocks`), they are run once, for both.
+    the teacher's own blocks, all frozen (`freeze_blocks`), they are run once, for both. Models whose tasks have
+    gradient forces are compared in these, and in rows of the Hessian if the config weighs them.
 
     Args:
         model: student to train.
         teacher: model to learn from; it is put into evaluation mode and frozen.
         tasks: tasks by dataset number.
         config: weights of the terms.
+
+    Raises:
+        ValueError: for gradient forces and a student with several depths, or rows of the Hessian without such forces.
     """
 
     def __init__(self, model: JMP, teacher: JMP, tasks: Tasks, config: DistillConfig) -> None:
         super().__init__(model)
+        self._gradients = any(task.forces == "gradient" for task in tasks)
+        if self._gradients and model.config.depths:
+            raise ValueError("depths: a model is trained at several depths on energies and direct forces only")
+        if config.hessian and not self._gradients:
+            raise ValueError("hessian: rows are those of the energy, for tasks with gradient forces; got none")
         model.tasks = ({task.name: task for task in teacher.tasks} | {task.name: task for task in tasks}).values()
         self.tasks = tasks
         self.config = config
@@ -166,6 +197,8 @@ class Distillation(Objective):
     def forward(self, batch: Batch) -> Losses:
         """Compare the student with the teacher, and with the batch's labels where the config weighs them."""
         (teacher,), graph = self._teacher, batch.graph
+        if self._gradients:
+            return self._on_gradients(teacher, batch)
         with torch.no_grad():
             teacher_features = teacher.features(graph, direct_forces=self.model.config.direct_forces)
             teacher_out = teacher.heads(teacher_features, graph)
@@ -186,6 +219,29 @@ class Distillation(Objective):
             teacher_loss = distill_loss((at_depth, out), (compared, teacher_out), graph, self.config)
             found.append(combine(label_loss, teacher_loss, self.config))
         return mean_losses(found)
+
+    def _on_gradients(self, teacher: JMP, batch: Batch) -> Losses:
+        """Compare energies and features, their gradients, and rows of their Hessians."""
+        graph, config, training = batch.graph, self.config, torch.is_grad_enabled()
+        of_teacher = with_gradient(teacher, batch, self.tasks)
+        of_student = with_gradient(self.model, batch, self.tasks, create_graph=training)
+        found = distill_loss(of_student, of_teacher, graph, config)
+        weight = config.hessian * (1 - self.progress)
+        for _ in range(config.hessian_rows if weight > 0 else 0):
+            displacements = STEP * one_atom_moved(graph)
+            rows = []
+            for model, (_features, out) in ((self.model, of_student), (teacher, of_teacher)):
+                learns = training and model is self.model
+                moved = with_gradient(model, batch, self.tasks, moved=displacements, create_graph=learns)[1].forces
+                assert out.forces is not None
+                assert moved is not None
+                rows.append(hessian_rows(out.forces, moved))
+            term = distance(rows[0], rows[1], "hessian") / config.hessian_rows
+            parts = {"kd_hessian": found.parts.get("kd_hessian", torch.zeros_like(term)) + term.detach()}
+            found = Losses(total=found.total + weight * term, parts=found.parts | parts)
+        out = of_student[1]
+        labels = multitask_loss(out.energy, out.forces, batch, self.tasks) if config.labels else None
+        return combine(labels, found, config)
 
 
 def freeze_blocks(model: JMP) -> None:
