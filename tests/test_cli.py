@@ -219,7 +219,7 @@ def test_pretrain(data, tmp_path):
 
 def test_distill(folder, data, tmp_path):
     pytest.importorskip("deepspeed")
-    student = ("--teacher", folder / "model", "--blocks", "1")
+    student = ("--teacher", folder / "model", "--blocks", "1", "--synthetic", "2", "--temperature", "50")
     printed = ejmp_command("distill", "--data", data, *student, "--run", tmp_path / "run", *RUN)
     assert "blocks 0: BR+KD" in printed
     student = ejmp.load(tmp_path / "run" / "final")

@@ -50,6 +50,7 @@ from ejmp.train.sources import (
     with_tasks_of,
 )
 from ejmp.train.start import for_finetuning, new_model
+from ejmp.train.synthetic import with_synthetic
 
 
 def carry_out(request: Request, ranks: Ranks) -> str:
@@ -133,6 +134,11 @@ def distill(request: DistillRequest, ranks: Ranks) -> str:
     teacher = _ready(teacher, teacher_precision, ranks)
     if request.freeze_blocks:
         freeze_blocks(student)
+    if request.synthetic:
+        heat = {"temperature": request.temperature, "seed": config.seed}
+        sources = with_synthetic(
+            sources, teacher, request.run.directory / "synthetic", request.synthetic, ranks, **heat
+        )
     objective = Distillation(student, teacher, tasks_of(sources), request.terms)
     result = _train(request.run, objective, sources, ranks)
     kept = student.config.kept_blocks or tuple(range(student.config.blocks))

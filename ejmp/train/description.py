@@ -9,7 +9,7 @@ from typing import Any
 from ejmp.provenance import provenance
 from ejmp.train.config import TrainConfig
 from ejmp.train.distributed import Ranks
-from ejmp.train.objective import Objective
+from ejmp.train.objective import Distillation, Objective
 from ejmp.train.sources import TaskData
 
 NAME = "run.json"
@@ -28,6 +28,7 @@ def describe(objective: Objective, sources: Sequence[TaskData], config: TrainCon
         "structures": {source.name: {name: len(data) for name, data in source.splits.items()} for source in sources},
         "parameters": sum(p.numel() for p in model.parameters()),
         "depths": model.config.depths or (model.config.blocks,),
+        "terms": dataclasses.asdict(objective.config) if isinstance(objective, Distillation) else None,
         "backend": model.backend,
         "world_size": ranks.world_size,
         "machine": provenance(ranks.device),
@@ -62,7 +63,7 @@ def _compared(description: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
     for name in ("commit", "ejmp"):
         yield name, description["machine"][name]
-    for name in ("objective", "datasets", "structures", "parameters", "depths"):
+    for name in ("objective", "datasets", "structures", "parameters", "depths", "terms"):
         value = description.get(name)
         if value is not None:
             yield name, list(value.items()) if isinstance(value, dict) else value  # the order of datasets counts

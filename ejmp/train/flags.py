@@ -132,6 +132,10 @@ def _add_distill(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--student", type=Path, metavar="PATH", help="or a saved model to go on with")
     parser.add_argument("--freeze-blocks", action="store_true", help="train the final MLP and the heads only")
     _add_any_depth(parser)
+    text = "add N structures to each dataset, of short walks with the teacher's forces, which are their labels"
+    parser.add_argument("--synthetic", type=int, metavar="N", default=0, help=text)
+    text = "temperature of these walks, K (default: 300)"
+    parser.add_argument("--temperature", type=float, metavar="K", default=300.0, help=text)
     parser.add_argument(
         "--terms",
         metavar="NAME=WEIGHT,...",
@@ -157,6 +161,8 @@ def _distill_request(options: argparse.Namespace) -> DistillRequest:
         freeze_blocks=options.freeze_blocks,
         any_depth=options.any_depth,
         terms=parse_terms(options.terms or (presets.TERMS if options.data else presets.DEMO_TERMS)),
+        synthetic=options.synthetic,
+        temperature=options.temperature,
     )
 
 

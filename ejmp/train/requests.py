@@ -94,9 +94,16 @@ class DistillRequest(TrainingRequest):
     """Smallest number of the student's blocks that is trained to do alone, as are all above it; None: all only."""
     terms: DistillConfig
     """Weights of the loss."""
+    synthetic: int
+    """Structures to add to each dataset's training split, made by the teacher; 0: none."""
+    temperature: float
+    """Temperature at which the teacher makes them, K."""
 
     def __post_init__(self) -> None:
-        """Check that there is one student."""
+        """Check that there is one student, and the numbers."""
+        if self.synthetic < 0 or not 0 <= self.temperature < float("inf"):
+            got = f"{self.synthetic}, {self.temperature}"
+            raise ValueError(f"--synthetic, --temperature: expected 0 or more, got {got}")
         if sum(map(bool, (self.blocks, self.keep, self.student))) != 1:
             raise ValueError("student: expected one of --blocks, --keep and --student")
 

@@ -2,7 +2,10 @@
 
 import copy
 import dataclasses
+import itertools
 
+import ase
+import numpy as np
 import pytest
 import torch
 from support.few import few
@@ -18,6 +21,7 @@ from ejmp.train.loss import multitask_loss
 from ejmp.train.objective import Distillation, with_gradient
 from ejmp.train.sources import demo_downstream, demo_mix, loader_of, tasks_of
 from ejmp.train.start import for_finetuning
+from ejmp.train.synthetic import with_synthetic
 
 TERMS = DistillConfig(energy=1.0, forces=2.0, node=3.0, edge=0.0, hessian=0.5, hessian_rows=2, labels=0.25)
 
@@ -175,3 +179,31 @@ def test_the_flag():
     assert parse_terms("forces=1").hessian_rows == 1
     with pytest.raises(ValueError, match="expected NAME=WEIGHT"):
         parse_terms("hessian_rows=1.5")
+
+
+def test_synthetic_structures(ranks, tmp_path):
+    """Frames of walks with the teacher's forces, labelled by it in eV, added to the training split and kept."""
+    teacher = ejmp.load(demo_teacher())
+    sources = few([source for source in demo_mix() if source.name == "ani1x"], 6)
+    (found,) = with_synthetic(sources, teacher, tmp_path, 13, ranks, temperature=400.0, seed=1)
+    train_split, before = found.split("train"), sources[0].split("train")
+    assert (len(train_split), len(train_split.num_atoms), train_split.info.count) == (19, 19, 19)
+    assert found.split("val") is sources[0].split("val")
+    assert np.array_equal(train_split[5].positions, before[5].positions)
+    calculator = ejmp.Calculator(teacher, "ani1x")
+    frames = [train_split[number] for number in range(6, 19)]
+    for structure in frames:
+        atoms = ase.Atoms(structure.numbers, structure.positions, calculator=calculator)
+        assert structure.energy == pytest.approx(atoms.get_potential_energy(), abs=1e-4)
+        np.testing.assert_allclose(structure.forces, atoms.get_forces(), rtol=0, atol=1e-4)
+    for one, other in itertools.pairwise(frames[:10]):  # of one walk
+        assert np.array_equal(one.numbers, other.numbers)
+        assert 0.01 < np.abs(one.positions - other.positions).max() < 1.0
+    again = with_synthetic(sources, teacher, tmp_path, 13, ranks)
+    assert np.array_equal(again[0].split("train")[18].positions, frames[-1].positions)
+
+
+def test_walks_that_a_teacher_leads_astray_are_left_out(teacher, sources, ranks, tmp_path):
+    """A random head brings atoms together within some frames."""
+    (found,) = with_synthetic(sources, teacher.float(), tmp_path, 20, ranks, temperature=400.0, seed=1)
+    assert 8 < len(found.split("train")) < 26
