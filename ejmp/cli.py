@@ -40,7 +40,7 @@ def make_parser() -> Parser:
     add_search(commands.add_parser("search", help="which interaction blocks of a model to keep: errors of all subsets"))
     add_prune(commands.add_parser("prune", help="keep some interaction blocks of a model"))
     pareto = commands.add_parser(
-        "pareto", help="error against speed of smaller models: the front, the fastest within x%"
+        "pareto", help="error against speed of smaller models: the front, and the fastest within a limit"
     )
     study.add_pareto(pareto)
     add_export(commands.add_parser("export", help="write a model as safetensors or as a package for torch alone"))
