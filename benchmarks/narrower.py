@@ -112,16 +112,17 @@ def students(folder: Path, seed: int) -> None:
 
 
 def gather(folder: Path, output: Path) -> None:
-    """Write the means and spreads over seeds."""
+    """Write the means and spreads over seeds, and draw them."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("seed*/result.json"))]
     rows = []
     for i, row in enumerate(found[0]["rows"]):
         errors = [each["rows"][i]["error"] for each in found]
         speeds = [each["rows"][i]["speed"] for each in found]
-        kept = {name: row[name] for name in ("name", "blocks", "channels", "steps", "parameters")}
+        kept = {name: row[name] for name in ("name", "blocks", "channels", "steps", "precision", "parameters")}
         kept |= {"error": statistics.mean(errors), "errors": errors}
         kept |= {"spread": statistics.stdev(errors) if len(errors) > 1 else None}
         rows.append(kept | {"speed": statistics.median(speeds), "speeds": speeds})
+    front.mark(rows)
     scratch = [
         {"channels": row["channels"], "errors": [each["scratch"][i]["error"] for each in found]}
         for i, row in enumerate(found[0]["scratch"])
@@ -129,6 +130,7 @@ def gather(folder: Path, output: Path) -> None:
     result = {"commands": __doc__, "steps": STEPS, "seeds": len(found), "provenance": found[0]["provenance"]}
     result |= {"teacher": found[0]["rows"][0]["errors"], "rows": rows, "scratch": scratch}
     output.write_text(json.dumps(result, indent=1) + "\n")
+    front.picture(result, output.with_suffix(".png"))
 
 
 def main() -> None:

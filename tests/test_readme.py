@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.track_table import track_table
-from support.training_tables import any_depth_table, refit_table
+from support.training_tables import any_depth_table, narrower_table, refit_table
 
 import ejmp
 from ejmp import cli
@@ -282,6 +282,7 @@ def search_tables():
 TABLES = {
     "any depth": ("docs/training.md", lambda: any_depth_table(result("any_depth_cpu"), result("study_cpu"))),
     "track": ("docs/tracking.md", lambda: track_table(result("track_cpu"))),
+    "narrower": ("docs/training.md", lambda: narrower_table(result("narrower_cpu"))),
     "search": ("docs/training.md", lambda: search_tables()[0]),
     "scores": ("docs/training.md", lambda: search_tables()[1].rstrip("\n")),
     "refit": ("docs/training.md", lambda: refit_table(result("refit_cpu"))),

@@ -164,8 +164,7 @@ def measure(
         row |= {"structures_per_s": 1 / statistics.median(times), "rounds": len(times)}
         row["parameters"] = sum(parameter.numel() for parameter in models[candidate].parameters())
         rows.append(row)
-    for row in rows:
-        row["on_front"] = not any(_dominates(other, row) for other in rows)
+    mark(rows)
     result = {"settings": settings.to_json(), "provenance": provenance(ranks.device), "rows": rows}
     write_json(folder / FRONT, result)
     return result
@@ -249,6 +248,12 @@ def _times(
     return {name: [each / batch.graph.num_structures for each in seconds] for name, seconds in found.items()}
 
 
+def mark(rows: Sequence[dict[str, Any]]) -> None:
+    """Note in each row whether it is on the front of all: whether no other one is better in speed and error."""
+    for row in rows:
+        row["on_front"] = not any(_dominates(other, row) for other in rows)
+
+
 def _dominates(other: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
     """Return whether one model is as fast and as accurate as another, and better in one of the two."""
     no_worse = other["speed"] >= row["speed"] and other["error"] <= row["error"]
@@ -314,6 +319,7 @@ def picture(result: Mapping[str, Any], path: Path) -> None:
         for (kind, rows), marker in zip(sorted(kinds.items()), itertools.cycle("os^Dv<>P"), strict=False):
             axes.plot([row["speed"] for row in rows], [row["error"] for row in rows], marker, label=kind)
         axes.set(xlabel="structures per second over the whole model's", ylabel="error over the whole model's")
+        axes.set_ylim(top=1 + 1.6 * (max(row["error"] for row in result["rows"]) - 1) + 0.01)  # room for the legend
 
 
 def _kind(row: Mapping[str, Any], whole: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The tables of docs/training.md on refitting and on training at any depth, from benchmarks/results."""
+"""The tables of docs/training.md on refitting, training at any depth and narrower blocks, from benchmarks/results."""
 
 import numpy as np
 
@@ -38,4 +38,25 @@ def refit_table(result):
             shares.append(f"{100 * np.mean((cut - refitted) / (cut - teacher)):.0f}%")
         cells = " | ".join(f"{a:.1f} -> {b:.1f}" for a, b in zip(cut, refitted, strict=True))
         lines.append(f"| {blocks} | {cells} | {shares[1]} | {shares[0]} |")
+    return "\n".join(lines)
+
+
+def narrower_table(result):
+    """Speed and error of students with fewer blocks or channels, before and after distillation, mean over seeds."""
+    lines = [
+        "| blocks | channels | x of the teacher's speed | error, least squares | error, distilled | from scratch |"
+    ]
+    lines.append("| ---: | ---: | ---: | ---: | ---: | ---: |")
+    scratch = {row["channels"]: np.mean(row["errors"]) for row in result["scratch"]}
+    sizes = dict.fromkeys((row["blocks"], row["channels"]) for row in result["rows"])
+    most = max(sizes)
+    for blocks, channels in sizes:
+        rows = [row for row in result["rows"] if (row["blocks"], row["channels"]) == (blocks, channels)]
+        found = {bool(row["steps"]): row for row in rows}
+        cells = [str(blocks), str(channels), f"{found[False]['speed']:.2f}", f"{found[False]['error']:.3f}"]
+        distilled = found.get(True)
+        spread = "" if distilled is None or distilled["spread"] is None else f" +- {distilled['spread']:.3f}"
+        cells.append("" if distilled is None else f"{distilled['error']:.3f}{spread}")
+        own = blocks == most[0] and channels in scratch
+        lines.append("| " + " | ".join([*cells, f"{scratch[channels]:.3f}" if own else ""]) + " |")
     return "\n".join(lines)
