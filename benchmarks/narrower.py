@@ -41,7 +41,7 @@ from ejmp.train.start import new_model
 STEPS = 300
 """Steps of each distillation, and of each model from random weights."""
 CHANNELS = (256, 224, 192)
-BLOCKS = (4, 3, 2)
+BLOCKS = (4, 3, 2, 1)
 
 
 def sizes() -> JMPConfig:

@@ -156,7 +156,7 @@ def test_prune_command(saved, tmp_path, tiny, capsys):
     assert cli.main(["prune", str(saved), str(out), "--blocks", "2", "--data", "oc20=x"]) == 2
     assert cli.main(["prune", str(saved), str(out), "--blocks", "2", "--final-mlp", "refit", "--structures", "0"]) == 2
     error = capsys.readouterr().err
-    assert "--data: structures are needed for --final-mlp refit only" in error
+    assert "--data: only --final-mlp refit, --edge-channels and --residuals look at structures" in error
     assert "--structures: expected 1 or more, got 0" in error
     assert cli.main(["prune", str(saved), str(out), "--keep", "a"]) == 2
     assert cli.main(["prune", str(saved), str(out), "--blocks", "9", "--overwrite"]) == 2
