@@ -70,7 +70,7 @@ def prune(
 def _which(have: int, blocks: int | None, keep: Sequence[int] | None) -> list[int]:
     """Return the numbers of the blocks to keep, of so many."""
     if (blocks is None) == (keep is None):
-        raise ValueError("prune: give either blocks= or keep=")
+        raise ValueError("prune: expected one of blocks= and keep=, or edge_channels= or residuals=; got none or both")
     kept = list(range(blocks)) if blocks is not None else list(keep or ())
     if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= have:
         raise ValueError(f"prune: expected between 1 and {have} different blocks of 0..{have - 1} in order, got {kept}")
