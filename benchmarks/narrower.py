@@ -1,7 +1,7 @@
 """Narrower blocks against fewer blocks, on a teacher whose time goes into matrix products, as JMP's does.
 
-    python benchmarks/narrower.py teacher FOLDER                       # 55 minutes of a core
-    python benchmarks/narrower.py students FOLDER --seed 0             # 40 minutes of a core; also 1, 2
+    python benchmarks/narrower.py teacher FOLDER                       # 65 minutes of a core
+    python benchmarks/narrower.py students FOLDER --seed 0             # an hour of a core; also 1, 2
     python benchmarks/narrower.py gather FOLDER OUT.json
 
 The demo's teacher has 64 channels of edges, where least of the time is products. This one has four blocks of 256
@@ -17,14 +17,12 @@ import statistics
 import sys
 from pathlib import Path
 
-import torch
-
 from ejmp.compress.config import parse_terms
 from ejmp.model.checkpoint import load
 from ejmp.model.config import JMPConfig
 from ejmp.model.jmp import JMP
 from ejmp.study import front
-from ejmp.study.execute import SCALE
+from ejmp.study.execute import untrained
 from ejmp.study.settings import claim
 from ejmp.train import checkpoint, presets
 from ejmp.train.config import TrainConfig
@@ -98,10 +96,7 @@ def students(folder: Path, seed: int) -> None:
         result["scratch"] = []
         for channels in CHANNELS[1:]:
             small = load(own / f"b{max(BLOCKS)}-w{channels}")
-            torch.manual_seed(seed)
-            model = JMP(dataclasses.replace(small.config, kept_blocks=None, kept_force_channels=None))
-            kept = {name: value for name, value in small.state_dict().items() if name.endswith(SCALE)}
-            model.load_state_dict({**model.state_dict(), **kept})
+            model = untrained(small, max(BLOCKS), seed=seed)
             config = dataclasses.replace(
                 presets.demo("distill"), steps=STEPS, validate_every=STEPS, checkpoint_every=STEPS, seed=seed
             )

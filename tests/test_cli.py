@@ -301,9 +301,8 @@ def test_a_target_of_ones_own_is_known_to_every_verb_after(folder, tmp_path):
     assert "gap" in ejmp_command("finetune", tmp_path / "own.xyz", *asked)
     model, stores = ejmp.load(run / "final"), f"own={run / 'data'}"
     ejmp_command("evaluate", run / "final", "--data", stores, "--split", "train", "--output", output)
-    predict = ejmp.Predictor(run / "final")
     truth = list(open_store(run / "data" / "train"))
-    found = predict([ase.Atoms(s.numbers, s.positions) for s in truth])
+    found = ejmp.Predictor(run / "final")([ase.Atoms(s.numbers, s.positions) for s in truth])
     error = np.mean([abs(one.energy - s.targets["gap"]) for one, s in zip(found, truth, strict=True)])
     (errors,) = json.loads(output.read_text())[str(run / "final")].values()
     assert errors == {"gap": pytest.approx(error, rel=1e-4)}

@@ -147,7 +147,7 @@ def test_the_weight_of_the_rows_falls(teacher, batch, sources):
 
 def test_a_run(teacher, sources, ranks, tmp_path):
     """From a fine-tuned teacher to a smaller model with the same task, which the progress of the run reaches."""
-    start = teacher.float()
+    start = copy.deepcopy(teacher).float()
     student = ejmp.prune(start, blocks=1)
     objective = Distillation(student, start, tasks_of(sources), TERMS)
     config = dataclasses.replace(presets.demo("finetune"), steps=3, batch_size=2, validate_every=3, log_every=1)
@@ -160,7 +160,7 @@ def test_a_run(teacher, sources, ranks, tmp_path):
 
 
 def test_refused(teacher, sources):
-    teacher = teacher.float()
+    teacher = copy.deepcopy(teacher).float()
     with pytest.raises(ValueError, match="hessian_rows: expected 1 or more, got 0"):
         DistillConfig(hessian_rows=0)
     mix = demo_mix()
@@ -205,5 +205,5 @@ def test_synthetic_structures(ranks, tmp_path):
 
 def test_walks_that_a_teacher_leads_astray_are_left_out(teacher, sources, ranks, tmp_path):
     """A random head brings atoms together within some frames."""
-    (found,) = with_synthetic(sources, teacher.float(), tmp_path, 20, ranks, temperature=400.0, seed=1)
+    (found,) = with_synthetic(sources, copy.deepcopy(teacher).float(), tmp_path, 20, ranks, temperature=400.0, seed=1)
     assert 8 < len(found.split("train")) < 26
