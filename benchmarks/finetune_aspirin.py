@@ -37,7 +37,7 @@ class Frames:
     def __init__(self, frames, split):
         self.frames = frames
         self.num_atoms = np.array([len(frame.numbers) for frame in frames])
-        self.num_edges = self.num_atoms * DEMO_MOLECULES[1]
+        self.num_edges = self.num_atoms * DEMO_MOLECULES.max_neighbors
         count = {"name": "aspirin", "format": "rmd17", "split": split, "count": len(frames)}
         statistics = {
             "energy": Statistics(mean=_mean(frames), std=float(np.std([f.energy for f in frames])), unit="eV"),

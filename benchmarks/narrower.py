@@ -24,7 +24,7 @@ from ejmp.model.jmp import JMP
 from ejmp.study import front
 from ejmp.study.execute import untrained
 from ejmp.study.settings import claim
-from ejmp.train import checkpoint, presets
+from ejmp.train import presets
 from ejmp.train.config import TrainConfig
 from ejmp.train.demo import demo_config
 from ejmp.train.distributed import Ranks
@@ -56,7 +56,7 @@ def run(objective: Objective, config: TrainConfig, folder: Path, ranks: Ranks) -
         objective=objective, sources=demo_mix(), config=config, directory=folder, ranks=ranks, force=True,
         validate_first=False,
     )  # fmt: skip
-    if not train(whole, resume=bool(checkpoint.steps(folder / "checkpoints"))).finished:
+    if not train(whole, resume=None).finished:
         raise SystemExit("stopped; the same command goes on")
     return load(folder / FINAL)
 

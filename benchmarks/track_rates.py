@@ -66,8 +66,9 @@ def summary(kind: str, busy_core: int | None, shares: dict[str, float], load: fl
 def main() -> None:
     """Make the comparisons that the output does not hold yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--equal", type=int, default=50, help="comparisons of all benchmarks (default: 50)")
+    parser.add_argument("--equal", type=int, default=50, help="comparisons of HEAD with itself (default: 50)")
     parser.add_argument("--slowed", type=int, default=20, help="comparisons with known slowdowns (default: 20)")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="which benchmarks --equal compares")
     parser.add_argument("--core", type=int, nargs="+", default=[0], help="cores of the workers (default: 0)")
     parser.add_argument("--busy", type=int, metavar="CORE", help="core to keep busy meanwhile")
     parser.add_argument("--commit", default="HEAD", help="what is compared with itself (default: HEAD)")
@@ -82,7 +83,7 @@ def main() -> None:
                 request = CompareRequest(
                     base=options.commit,
                     head=options.commit,
-                    only=(*SLOWED, *BESIDE) if shares else ("*",),
+                    only=(*SLOWED, *BESIDE) if shares else tuple(options.only),
                     cores=tuple(options.core),
                     slow_head=shares,
                 )

@@ -21,7 +21,7 @@ from ejmp.study.inputs import Inputs, recipe_for
 from ejmp.study.plan import BLOCKS, FEWER, Kind, RunSpec
 from ejmp.study.record import run_folder
 from ejmp.study.settings import timed
-from ejmp.train import checkpoint, presets
+from ejmp.train import presets
 from ejmp.train.commands import fastest_precision
 from ejmp.train.config import TrainConfig
 from ejmp.train.distributed import Ranks
@@ -201,7 +201,7 @@ def _trained(
         validate_first=spec.kind == "finetune",  # else a run of its own measures the model before it is trained
         force=True,  # a study has its own look at settings and data, and says which commit made what
     )
-    result = train(run, resume=bool(checkpoint.steps(directory / "checkpoints")))
+    result = train(run, resume=None)
     return result if result.finished else None
 
 

@@ -1,17 +1,18 @@
 """The front of accuracy against speed: fewer blocks, narrower blocks, distilled or not, in several precisions."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
-from ejmp.compress.config import REFIT_STRUCTURES, DistillConfig
+from ejmp.compress.config import REFIT_STRUCTURES, DistillConfig, FinalMLPStart
 from ejmp.compress.pruning import prune
 from ejmp.data import MixSampler
 from ejmp.data.store.durable import write_json
@@ -23,7 +24,7 @@ from ejmp.model.checkpoint import load, save
 from ejmp.model.config import Precision
 from ejmp.model.jmp import JMP
 from ejmp.provenance import provenance
-from ejmp.train import checkpoint, presets
+from ejmp.train import presets
 from ejmp.train.config import TrainConfig
 from ejmp.train.distributed import Ranks
 from ejmp.train.evaluate import evaluate
@@ -144,11 +145,11 @@ def measure(
     whole = load(settings.model).to(ranks.device)
     chosen = [at_most(source, "val", settings.structures, seed=settings.seed) for source in sources]
     every = candidates(settings, whole)
-    graphs = _Graphs(whole, sources, settings.seed)
+    start = _Start(whole, sources, settings.seed)
     models: dict[Candidate, JMP] = {every[0]: whole}
     for number, candidate in enumerate(every[1:], start=2):
         report(f"{candidate.name}: model {number} of {len(every)}")
-        models[candidate] = _made(candidate, folder, settings, sources, ranks, graphs)
+        models[candidate] = _made(candidate, folder, settings, sources, ranks, start)
     errors = {}
     for (candidate, model), precision in itertools.product(models.items(), settings.precisions):
         errors[candidate, precision] = evaluate(model.on(precision=precision).to(ranks.device), chosen, ranks)
@@ -170,17 +171,18 @@ def measure(
     return result
 
 
-class _Graphs:
-    """Graphs to fit on, made when they are first needed."""
+@dataclass(frozen=True)
+class _Start:
+    """The whole model, and graphs to fit smaller ones on."""
 
-    def __init__(self, model: JMP, sources: Sequence[TaskData], seed: int) -> None:
-        self._made: list[AtomGraph] | None = None
-        self._make = lambda: list(graphs_of(model, sources, REFIT_STRUCTURES, seed=seed))
+    model: JMP
+    sources: Sequence[TaskData]
+    seed: int
 
-    def __iter__(self) -> Iterator[AtomGraph]:
-        if self._made is None:
-            self._made = self._make()
-        return iter(self._made)
+    @functools.cached_property
+    def graphs(self) -> list[AtomGraph]:
+        """The graphs, made when they are first needed."""
+        return list(graphs_of(self.model, self.sources, REFIT_STRUCTURES, seed=self.seed))
 
 
 def _made(
@@ -189,24 +191,23 @@ def _made(
     settings: FrontSettings,
     sources: Sequence[TaskData],
     ranks: Ranks,
-    graphs: _Graphs,
+    start: _Start,
 ) -> JMP:
     """Return a candidate's model, as it is in the folder or newly made."""
     path = folder / candidate.name
     if candidate.steps == 0:
         if not path.exists():
-            whole = load(settings.model).to(ranks.device)
-            cut = candidate.blocks < whole.config.blocks
+            whole = start.model
             narrower = candidate.channels if candidate.channels < whole.config.emb_size_edge else None
-            start = "refit" if cut else "sliced"
-            save(prune(whole, blocks=candidate.blocks, final_mlp=start, edge_channels=narrower, data=graphs), path)
+            mlp: FinalMLPStart = "refit" if candidate.blocks < whole.config.blocks else "sliced"
+            sizes = {"blocks": candidate.blocks, "edge_channels": narrower}
+            save(prune(whole, final_mlp=mlp, data=start.graphs, **sizes), path)
         return load(path).to(ranks.device)
     if not (path / FINAL).exists():
-        student = _made(dataclasses.replace(candidate, steps=0), folder, settings, sources, ranks, graphs)
-        teacher = load(settings.model).to(ranks.device)
+        student = _made(dataclasses.replace(candidate, steps=0), folder, settings, sources, ranks, start)
         path.mkdir(exist_ok=True)
         run = Run(
-            objective=Distillation(student, teacher, tasks_of(sources), settings.terms),
+            objective=Distillation(student, start.model, tasks_of(sources), settings.terms),
             sources=sources,
             config=_training(settings, candidate),
             directory=path,
@@ -214,7 +215,7 @@ def _made(
             validate_first=False,
             force=True,  # the front's settings were compared, and rows say which commit made them
         )
-        if not train(run, resume=bool(checkpoint.steps(path / "checkpoints"))).finished:
+        if not train(run, resume=None).finished:
             raise SystemExit(0)  # it was told to stop, and goes on from a checkpoint
     return load(path / FINAL).to(ranks.device)
 

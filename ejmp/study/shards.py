@@ -18,6 +18,7 @@ from ejmp.study.plan import RunSpec
 from ejmp.study.record import RESULT, is_finished, read_result, run_folder
 from ejmp.study.settings import StudySettings
 from ejmp.train.faults import session
+from ejmp.train.loop import CHECKPOINTS
 
 POLL = 1.0
 """Time in seconds between two looks at the runs of other shards."""
@@ -85,7 +86,7 @@ def _take(spec: RunSpec, inputs: Inputs, runs: Sequence[RunSpec], shard: Shard) 
             say(f"{spec.name}: stopped, with a checkpoint that the same command goes on from")
             raise SystemExit(0)
         write_json(folder / RESULT, _result(spec, outcome, time.time() - start, shard, machine))
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     say(progress(study, runs, spec, shard.count))
     return True
 

@@ -34,6 +34,8 @@ from ejmp.train.sources import TaskData, at_most, loader_of
 
 FINAL = "final"
 """The folder of a run that holds the trained model."""
+CHECKPOINTS = "checkpoints"
+"""The folder of a run that holds its checkpoints."""
 LOCK = "run.lock"
 """The file of a run by which a second process notices the first."""
 
@@ -76,7 +78,7 @@ class Result:
     """Errors of the best validation, whose weights are in the run's folder `final`."""
 
 
-def train(run: Run, *, resume: bool = False) -> Result:
+def train(run: Run, *, resume: bool | None = False) -> Result:
     """Train until the last step, an early stop, the end of the training time, or SIGTERM.
 
     Rank 0 says on stderr if the last step comes before the end of the learning rate's warm-up and cosine.
@@ -84,7 +86,7 @@ def train(run: Run, *, resume: bool = False) -> Result:
     Args:
         run: what to train and where. Its folder gets run.json, deepspeed.json, log.jsonl, checkpoints and the final
             model.
-        resume: go on from the newest whole checkpoint in the folder.
+        resume: go on from the newest whole checkpoint in the folder; None: if there is one.
 
     Raises:
         ValueError: if the folder holds a run and resume is not asked for, another process trains in it, it was begun
@@ -95,11 +97,13 @@ def train(run: Run, *, resume: bool = False) -> Result:
     with ExitStack() as stack:
         if run.ranks.rank == 0 and not stack.enter_context(locked(run.directory / LOCK, wait=False)):
             raise ValueError(f"run: another process trains in {run.directory}")
+        if resume is None:
+            resume = bool(checkpoint.steps(run.directory / CHECKPOINTS))
         return _train(run, stack.enter_context(Preemption()), resume=resume)
 
 
 def _train(run: Run, preemption: Preemption, *, resume: bool) -> Result:
-    checkpoints = run.directory / "checkpoints"
+    checkpoints = run.directory / CHECKPOINTS
     first_rank = run.ranks.rank == 0
     if not resume and checkpoint.steps(checkpoints):
         raise ValueError(

@@ -18,7 +18,6 @@ from ejmp.data.store.durable import hash_file
 from ejmp.model.checkpoint import load, save
 from ejmp.provenance import provenance
 from ejmp.train import presets
-from ejmp.train.checkpoint import steps
 from ejmp.train.config import TrainConfig
 from ejmp.train.demo import RECIPE, TEACHER, demo_config
 from ejmp.train.distributed import Ranks
@@ -47,9 +46,8 @@ def make_teacher(folder: Path, config: TrainConfig, ranks: Ranks) -> Errors | No
     run.mkdir(parents=True, exist_ok=True)
     sources = demo_mix()
     objective = Supervised(new_model(demo_config(), sources, seed=config.seed), tasks_of(sources))
-    resume = bool(steps(run / "checkpoints"))
     whole = Run(objective=objective, sources=sources, config=config, directory=run, ranks=ranks, force=True)
-    result = train(whole, resume=resume)
+    result = train(whole, resume=None)
     if not result.finished:
         return None
     if ranks.rank == 0:

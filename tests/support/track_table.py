@@ -1,17 +1,18 @@
-"""The table of docs/tracking.md on how often comparisons are right, from benchmarks/results/track_cpu.json."""
+"""The table of docs/tracking.md on how often comparisons are right, from JSON files under benchmarks/results."""
 
 import collections
 
 from ejmp.markdown import markdown_table
 
 
-def track_table(result):
+def track_table(*results):
     counts = collections.defaultdict(collections.Counter)
-    for one in result["comparisons"]:
+    for one in (one for result in results for one in result["comparisons"]):
         noted = {name: row["verdict"] for name, row in one["not_same"].items()}
         for name, share in one["shares"].items():
             counts[f"{100 * share:.0f}% slower"][noted.pop(name, "SAME")] += 1
-        same = counts["the same code" if one["shares"] else "the same code, all benchmarks"]
+        beside = "beside these" if one["shares"] else f"{one['benchmarks']} benchmarks"
+        same = counts[f"the same code, {beside}"]
         same.update(noted.values())
         same["SAME"] += one["benchmarks"] - len(one["shares"]) - len(noted)
         same["comparisons"] += 1

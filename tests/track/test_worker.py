@@ -8,11 +8,13 @@ import sys
 import time
 
 import pytest
+from op_cases import CASES
 from support.inputs import ROOT, environment, require_native
 from support.track_cases import ready_side
 
 from ejmp.track.pairs import Setting, Worker, WorkerError, pair
 from ejmp.track.side import copy_checkout
+from ejmp.track.worker import SHARED_CACHE
 
 SETTING = Setting(benchmarks=ROOT / "benchmarks")
 
@@ -47,6 +49,10 @@ def test_every_case_is_right(workers):
     assert {"pair/forward", "pair/second", "linear/backward", "graph/build", "machine/product"} <= set(names)
     for name in names:
         assert this.ask("error", case=name) <= 1e-3, name
+
+
+def test_what_is_timed_in_the_cores_own_cache_exists():
+    assert set(SHARED_CACHE) <= set(CASES)
 
 
 def test_what_an_older_side_lacks_is_not_an_error(workers):
