@@ -50,7 +50,10 @@ LEAST_CALLS, MOST_CALLS = 3, 100
 """How many calls a block of a case has at least and at most."""
 LONG_CALL = 3
 """How many blocks a call must last to be timed alone."""
-SHARED_CACHE = ("edge_to_edge", "atom_to_edge", "gather_add", "gather_add_atoms", "swap_add", "swap_add_to")
+SHARED_CACHE = (
+    *("edge_to_edge", "atom_to_edge", "atom_sum", "gather_add", "gather_add_atoms", "swap_add", "swap_add_to"),
+    *("activate", "activate_factor", "activate_residual", "activate_all"),
+)
 """Ops that read much and compute little. With 64 atoms their arrays lie in the cache that all cores share, whose speed
 depends on the pages that a process was given and on what other cores do. On a CPU they are therefore timed with 8
 atoms, whose arrays fit into the core's own cache, several calls together so that the times stay as long."""
