@@ -48,7 +48,8 @@ options = {
     # the library registers torch ops and does not touch Python: one file for every Python version
     "py_limited_api": True,
 }
-sources = ["csrc/bindings/cpu.cpp", "csrc/bindings/dense.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
+bindings = [f"csrc/bindings/{name}.cpp" for name in ("cpu", "dense", "quantized")]
+sources = [*bindings, *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
 choices = [CppExtension("ejmp_kernels._C", sources, extra_compile_args=host_flags, **options)]
 choices[0].what = "C++ extension was"
 if torch.version.cuda and CUDA_HOME:

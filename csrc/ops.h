@@ -176,6 +176,27 @@ struct DenseKernels {
                               const int64_t* ptr, S* grad_x, S* grad_factor, int threads);
 };
 
+// values and scales, and out where it is not null, from a product of integers: row r of it is scale[r] x[r].
+// out = alpha silu(scale x) factor + beta add, as `activate`; values and scales as `quantize_rows` makes them of it.
+template <class S>
+struct ActivateRows {
+    int64_t rows, width;
+    const S* x;             // [rows, width]
+    const float* scale;     // [rows]
+    const S *factor, *add;  // [rows, width] or null
+    double alpha, beta;
+    S* out;           // [rows, width] or null
+    uint8_t* values;  // [rows, width] or null
+    float* scales;    // [rows]
+};
+
+// Rows of numbers in 8 bits (cpu/quantized.h). S: float or bfloat16; computed in float.
+template <class S>
+struct RowKernels {
+    void (*quantize_rows)(int64_t rows, int64_t width, const S* x, uint8_t* values, float* scales, int threads);
+    void (*activate_rows)(const ActivateRows<S>&, int threads);
+};
+
 struct Kernels {
     const char* name;  // "avx512", "avx2" or "portable"
     GraphKernels<float> graph_float;
@@ -183,6 +204,8 @@ struct Kernels {
     DenseKernels<float> dense_float;
     DenseKernels<double> dense_double;
     DenseKernels<bfloat16> dense_bfloat16;
+    RowKernels<float> row_float;
+    RowKernels<bfloat16> row_bfloat16;
 };
 
 // The best kernels this processor runs; the environment variable EJMP_ISA (avx512, avx2, portable) asks for others.

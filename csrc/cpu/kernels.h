@@ -12,6 +12,7 @@ namespace ejmp::EJMP_ISA {
 #include "pair.h"
 #include "radial.h"
 #include "dense.h"
+#include "quantized.h"
 // clang-format on
 
 template <class T>
@@ -26,13 +27,20 @@ constexpr DenseKernels<S> dense_kernels() {
             swap_add_double<S>, gather_add<S>,        edge_sum<S>,        atom_sum_backward<S>};
 }
 
+template <class S>
+constexpr RowKernels<S> row_kernels() {
+    return {quantize_rows<S>, activate_rows<S>};
+}
+
 Kernels table(const char* name) {
     return {name,
             graph_kernels<float>(),
             graph_kernels<double>(),
             dense_kernels<float>(),
             dense_kernels<double>(),
-            dense_kernels<bfloat16>()};
+            dense_kernels<bfloat16>(),
+            row_kernels<float>(),
+            row_kernels<bfloat16>()};
 }
 
 }  // namespace ejmp::EJMP_ISA

@@ -138,7 +138,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     _add_workload(parser)
     parser.add_argument("--blocks", type=int, nargs="+", help="default: all down to 2")
     parser.add_argument(
-        "--precision", nargs="+", choices=("fp32", "tf32", "bf16", "fp16"), help="default: all there are"
+        "--precision", nargs="+", choices=("fp32", "tf32", "bf16", "fp16", "int8"), help="default: all there are"
     )
     parser.add_argument("--device", help="default: cuda if there is one, or else cpu")
     parser.add_argument("--seconds", type=float, default=100.0, help="go on measuring this long (at least two rounds)")

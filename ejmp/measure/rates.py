@@ -3,6 +3,7 @@
 import functools
 import statistics
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -10,13 +11,13 @@ from torch import Tensor
 from ejmp.measure.timing import repeated_seconds
 from ejmp.model.config import Precision
 from ejmp.model.precision import LOW_PRECISION, check_precision, products
-from ejmp_kernels import gemm
+from ejmp_kernels import gemm, quantized
 
 
 def precisions_of(device: torch.device) -> list[Precision]:
     """Return the precisions worth measuring on a device: all it has, but not the CPU's slow fp16."""
     found: list[Precision] = []
-    for precision in ("fp32", "tf32", "bf16", "fp16"):
+    for precision in get_args(Precision):
         try:
             check_precision(precision, device)
         except ValueError:
@@ -52,6 +53,9 @@ def gemm_rates(
     width_out, width_in = sizes
     for precision in precisions:
         dtype = LOW_PRECISION.get(precision, torch.float32)
+        if precision == "int8":
+            rates["int8 onednn"] = _int8_rate(rows, sizes, repeats or 3)
+            continue
         x = torch.randn(rows, width_in, device=device, dtype=dtype)
         w = torch.randn(width_out, width_in, device=device, dtype=dtype)
         providers: dict[str, Callable[..., Tensor]] = {"torch": torch.nn.functional.linear}
@@ -63,6 +67,15 @@ def gemm_rates(
                 seconds = repeated_seconds(call, device, repeats or (20 if device.type == "cuda" else 3))
             rates[f"{precision} {provider}"] = 2e-9 * rows * width_out * width_in / statistics.median(seconds)
     return rates
+
+
+def _int8_rate(rows: int, sizes: tuple[int, int], repeats: int) -> float:
+    """Measure a product of 8-bit integers on the CPU, in billions of operations per second."""
+    width_out, width_in = sizes
+    x = quantized.QuantizedRows(torch.randint(256, (rows, width_in), dtype=torch.uint8), torch.ones(rows))
+    weight = quantized.packed(torch.randn(sizes))
+    call = functools.partial(quantized.unscaled_linear, x, weight, torch.bfloat16)
+    return 2e-9 * rows * width_out * width_in / statistics.median(repeated_seconds(call, torch.device("cpu"), repeats))
 
 
 def copy_rate(device: torch.device, size: int = 1 << 28, repeats: int = 5) -> float:

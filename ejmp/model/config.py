@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from ejmp.limits import check_limit
 from ejmp.model.upstream import sizes_from_upstream
 
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16", "int8"]
 """Type of the linear maps; see `ejmp.JMP`."""
 HEADS = ("mlp", "mlp-no-bias", "linear")
 """Kinds of heads; see `JMPConfig.head`."""

@@ -102,6 +102,10 @@ class FusedExecutor(Executor):
             outputs.append(self.residual(layer, outputs[-1]))
         return tuple(outputs)
 
+    def linear_of_edges(self, dense: Dense, m: Tensor, first: int) -> Tensor:
+        """Return the product of edge features with the columns of a weight from `first` on."""
+        return self.linear(m, dense.linear.weight[:, first:])
+
     def embed_edges(self, dense: Dense, h: Tensor, x: Tensor) -> Tensor:
         """Apply a dense layer to [h_source, h_target, m], given the product of m with its part of the weight."""
         main, weight, size = self.graph.main, dense.linear.weight, h.shape[1]
@@ -252,7 +256,7 @@ class FusedExecutor(Executor):
             update = self.atom_sum(block.atom_update, m, self.bases.rbf_atom_update)
             h = (h + self.dense_residuals(block.atom_update.layers, update)[-1]) * INV_SQRT_2
         dense = block.concat_layer.dense
-        m2 = self.embed_edges(dense, h, self.linear(m, dense.linear.weight[:, 2 * h.shape[1] :]))
+        m2 = self.embed_edges(dense, h, self.linear_of_edges(dense, m, 2 * h.shape[1]))
         return h, torch.add(self.residuals(block.residual_m, m2, scale=INV_SQRT_2), m, alpha=INV_SQRT_2)
 
     def energy(self, block: OutputBlock, h: Tensor, m: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from ejmp.model.interactions import InteractionBlock, OutputBlock
 from ejmp.model.layers import FinalMLP, ScaledSiLU
 from ejmp.model.outputs import Features, Output
 from ejmp.model.precision import LOW_PRECISION, check_name, check_precision, products
+from ejmp.model.quantized_executor import QuantizedExecutor
 from ejmp.model.reference_executor import ReferenceExecutor
 from ejmp.model.regions import region
 from ejmp.model.task import Task, check_tasks
@@ -93,7 +94,9 @@ class JMP(nn.Module):
         precision: type of the linear maps. "fp32" computes in the parameters' own dtype (also float64); "bf16" and
             "fp16" run the linear maps of embedding, blocks and final MLP in the low type and geometry, bases,
             neighbour sums, heads and the atoms' residual stream in float32 (the edges' stream is in the low type);
-            "tf32" is float32 with TF32 products in the forward pass. All but "fp32" need float32 parameters.
+            "tf32" is float32 with TF32 products in the forward pass; "int8" is "bf16" with the dense layers' products
+            in 8-bit integers, for energies and direct forces on CPUs with VNNI, without derivatives. All but "fp32"
+            need float32 parameters.
         tasks: what the heads predict, in which units and of which graphs; `ejmp.save` keeps them with the weights.
 
     Raises:
@@ -203,9 +206,12 @@ class JMP(nn.Module):
             compiler: torch.compile's backend; None leaves only padding and CUDA graphs.
 
         Raises:
-            ValueError: for an unknown mode; and, when called, for a graph that fits in none of the buckets.
+            ValueError: for an unknown mode, or a model in 8 bits; and, when called, for a graph that fits in none of
+                the buckets.
             RuntimeError: for "latency" without a GPU.
         """
+        if self.precision == "int8" and mode != "off":
+            raise ValueError('compile: a model at precision="int8" runs as it is, and cannot be compiled')
         # where nn.Module.compile puts what it made: a call takes it, `forward` does not, no copy and no pickle has it
         self._compiled_call_impl = None if mode == "off" else Compiled(self, mode, buckets, compiler)
 
@@ -250,7 +256,19 @@ class JMP(nn.Module):
     def executor(self, graph: AtomGraph) -> Executor:
         """Return what computes the steps of a forward pass on a graph: the one place that asks for the backend."""
         backend, low = self.backend, LOW_PRECISION.get(self.precision)
+        if self.precision == "int8":
+            return self._quantized_executor(graph)
         return ReferenceExecutor(graph, low) if backend == "reference" else FusedExecutor(graph, low, backend)
+
+    def _quantized_executor(self, graph: AtomGraph) -> Executor:
+        if self.backend != "native":
+            raise RuntimeError(f'precision="int8" is computed by the native backend, this is {self.backend}')
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (graph.positions, *self.parameters())):
+            raise RuntimeError(
+                'precision="int8" has no derivatives: predict energies and direct forces under torch.no_grad(), and '
+                'gradient forces and training at precision="bf16"'
+            )
+        return QuantizedExecutor(graph)
 
     def run(self, executor: Executor, *, direct_forces: bool = True) -> Features:
         """Take the steps of a forward pass, up to the heads, on an executor.

@@ -7,9 +7,10 @@ from typing import get_args
 import torch
 
 from ejmp.model.config import Precision
+from ejmp_kernels import availability, quantized
 
-LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""The 16-bit type of each precision that has one."""
+LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
+"""The 16-bit type of each precision that has one; of int8, of what is not in 8 bits."""
 
 
 def check_name(precision: Precision) -> Precision:
@@ -27,8 +28,15 @@ def check_precision(precision: Precision, device: torch.device) -> None:
     """Raise ValueError if a device does not have a precision.
 
     Raises:
-        ValueError: tf32 needs an NVIDIA GPU of compute capability 8.0 or newer, and bf16 such a GPU or a CPU.
+        ValueError: tf32 needs an NVIDIA GPU of compute capability 8.0 or newer, bf16 such a GPU or a CPU, and int8 a
+            CPU with VNNI.
     """
+    if precision == "int8":
+        reason = f"the model is on {device}" if device.type != "cpu" else quantized.why_unavailable()
+        reason = reason or availability.why_unavailable()
+        if reason is not None:
+            raise ValueError(f'precision="int8" needs a CPU with AVX-512 VNNI: {reason}')
+        return
     capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if not capable and (precision == "tf32" or (precision == "bf16" and device.type == "cuda")):
         raise ValueError(f'precision="{precision}" needs CUDA and compute capability 8.0, the model is on {device}')

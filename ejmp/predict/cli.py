@@ -68,7 +68,7 @@ def _add_task(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", help="name of the task, if the model has several")
     parser.add_argument("--forces", default="auto", choices=("auto", "direct", "gradient"), help="default: auto")
     parser.add_argument("--device", help="default: cuda if there is one, or else cpu")
-    precisions = ("fp32", "tf32", "bf16", "fp16", "fp64")
+    precisions = ("fp32", "tf32", "bf16", "fp16", "int8", "fp64")
     parser.add_argument("--precision", choices=precisions, help="default: that of the saved weights")
 
 

@@ -144,6 +144,13 @@ def activate(
     return out if add is None else out + add_scale * add
 
 
+def quantized(x: Tensor) -> Tensor:
+    """Return a matrix [rows, columns] with each row rounded to multiples of its largest value / 127."""
+    largest = x.abs().amax(dim=1, keepdim=True)
+    steps = torch.where(largest > 0, largest, 1.0) / 127
+    return (x / steps).round() * steps
+
+
 def swap_add(x: Tensor, swap: Tensor, add: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
     """Return scale * (ScaledSiLU(x[e, 0]) + ScaledSiLU(x[counter-edge of e, 1])) + add[e], [E, 2 M] -> [E, M]."""
     to_edge, to_counter = activate(x, scale=scale).chunk(2, dim=1)
