@@ -15,7 +15,7 @@ from ejmp.predict import cli as predict
 from ejmp.study import cli as study
 from ejmp.track import cli as track
 from ejmp.train import main as training_main
-from ejmp.train.cli import add_prune, add_search
+from ejmp.train.cli import add_prune, add_quantize, add_search
 from ejmp.train.flags import COMMANDS
 
 _EXTRAS = {"ase": "ase", "mpi4py": "mpi", "tblite": "demo"}
@@ -38,6 +38,7 @@ def make_parser() -> Parser:
     )
     data.add_commands(commands.add_parser("data", help="convert, check and describe datasets"))
     add_search(commands.add_parser("search", help="which interaction blocks of a model to keep: errors of all subsets"))
+    add_quantize(commands.add_parser("quantize", help="store a model's weights in 8 bits, and say what it costs"))
     add_prune(commands.add_parser("prune", help="keep some interaction blocks of a model"))
     pareto = commands.add_parser(
         "pareto", help="error against speed of smaller models: the front, and the fastest within a limit"

@@ -171,6 +171,7 @@ def test_data_fetch(tmp_path):
 def test_prune(folder, data, tmp_path):
     assert "blocks 1" in ejmp_command("prune", folder / "model", tmp_path / "small", "--keep", "1")
     assert ejmp.load(tmp_path / "small").config.kept_blocks == (1,)
+    assert "bits per parameter" in ejmp_command("quantize", tmp_path / "small", tmp_path / "bytes")
     asked = ("--edge-channels", "6", "--residuals", "concat=0", "--data", data, "--structures", "8")
     assert "6 channels of edges" in ejmp_command("prune", folder / "model", tmp_path / "narrow", *asked)
 

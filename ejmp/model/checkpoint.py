@@ -19,14 +19,18 @@ from ejmp.limits import RefusedFileError, read_whole
 from ejmp.model.config import JMPConfig, Precision
 from ejmp.model.fairchem import is_fairchem, read_fairchem
 from ejmp.model.jmp import JMP
+from ejmp.model.layers import Dense
 from ejmp.model.published import resolve
 from ejmp.model.state_names import check_settings, find_state, our_names, without_prefix
 from ejmp.model.task import Task, pretrain_tasks, read_tasks, tasks_text
 from ejmp.model.tensor_file import TensorFile, check_stored, open_tensors
+from ejmp_kernels.quantized import quantize_weight
 
 FORMAT = "ejmp-1"
 TASKS = "tasks.json"
 """File of a saved model that says what its heads predict, in which units and of which graphs."""
+SCALES = ".scales"
+"""What the name of a weight in 8 bits is followed by in the name of its rows' scales."""
 ADDED = {
     "head", "forces_coupled", "rbf_cutoff_atom_edges", "rbf_cutoff_quad_edges", "rbf_cutoff_atom_pairs", "depths",
     "kept_force_channels",
@@ -73,7 +77,8 @@ def load(
         config, state, tasks = _described(file) if config is None else (config, _checked(file.contents), tasks)
         with torch.device("meta"):
             model = JMP(config, backend, precision, tasks=tasks)
-        model.load_state_dict(_match(model, state, file.read), assign=True)
+        state, read = _from_eight_bits(state, file.read)
+        model.load_state_dict(_match(model, state, read), assign=True)
     return model.to(device)
 
 
@@ -109,6 +114,7 @@ def save(
     path: str | os.PathLike[str],
     *,
     overwrite: bool = False,
+    weights: Literal["float", "int8"] = "float",
 ) -> None:
     """Write a directory with model.safetensors, config.json and tasks.json, complete or not at all.
 
@@ -119,6 +125,9 @@ def save(
         model: what to save.
         path: the directory; its parent must exist.
         overwrite: replace a model that is there.
+        weights: "float": as they are; "int8": those of dense layers in 8 bits with a scale per row, as
+            `precision="int8"` multiplies them, and all others in half precision, about a quarter of the size. `load`
+            turns them into float32 again.
 
     Raises:
         FileExistsError: if the path exists and overwrite is False, or it is not a model of ejmp.
@@ -134,7 +143,7 @@ def save(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         new = Path(scratch, "new")
         new.mkdir()
-        write_files(model, new)
+        write_files(model, new, weights)
         if not path.exists():
             new.rename(path)
             return
@@ -147,17 +156,52 @@ def save(
         shutil.rmtree(aside)
 
 
-def write_files(model: JMP, directory: Path) -> None:
-    """Write what `load` reads into a directory that is there."""
+def write_files(model: JMP, directory: Path, weights: Literal["float", "int8"] = "float") -> None:
+    """Write what `load` reads into a directory that is there; `weights` as for `save`."""
     from safetensors.torch import save_file  # noqa: PLC0415 - building a model does not need it
 
     state = model.state_dict()
     kept = {names[0]: state[names[0]].contiguous() for names in _aliases(model)}
+    if weights == "int8":
+        kept = _in_eight_bits(model, kept)
     config = {"format": FORMAT, **dataclasses.asdict(model.config)}
     save_file(kept, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     if model.tasks:
         (directory / TASKS).write_text(tasks_text(model.tasks))
+
+
+def _in_eight_bits(model: JMP, state: State) -> State:
+    """Return the state with weights of dense layers in 8 bits, beside their scales, and others in half precision."""
+    dense = {id(layer.linear.weight) for layer in model.modules() if isinstance(layer, Dense)}
+    names = {name for name, value in model.named_parameters() if id(value) in dense}
+    smaller = {}
+    for name, value in state.items():
+        if name in names:
+            smaller[name], smaller[name + SCALES] = quantize_weight(value)
+        else:
+            keep = value.numel() == 1 or value.abs().max() > torch.finfo(torch.float16).max
+            smaller[name] = value if keep else value.half()
+    return smaller
+
+
+def _from_eight_bits(state: State, read: Callable[[Tensor], Tensor]) -> tuple[State, Callable[[Tensor], Tensor]]:
+    """Return the state without scales, and what reads a tensor of it, times its scales if it has any."""
+    narrow = [name for name, value in state.items() if value.dtype == torch.int8 and name + SCALES in state]
+    scales = {id(state[name]): state[name + SCALES] for name in narrow}
+    for name in narrow:
+        shape, kind = state[name + SCALES].shape, state[name + SCALES].dtype
+        if state[name].ndim != 2 or shape != state[name].shape[:1] or kind != torch.float32:
+            raise ValueError(f"checkpoint: {name}{SCALES}: expected a float32 per row, got {list(shape)} {kind}")
+    others = {name + SCALES for name in narrow}
+    weights = {name: value for name, value in state.items() if name not in others}
+
+    def scaled(value: Tensor) -> Tensor:
+        if id(value) not in scales:
+            return read(value)
+        return read(value).float() * read(scales[id(value)])[:, None]
+
+    return weights, scaled
 
 
 def _check_replaceable(path: Path) -> None:

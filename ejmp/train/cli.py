@@ -1,4 +1,4 @@
-"""`ejmp search` and `ejmp prune`."""
+"""`ejmp search`, `ejmp prune` and `ejmp quantize`."""
 
 import argparse
 import json
@@ -185,4 +185,66 @@ def _search(options: argparse.Namespace) -> int:
     print(text_of(found), end="")
     if request.output is not None:
         request.output.write_text(json.dumps(to_json(found), indent=1) + "\n")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeRequest:
+    """Store a model's weights in 8 bits."""
+
+    model: Path
+    """Model to store, as `ejmp.load` reads it."""
+    out: Path
+    """Directory to write it to."""
+    data: str | None
+    """Record stores whose validation structures say what it costs; None: nothing is measured."""
+    structures: int
+    """Largest number of validation structures of each."""
+    overwrite: bool
+    """Whether a model in the directory is replaced."""
+
+    def __post_init__(self) -> None:
+        """Check the number."""
+        if self.structures < 1:
+            raise ValueError(f"--structures: expected 1 or more, got {self.structures}")
+
+
+def add_quantize(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `ejmp quantize` to its parser."""
+    parser.set_defaults(run=_quantize)
+    parser.add_argument("model", type=Path, help="what ejmp.load reads")
+    parser.add_argument("out", type=Path, help="directory to write; ejmp.load reads it as any other")
+    text = "record stores, named as the model's tasks: compare errors in float32 with those of --precision int8"
+    parser.add_argument("--data", metavar="NAME=FOLDER,...", help=text)
+    text = "at most this many validation structures of each (default: 200)"
+    parser.add_argument("--structures", type=int, metavar="N", default=200, help=text)
+    parser.add_argument("--overwrite", action="store_true", help="replace a model at OUT")
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    import ejmp  # noqa: PLC0415
+    from ejmp.train.evaluate import evaluate, table  # noqa: PLC0415
+    from ejmp.train.faults import session  # noqa: PLC0415
+    from ejmp.train.sources import at_most, mix_of, with_tasks_of  # noqa: PLC0415
+
+    request = QuantizeRequest(
+        model=options.model,
+        out=options.out,
+        data=options.data,
+        structures=options.structures,
+        overwrite=options.overwrite,
+    )
+    model, chosen = ejmp.load(request.model), []
+    if request.data is not None:
+        sources = with_tasks_of(request.model, mix_of(request.data), model)
+        chosen = [at_most(source, "val", request.structures, seed=0) for source in sources]
+    ejmp.save(model, request.out, overwrite=request.overwrite, weights="int8")
+    size = (request.out / "model.safetensors").stat().st_size
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{request.out}: {size:,} bytes, {8 * size / numbers:.1f} bits per parameter")
+    if chosen:
+        small = ejmp.load(request.out)
+        models = {"fp32": model, "bf16": model.on(precision="bf16"), "int8": small.on(precision="int8")}
+        with session("cpu") as ranks:
+            print(table({name: evaluate(each, chosen, ranks) for name, each in models.items()}))
     return 0

@@ -1,11 +1,19 @@
 """Models in 8 bits: near the float32 model, and refused where they cannot be had."""
 
+import re
+
+import ase.io
 import pytest
 import torch
+from ase.calculators.singlepoint import SinglePointCalculator
+from safetensors.torch import load_file, save_file
 from support.inputs import load_golden, require_native
 
 import ejmp
+from ejmp import cli
+from ejmp.data import convert, demo
 from ejmp.model import precision
+from ejmp.model.layers import Dense
 from ejmp.train.demo import demo_teacher
 from ejmp.train.distributed import Ranks
 from ejmp.train.evaluate import evaluate
@@ -60,6 +68,62 @@ def test_errors_of_the_demo_teacher():
         exact, found = (evaluate(model.on(precision=name), sources, ranks) for name in ("fp32", "int8"))
     for dataset, errors in exact.items():
         assert found[dataset]["forces_meV_per_A"] <= 1.03 * errors["forces_meV_per_A"], dataset
+
+
+@torch.no_grad()
+def test_saved_in_8_bits(models, tmp_path):
+    """What 8-bit products make of the rounded weights is what they make of the weights themselves, to rounding."""
+    graph = load_golden("ethanol").graph(torch.float32)
+    model, quantized_model = models
+    ejmp.save(model, tmp_path / "whole")
+    ejmp.save(model, tmp_path / "small", weights="int8")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "small")]
+    loaded = ejmp.load(tmp_path / "small", precision="int8")
+    assert loaded.dtype == torch.float32
+    assert loaded.tasks == model.tasks
+    dense = sum(layer.linear.weight.numel() for layer in model.modules() if isinstance(layer, Dense))
+    others = sum(p.numel() for p in model.parameters()) - dense
+    assert sizes[1] <= sizes[0] - 3 * dense - 2 * others + 0.3 * sizes[0]  # names, and scales of very short rows
+    exact, before, after = (each(graph) for each in (model, quantized_model, loaded))
+    for name in ("energy", "forces"):
+        x, y, z = (getattr(out, name) for out in (exact, before, after))
+        assert (y - z).norm() <= 0.02 * x.norm(), name
+        assert 0 < (x - getattr(loaded.on(precision="fp32")(graph), name)).norm() <= 0.05 * x.norm()
+
+
+def test_verb_with_data(tmp_path, capsys):
+    """`ejmp quantize` measures the model that it has written."""
+    frames = [ase.Atoms(s.numbers, s.positions) for s in demo("ani1x", "val")]
+    for frame, structure in zip(frames, demo("ani1x", "val"), strict=True):
+        frame.calc = SinglePointCalculator(frame, energy=structure.energy, forces=structure.forces)
+    ase.io.write(tmp_path / "frames.xyz", frames[:16])
+    for split in ("train", "val"):
+        convert(tmp_path / "frames.xyz", tmp_path / "ani1x", format="ase", split=split)
+    asked = ["quantize", str(demo_teacher()), str(tmp_path / "small"), "--data", f"ani1x={tmp_path / 'ani1x'}"]
+    assert cli.main(asked) == 0
+    said = capsys.readouterr().out
+    assert "12.5 bits per parameter" in said
+    rows = dict(re.findall(r"\| (fp32|bf16|int8) \|.*\| ([\d.]+) \|$", said, re.MULTILINE))
+    assert rows.keys() == {"fp32", "bf16", "int8"}
+    assert float(rows["int8"]) == pytest.approx(float(rows["fp32"]), rel=0.03)
+
+
+def test_damaged_scales_are_refused(models, tmp_path):
+    ejmp.save(models[0], tmp_path / "small", weights="int8")
+    file = tmp_path / "small" / "model.safetensors"
+    state = load_file(file)
+    name = next(name for name in state if name.endswith(".scales"))
+    for damaged in (state[name][:-1].clone(), state[name].double(), state[name][:, None].clone()):
+        save_file(state | {name: damaged}, file)
+        with pytest.raises(ValueError, match=rf"checkpoint: {name}: expected a float32 per row"):
+            ejmp.load(tmp_path / "small")
+    save_file(state | {name: state[name] * float("nan")}, file)
+    with pytest.raises(ValueError, match="are NaN or infinite"):
+        ejmp.load(tmp_path / "small")
+    del state[name]
+    save_file(state, file)
+    with pytest.raises(ValueError, match="expected floats of 16, 32 or 64 bits, got int8"):
+        ejmp.load(tmp_path / "small")
 
 
 def test_no_derivatives(models):
