@@ -1,6 +1,6 @@
 """Does a student that learns rows of its teacher's Hessian predict better forces, at the same processor time?
 
-    python benchmarks/hessian_aspirin.py rmd17_aspirin_train_01.npz FOLDER OUT.json [--frames 25] [--seconds 200]
+    python benchmarks/hessian_aspirin.py rmd17_aspirin_train_01.npz FOLDER OUT.json [--seen 25] [--seconds 200]
 
 The teacher is the demo teacher fine-tuned on 150 real aspirin frames of rMD17. Students are its first two blocks, which
 see some of these frames only: their labels alone, labels and the teacher's forces (force distillation), and rows of the
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--seconds", type=float, default=200.0, help="processor time of a student (default: 200)")
-    parser.add_argument("--frames", type=int, default=25, help="frames that students see, of 150 (default: 25)")
+    parser.add_argument("--seen", type=int, default=25, help="frames that students see, of 150 (default: 25)")
     parser.add_argument("--seeds", type=int, default=3, help="default: 3")
     parser.add_argument("--teacher-steps", type=int, default=3000, help="default: 3000")
     options = parser.parse_args()
@@ -96,7 +96,7 @@ def main() -> None:
         found["teacher"] = trained(start, source, settings(options.teacher_steps, 0), folder, ranks)
         teacher = load(folder / FINAL)
         found["start"] = evaluate(prune(teacher, blocks=BLOCKS), [source], ranks, split="test")[source.name]
-        train_frames = Frames(splits["train"].frames[: options.frames], "train")
+        train_frames = Frames(splits["train"].frames[: options.seen], "train")
         source = TaskData(splits={**splits, "train": train_frames}, task=task)
         for seed in range(options.seeds):
             for way, terms in WAYS.items():
@@ -114,7 +114,7 @@ def main() -> None:
                 print(f"{way}, seed {seed}: {found['steps'][way]} steps, {error:.1f} meV/A", flush=True)
                 found["machine"] = provenance(torch.device("cpu"))
                 options.output.write_text(
-                    json.dumps({"seconds": options.seconds, "frames": options.frames, "ways": WAYS, **found}, indent=1)
+                    json.dumps({"seconds": options.seconds, "seen": options.seen, "ways": WAYS, **found}, indent=1)
                     + "\n"
                 )
 

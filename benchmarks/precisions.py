@@ -2,10 +2,10 @@
 
     python benchmarks/precisions.py ../shared/spec/jmp_l_scale_factors.json OUT.json [--seconds 120]
 
-Times are of JMP-L's scalar model with random weights on MOF-5, all precisions by turns beside the machine's products, of
-which "floor" is the time of all products alone. Errors against float64 are of the energies
-and direct forces of JMP-L with random weights and its published scale factors, on the same MOF. What is lost on labels
-is measured with the demo teacher on all its validation structures, as it is, in bf16, and stored and run in 8 bits.
+Times are of JMP-L's scalar model with random weights on MOF-5, all precisions by turns beside the machine's products,
+which give the floor: the time of all products alone. Errors against float64 are of the energies and direct forces of
+JMP-L with random weights and its published scale factors, on the same MOF. What is lost on labels is measured with the
+demo teacher on all its validation structures, as it is, in bf16, and stored and run in 8 bits.
 """
 
 import argparse

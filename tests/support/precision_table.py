@@ -18,14 +18,7 @@ def precision_table(result):
         cells += [f"{errors['energy']:.0e}", f"{errors['forces']:.0e}"]
         cells += [f"{sum(forces) / len(forces):.1f}", f"{labels['over_fp32']:.3f}", f"{row['peak_memory_mib']:.0f}"]
         rows.append([precision, *cells, f"{size[precision] / 1e6:.0f}" if precision in size else "-"])
-    titles = [
-        "precision",
-        f"ms, {most} blocks",
-        "x of fp32",
-        "x of floor",
-        f"ms, {least} blocks",
-        "x of fp32",
-        "x of floor",
-    ]
+    titles = ["precision"]
+    titles += [title for b in (most, least) for title in (f"ms, {b} blocks", "x of fp32", "x of floor")]
     titles += ["energy error", "forces error", "teacher meV/A", "of fp32", "MiB", "file MB"]
     return markdown_table(titles, rows, numbers=True)
