@@ -195,6 +195,8 @@ template <class S>
 struct RowKernels {
     void (*quantize_rows)(int64_t rows, int64_t width, const S* x, uint8_t* values, float* scales, int threads);
     void (*activate_rows)(const ActivateRows<S>&, int threads);
+    // x[r] = scale[r] x[r]
+    void (*scale_rows)(int64_t rows, int64_t width, S* x, const float* scale, int threads);
 };
 
 struct Kernels {

@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import importlib
-import json
 import math
 import os
 import re
@@ -15,19 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.track_table import track_table
-from support.training_tables import any_depth_table, narrower_table, refit_table
+from support.page_tables import TABLES, graph_growth, infos, result
 
 import ejmp
 from ejmp import cli
-from ejmp.limits import Limits
 from ejmp.measure import report
-from ejmp.study import gather
-from ejmp.train.evaluate import table
-from ejmp.train.search import from_json, text_of
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in PATHS}
 WORDS = {name: " ".join(text.split()) for name, text in PAGES.items()}
@@ -45,14 +38,6 @@ PRINTED = {
 }
 PUBLIC_JMP = "README.md-1"
 """The example that needs the public JMP code; it can only be parsed here."""
-
-
-def result(name):
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def infos(name):
-    return {bench["name"]: bench["extra_info"] for bench in result(name)["benchmarks"]}
 
 
 def test_readme_is_short():
@@ -201,102 +186,6 @@ def test_architecture_names_every_file():
             if path.name != "__init__.py" and not any(row in page for row in rows):
                 missing.append(str(name))
     assert not missing, f"docs/architecture.md does not say what these hold: {missing}"
-
-
-def block_table(columns, most):
-    """A table of the block-count benchmark: its head, and a cell of each row for each column."""
-    head = [name.format(most=most) for name in columns]
-    rows = [[cell(row) for cell in columns.values()] for row in result("blocks_mof_cpu")["rows"]]
-    return markdown(head, rows)
-
-
-def markdown(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def short_table():
-    return block_table(
-        {
-            "precision": lambda row: row["precision"],
-            "blocks": lambda row: row["blocks"],
-            "structures/s": lambda row: f"{row['structures_per_s']:.3g}",
-            "x of {most} blocks": lambda row: f"{row['ratio']['structures_per_s']:.2f}",
-            "published x": lambda row: f"{row['published_throughput_ratio']:.2f}",
-            "x of the plain-torch model": lambda row: f"{row['speedup']:.2f}",
-            "MiB": lambda row: f"{row['peak_memory_mib']:.0f}",
-        },
-        most=6,
-    )
-
-
-def kernel_growth_table():
-    found = infos("kernels_cpu")
-    ops = ("edge_to_edge", "quadruplet", "pair")
-    rows = {op: [row for row in found.values() if row.get("op") == f"grow_{op}"] for op in ops}
-    head = ["atoms", *(row["atoms"] for row in rows["pair"])]
-    return markdown(head, [[op, *(f"{row['us_per_atom']:.0f}" for row in rows[op])] for op in ops])
-
-
-def graph_growth():
-    """Atoms and milliseconds of graph building."""
-    found = [info for name, info in infos("graph_cpu").items() if name.startswith("bench_growth")]
-    return [(info["atoms"], info["us_per_atom"] * info["atoms"] / 1000) for info in found]
-
-
-def graph_table():
-    found = graph_growth()
-    return markdown(["atoms", *(atoms for atoms, _ in found)], [["ms", *(f"{ms:.3g}" for _, ms in found)]])
-
-
-def smoothness_table():
-    rows = result("limits")["near_linear"]
-    molecules = list(dict.fromkeys(row["molecule"] for row in rows))
-    cells = {
-        (row["bend_A"], row["molecule"]): f"{row['largest_force_float64']:.3g} / {row['largest_force_float32']:.3g}"
-        for row in rows
-    }
-    bends = dict.fromkeys(row["bend_A"] for row in rows)
-    return markdown(["bend, A", *molecules], [[f"{b:g}", *(cells[b, name] for name in molecules)] for b in bends])
-
-
-def demo_table():
-    return gather.text("table1", result("study_cpu")["table1"])
-
-
-def aspirin_table():
-    errors = result("aspirin_cpu")["errors"]
-    return table({f"{name}, {when}": {"aspirin": rows[when]} for name, rows in errors.items() for when in rows})
-
-
-def limits_table():
-    return markdown(["limit", "default"], [[f"`{name}`", f"{most:,}"] for name, most in vars(Limits()).items()])
-
-
-def search_tables():
-    """The two tables of docs/training.md on subsets of blocks."""
-    found = {key: part for key, part in result("search_cpu").items() if key in ("ratios", "refitted", "scores")}
-    return text_of(from_json(found)).split("\n\n")[1::1]
-
-
-TABLES = {
-    "any depth": ("docs/training.md", lambda: any_depth_table(result("any_depth_cpu"), result("study_cpu"))),
-    "track": ("docs/tracking.md", lambda: track_table(result("track_cpu"))),
-    "narrower": ("docs/training.md", lambda: narrower_table(result("narrower_cpu"))),
-    "search": ("docs/training.md", lambda: search_tables()[0]),
-    "scores": ("docs/training.md", lambda: search_tables()[1].rstrip("\n")),
-    "refit": ("docs/training.md", lambda: refit_table(result("refit_cpu"))),
-    "short": ("README.md", short_table),
-    "blocks": ("docs/benchmarks.md", lambda: report.table(result("blocks_mof_cpu"))),
-    "kernels": ("docs/benchmarks.md", lambda: report.kernel_table(result("kernels_cpu"))),
-    "kernel growth": ("docs/benchmarks.md", kernel_growth_table),
-    "graph growth": ("docs/benchmarks.md", graph_table),
-    "demo": ("docs/training.md", demo_table),
-    "aspirin": ("docs/training.md", aspirin_table),
-    "data": ("docs/data.md", lambda: report.data_table(result("data_cpu"))),
-    "smoothness": ("docs/smoothness.md", smoothness_table),
-    "limits": ("docs/security.md", limits_table),
-}
 
 
 @pytest.mark.parametrize("name", TABLES)

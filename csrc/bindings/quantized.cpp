@@ -55,10 +55,25 @@ std::tuple<Tensor, Tensor, Tensor> activate_rows(const Tensor& x_, const Tensor&
     return {out, values, scales};
 }
 
+Tensor& scale_rows_(Tensor& x, const Tensor& scale_) {
+    const char* const op = "scale_rows_";
+    check_axes(op, "x", x, 2), check_memory(op, "x", x);
+    TORCH_CHECK_VALUE(x.is_contiguous(), op, ": x must be contiguous, got strides ", x.strides());
+    check_like(op, "scale", scale_, at::kFloat, {x.size(0)});
+    check_apart(op, "scale", scale_, x);
+    const Tensor scale = scale_.contiguous();
+    with_row_kernels(op, x, [&](auto s, const auto& kernels) {
+        using S = decltype(s);
+        kernels.scale_rows(x.size(0), x.size(1), data<S>(x), scale.const_data_ptr<float>(), threads());
+    });
+    return x;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(ejmp, library) {
     library.def("quantize_rows(Tensor x) -> (Tensor, Tensor)");
+    library.def("scale_rows_(Tensor(a!) x, Tensor scale) -> Tensor(a!)");
     library.def(
         "activate_rows(Tensor x, Tensor scale, Tensor? factor, Tensor? add, float alpha, float beta, bool keep, "
         "bool quantize) -> (Tensor, Tensor, Tensor)");
@@ -67,4 +82,5 @@ TORCH_LIBRARY_FRAGMENT(ejmp, library) {
 TORCH_LIBRARY_IMPL(ejmp, CPU, library) {
     library.impl("quantize_rows", &quantize_rows);
     library.impl("activate_rows", &activate_rows);
+    library.impl("scale_rows_", &scale_rows_);
 }

@@ -29,7 +29,7 @@ constexpr DenseKernels<S> dense_kernels() {
 
 template <class S>
 constexpr RowKernels<S> row_kernels() {
-    return {quantize_rows<S>, activate_rows<S>};
+    return {quantize_rows<S>, activate_rows<S>, scale_rows<S>};
 }
 
 Kernels table(const char* name) {

@@ -77,3 +77,13 @@ void activate_rows(const ActivateRows<S>& op, int threads) {
         if (op.values) quantize_row(op.width, buffer.data(), op.values + r * op.width, op.scales + r);
     });
 }
+
+template <class S>
+void scale_rows(int64_t rows, int64_t width, S* x, const float* scale, int threads) {
+    parallel_for<Stateless>(rows, 16, threads, [&](int64_t r, Stateless&) {
+        for (int64_t c = 0; c < width; c += WIDTH<float>) {
+            S* const p = x + r * width + c;
+            write_some(p, scale[r] * read_some(p, width - c), width - c);
+        }
+    });
+}

@@ -172,10 +172,11 @@ class FusedExecutor(Executor):
     ) -> Tensor:
         """Sum over triplets and mix, [E_out or N, trip_out]."""
         summed = triplet(x, cbf, out, into, to_atoms=to_atoms, backend=self.backend)
-        return self._mix(summed, self._folded(layer.mlp_cbf.bilinear, layer.scale_cbf_sum))
+        return self.mix(layer.mlp_cbf.bilinear, summed, layer.scale_cbf_sum)
 
-    def _mix(self, x: Tensor, weight: Tensor) -> Tensor:
-        return linear(x, weight.to(x.dtype), backend=self.backend)
+    def mix(self, layer: Linear, x: Tensor, scale: ScaleFactor) -> Tensor:
+        """Apply a linear layer to sums over neighbours, with a scale factor folded into its weight."""
+        return linear(x, self._folded(layer, scale).to(x.dtype), backend=self.backend)
 
     def to_edges(self, layer: TripletInteraction | QuadrupletInteraction, y: Tensor, add: Tensor) -> Tensor:
         """Up-project messages for edges and counter-edges and add half their sum / sqrt(2), [E, M]."""
@@ -224,7 +225,7 @@ class FusedExecutor(Executor):
         edges = self.graph.atom_pairs
         x = self._wide(self.dense(layer.down_projection, h))
         summed = pair(x, self.bases.rbf_pair, edges.ptr, edges.source, backend=self.backend)
-        return self.dense(layer.up_projection, self._mix(summed, self._folded(layer.bilinear, layer.scale_rbf_sum)))
+        return self.dense(layer.up_projection, self.mix(layer.bilinear, summed, layer.scale_rbf_sum))
 
     def atom_sum(self, layer: AtomUpdate, m: Tensor, rbf: Tensor) -> Tensor:
         """Sum edges into atoms through a filter of the radial basis and scale, [E, M] to [N, M]."""

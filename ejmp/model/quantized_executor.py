@@ -2,7 +2,7 @@
 
 What is only multiplied again, as between the two layers of a residual, is written in 8 bits by the activation before
 it; the edges' features, which five layers of a block read, are quantised once. Everything else is as in bfloat16:
-filters of the radial basis, up-projections to edges (whose inputs are narrow), sums over neighbours, residual streams.
+filters of the radial basis, up-projections to edges (whose inputs are narrow), sums over quadruplets, residual streams.
 """
 
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ejmp.graph.graph import AtomGraph
 from ejmp.model.fused_executor import FusedExecutor
 from ejmp.model.interactions import QuadrupletInteraction, TripletInteraction
-from ejmp.model.layers import INV_SQRT_2, Dense, Residual
+from ejmp.model.layers import INV_SQRT_2, Dense, Linear, Residual, ScaleFactor
 from ejmp_kernels.quantized import (
     QuantizedRows,
     linear,
@@ -70,6 +70,12 @@ class QuantizedExecutor(FusedExecutor):
         factor = self.linear_layer(layer.mlp_rbf, rbf, layer.scale_rbf)
         y = linear_activate_rows(self.rows(m), packed(dense.linear.weight), factor, dtype=LOW)
         return self._wide(linear_activate(y, packed(layer.down_projection.linear.weight), dtype=LOW))
+
+    def mix(self, layer: Linear, x: Tensor, scale: ScaleFactor) -> Tensor:
+        """Apply a linear layer to sums over neighbours, with a scale factor folded into their scales."""
+        rows = quantize_rows(x)
+        rows = QuantizedRows(rows.values, rows.scales * scale.scale_factor)
+        return linear(rows, packed(layer.linear.weight), x.dtype)
 
     def linear_of_edges(self, dense: Dense, m: Tensor, first: int) -> Tensor:
         """Return the product of edge features with the columns of a weight from `first` on."""

@@ -105,7 +105,7 @@ def unscaled_linear(x: QuantizedRows, weight: QuantizedWeight, dtype: torch.dtyp
 
 def linear(x: QuantizedRows, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """Return the product [rows, out] in float32 or bfloat16."""
-    return unscaled_linear(x, weight, dtype).mul_(x.scales[:, None])
+    return ops_of("native").scale_rows_(unscaled_linear(x, weight, dtype), x.scales)
 
 
 def linear_activate(
@@ -166,4 +166,5 @@ def _register(namespace: str) -> None:
 
     register_shape("ejmp::quantize_rows", rows_like)
     register_shape("ejmp::activate_rows", activated)
+    register_shape("ejmp::scale_rows_", lambda x, scale: x)
     register_flop_formula([torch.ops.onednn.qlinear_pointwise])(flops)

@@ -111,6 +111,10 @@ def test_refused():
         quantized.quantize_rows(x.double())
     with pytest.raises(ValueError, match="quantize_rows: x must have 2 axes"):
         quantized.quantize_rows(x[0])
+    with pytest.raises(ValueError, match="scale_rows_: x must be contiguous"):
+        ops.scale_rows_(x.T, torch.ones(8))
+    with pytest.raises(ValueError, match="scale_rows_: scale must not share"):
+        ops.scale_rows_(x, x[0, :4])
     with pytest.raises(ValueError, match="activate_rows: scale must have shape"):
         ops.activate_rows(x, torch.ones(3), None, None, 1.0, 1.0, True, False)
     with pytest.raises(ValueError, match="activate_rows: factor must be Float"):
