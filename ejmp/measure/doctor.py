@@ -7,7 +7,7 @@ from typing import get_args
 import torch
 
 from ejmp.model.backend import Kernels, candidates, why_unavailable
-from ejmp_kernels import availability, gemm
+from ejmp_kernels import availability, gemm, quantized
 
 OPS = (
     ("neighbour search", "find_neighbors"),
@@ -31,9 +31,11 @@ TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def examine() -> str:
     """Return a report for people: what this installation has, and which implementation it takes."""
     reason = availability.why_unavailable()
+    eight_bits = quantized.why_unavailable() or reason
     lines = [
         f"torch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads",
         f"native ops: {'not there: ' + reason if reason else 'compiled, kernels for ' + torch.ops.ejmp.isa()}",
+        f'precision="int8": {eight_bits or "on this CPU"}',
         f"CUDA: {_cuda()}",
         f"triton backend: {_triton()}",
         "",

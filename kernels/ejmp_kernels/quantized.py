@@ -80,7 +80,8 @@ def packed(weight: Tensor, first: int = 0) -> QuantizedWeight:
         weight: [out, in], float32; the parameter itself, not a part of it.
         first: number of columns to leave out.
     """
-    state = (weight._version, weight.data_ptr())  # noqa: SLF001 - there is no public name
+    version = 0 if weight.is_inference() else weight._version  # noqa: SLF001 - there is no public name
+    state = (version, weight.data_ptr())
     held = _packed.get(weight)
     if held is None or held[0] != state:
         held = _packed[weight] = (state, {})
