@@ -68,7 +68,7 @@ void activate_rows(const ActivateRows<S>& op, int threads) {
         const float scale = op.scale[r];
         for (int64_t c = 0; c < op.width; c += W) {
             const int64_t i = r * op.width + c, left = op.width - c;
-            Vec<float> value = a * silu<float>(scale * read_some(op.x + i, left));
+            Vec<float> value = a * silu_of<S>(scale * read_some(op.x + i, left));
             if (op.factor) value = value * read_some(op.factor + i, left);
             if (op.add) value = value + b * read_some(op.add + i, left);
             store(buffer.data() + c, value);

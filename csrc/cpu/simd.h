@@ -101,6 +101,28 @@ inline Vec<T> exponential(Vec<T> x) {
     return given > high ? splat(std::numeric_limits<T>::infinity()) : sum * scale;
 }
 
+// 1 / x, to 1 / 2700 of it or better
+#if EJMP_BYTES == 64
+inline Vec<float> rough_inverse(Vec<float> x) { return (Vec<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)x); }
+#elif EJMP_BYTES == 32
+inline Vec<float> rough_inverse(Vec<float> x) { return (Vec<float>)_mm256_rcp_ps((__m256)x); }
+#else
+inline Vec<float> rough_inverse(Vec<float> x) { return 1.0f / x; }
+#endif
+
+// exp(x) to 1e-4 of it; infinite from 88.4 on, and never below exp(-87)
+inline Vec<float> rough_exponential(Vec<float> x) {
+    x = x > 89.0f ? splat(89.0f) : x < -87.0f ? splat(-87.0f) : x;
+    const Vec<float> n = fma(x, splat(1.44269504f), splat(12582912.0f)) - 12582912.0f;  // the nearest integer
+    const Vec<float> r = fma(n, splat(-0.69314718f), x);
+    Vec<float> sum = fma(r, splat(1.0f / 24), splat(1.0f / 6));
+    sum = fma(fma(fma(sum, r, splat(0.5f)), r, splat(1.0f)), r, splat(1.0f));
+    const Int<float> power = (__builtin_convertvector(n, Int<float>) + 127) << 23;
+    Vec<float> scale;
+    std::memcpy(&scale, &power, sizeof(scale));
+    return sum * scale;
+}
+
 // rows x (N vectors) of c = a b or c += a b; a[i, p] = a[i * row + p * col], b [k, ldb], c [rows, ldc].
 template <class T, int ROWS, int N, bool TAIL>
 inline void mm_block(int64_t k, const T* a, int64_t row, int64_t col, const T* b, int64_t ldb, T* c, int64_t ldc,
