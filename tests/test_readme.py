@@ -121,7 +121,7 @@ def test_all_kinds_of_commands_are_found():
     assert verbs == {
         "bench", "profile", "report", "doctor", "data", "prune", "relevance", "search",
         "pretrain", "distill", "finetune", "evaluate", "relax", "md", "predict", "compare", "config", "export",
-        "reproduce", "pareto",
+        "reproduce", "pareto", "quantize",
     }  # fmt: skip
     assert {command[0] for command in COMMANDS} == {"ejmp", "python", "pytest", "make"}
     assert COMMANDS["ejmp", "bench"] >= {"--structures", "--select", "--compare", "--seconds"}

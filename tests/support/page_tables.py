@@ -7,6 +7,7 @@ from ejmp.measure import report
 from ejmp.study import gather
 from ejmp.train.evaluate import table
 from ejmp.train.search import from_json, text_of
+from support.hessian_table import hessian_table
 from support.inputs import ROOT
 from support.precision_table import precision_table
 from support.track_table import track_table
@@ -102,6 +103,7 @@ def search_tables():
 TABLES = {
     "any depth": ("docs/training.md", lambda: any_depth_table(result("any_depth_cpu"), result("study_cpu"))),
     "precisions": ("docs/benchmarks.md", lambda: precision_table(result("precisions_cpu"))),
+    "hessian": ("docs/training.md", lambda: hessian_table(result("hessian_cpu"))),
     "track": ("docs/tracking.md", lambda: track_table(result("track_cpu"))),
     "track, own cache": ("docs/tracking.md", lambda: track_table(result("track_own_cache_cpu"))),
     "narrower": ("docs/training.md", lambda: narrower_table(result("narrower_cpu"))),
