@@ -85,7 +85,7 @@ template <class T>
 inline Vec<T> silu(Vec<T> x) {
     return x * sigmoid<T>(x);
 }
-// silu of what is stored as S: in 16 bits, of which 8 are of the value, to 1 / 2700.
+// silu of what is stored as S: in 16 bits, of which 8 are of the value, to 1e-4.
 template <class S>
 inline Vec<Compute<S>> silu_of(Vec<Compute<S>> x) {
     if constexpr (std::is_same_v<S, bfloat16>)
