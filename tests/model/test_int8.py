@@ -1,5 +1,6 @@
 """Models in 8 bits: near the float32 model, and refused where they cannot be had."""
 
+import os
 import re
 
 import ase.io
@@ -23,10 +24,13 @@ from ejmp_kernels import quantized
 
 
 @pytest.fixture(autouse=True)
-def vnni():
+def vnni(monkeypatch):
     require_native()
     if quantized.why_unavailable():
         pytest.skip(quantized.why_unavailable())
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # what a session sets is undone
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture
