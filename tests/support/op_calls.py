@@ -16,7 +16,7 @@ def names_of(namespace):
     """Return the names of all ops of a namespace."""
     found = torch._C._dispatch_get_all_op_names()
     names = {name.split("::")[1].split(".")[0] for name in found if name.startswith(f"{namespace}::")}
-    # threads sets those of a block in emulation; torch itself refuses None for the one argument of quantize_rows, unnamed
+    # threads is for the emulation; torch itself refuses None for the one argument of quantize_rows
     return sorted(names - {"threads", "quantize_rows"})
 
 
