@@ -37,7 +37,8 @@ from ejmp.train.task import Task
 WAYS = {
     "labels": None,
     "forces": "labels=1,forces=1",
-    "rows of the Hessian": "labels=1,forces=1,hessian=0.1",
+    "rows of the Hessian, weight 0.1": "labels=1,forces=1,hessian=0.1",
+    "rows of the Hessian, weight 30": "labels=1,forces=1,hessian=30",
 }
 """What the students learn: distillation terms; None: labels alone."""
 BLOCKS = 2
@@ -108,15 +109,13 @@ def main() -> None:
                 if way not in found["steps"]:
                     found["step_seconds"][way] = step_seconds(objective, source)
                     found["steps"][way] = round(options.seconds / found["step_seconds"][way])
-                run = options.folder / f"{way.replace(' ', '-')}-{seed}"
+                run = options.folder / f"{way.replace(', ', '-').replace(' ', '-')}-{seed}"
                 error = trained(objective, source, settings(found["steps"][way], seed), run, ranks)
                 found["errors"].setdefault(way, []).append(error)
                 print(f"{way}, seed {seed}: {found['steps'][way]} steps, {error:.1f} meV/A", flush=True)
                 found["machine"] = provenance(torch.device("cpu"))
-                options.output.write_text(
-                    json.dumps({"seconds": options.seconds, "seen": options.seen, "ways": WAYS, **found}, indent=1)
-                    + "\n"
-                )
+                whole = {"seconds": options.seconds, "seen": options.seen, "ways": WAYS, **found}
+                options.output.write_text(json.dumps(whole, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ void with_row_kernels(const char* op, const Tensor& x, F&& f) {
 
 std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_) {
     check_axes("quantize_rows", "x", x_, 2), check_memory("quantize_rows", "x", x_);
+    TORCH_CHECK_VALUE(x_.is_cpu(), "quantize_rows: x must be on cpu, got ", x_.device());
     const Tensor x = x_.contiguous();
     const Tensor values = at::empty(x.sizes(), x.options().dtype(at::kByte));
     const Tensor scales = at::empty({x.size(0)}, x.options().dtype(at::kFloat));
@@ -80,7 +81,9 @@ TORCH_LIBRARY_FRAGMENT(ejmp, library) {
 }
 
 TORCH_LIBRARY_IMPL(ejmp, CPU, library) {
-    library.impl("quantize_rows", &quantize_rows);
     library.impl("activate_rows", &activate_rows);
     library.impl("scale_rows_", &scale_rows_);
 }
+
+// With no tensor at all there is no device to choose a kernel by: this one is called for None too, and refuses it.
+TORCH_LIBRARY_IMPL(ejmp, CompositeExplicitAutograd, library) { library.impl("quantize_rows", &quantize_rows); }

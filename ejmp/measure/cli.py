@@ -7,7 +7,9 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
+
+from ejmp.model.config import Precision
 
 if TYPE_CHECKING:
     from ejmp.measure.workloads import Workload
@@ -137,9 +139,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_bench)
     _add_workload(parser)
     parser.add_argument("--blocks", type=int, nargs="+", help="default: all down to 2")
-    parser.add_argument(
-        "--precision", nargs="+", choices=("fp32", "tf32", "bf16", "fp16", "int8"), help="default: all there are"
-    )
+    parser.add_argument("--precision", nargs="+", choices=get_args(Precision), help="default: all there are")
     parser.add_argument("--device", help="default: cuda if there is one, or else cpu")
     parser.add_argument("--seconds", type=float, default=100.0, help="go on measuring this long (at least two rounds)")
     parser.add_argument("--small", action="store_true", help="JMP-S instead of JMP-L")

@@ -255,9 +255,9 @@ class JMP(nn.Module):
 
     def executor(self, graph: AtomGraph) -> Executor:
         """Return what computes the steps of a forward pass on a graph: the one place that asks for the backend."""
-        backend, low = self.backend, LOW_PRECISION.get(self.precision)
         if self.precision == "int8":
             return self._quantized_executor(graph)
+        backend, low = self.backend, LOW_PRECISION.get(self.precision)
         return ReferenceExecutor(graph, low) if backend == "reference" else FusedExecutor(graph, low, backend)
 
     def _quantized_executor(self, graph: AtomGraph) -> Executor:

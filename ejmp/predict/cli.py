@@ -5,7 +5,9 @@ import json
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
+
+from ejmp.model.config import Precision
 
 if TYPE_CHECKING:
     from ejmp.predict.calculator import Calculator
@@ -68,8 +70,9 @@ def _add_task(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", help="name of the task, if the model has several")
     parser.add_argument("--forces", default="auto", choices=("auto", "direct", "gradient"), help="default: auto")
     parser.add_argument("--device", help="default: cuda if there is one, or else cpu")
-    precisions = ("fp32", "tf32", "bf16", "fp16", "int8", "fp64")
-    parser.add_argument("--precision", choices=precisions, help="default: that of the saved weights")
+    parser.add_argument(
+        "--precision", choices=(*get_args(Precision), "fp64"), help="default: that of the saved weights"
+    )
 
 
 def _add_max_edges(parser: argparse.ArgumentParser) -> None:

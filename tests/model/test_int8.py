@@ -1,36 +1,30 @@
 """Models in 8 bits: near the float32 model, and refused where they cannot be had."""
 
-import os
 import re
+import subprocess
 
 import ase.io
 import pytest
 import torch
 from ase.calculators.singlepoint import SinglePointCalculator
 from safetensors.torch import load_file, save_file
-from support.inputs import load_golden, require_native
+from support.inputs import environment, load_golden, require_native
 
 import ejmp
-from ejmp import cli
 from ejmp.data import convert, demo
 from ejmp.model import precision
 from ejmp.model.layers import Dense
 from ejmp.train.demo import demo_teacher
-from ejmp.train.distributed import Ranks
 from ejmp.train.evaluate import evaluate
-from ejmp.train.faults import session
 from ejmp.train.sources import at_most, demo_mix
 from ejmp_kernels import quantized
 
 
 @pytest.fixture(autouse=True)
-def vnni(monkeypatch):
+def vnni():
     require_native()
     if quantized.why_unavailable():
         pytest.skip(quantized.why_unavailable())
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, os.environ.get(name, ""))  # what a session sets is undone
-        monkeypatch.delenv(name)
 
 
 @pytest.fixture
@@ -63,13 +57,11 @@ def test_weights_that_change(models):
     assert (exact - found).norm() <= 0.05 * exact.norm()
 
 
-def test_errors_of_the_demo_teacher():
+def test_errors_of_the_demo_teacher(ranks):
     """At most 3% more error of forces than in float32, without any training."""
-    with session("cpu") as ranks:
-        assert isinstance(ranks, Ranks)
-        model = ejmp.load(demo_teacher())
-        sources = [at_most(source, "val", 12, seed=0) for source in demo_mix()]
-        exact, found = (evaluate(model.on(precision=name), sources, ranks) for name in ("fp32", "int8"))
+    model = ejmp.load(demo_teacher())
+    sources = [at_most(source, "val", 12, seed=0) for source in demo_mix()]
+    exact, found = (evaluate(model.on(precision=name), sources, ranks) for name in ("fp32", "int8"))
     for dataset, errors in exact.items():
         assert found[dataset]["forces_meV_per_A"] <= 1.03 * errors["forces_meV_per_A"], dataset
 
@@ -95,7 +87,7 @@ def test_saved_in_8_bits(models, tmp_path):
         assert 0 < (x - getattr(loaded.on(precision="fp32")(graph), name)).norm() <= 0.05 * x.norm()
 
 
-def test_verb_with_data(tmp_path, capsys):
+def test_verb_with_data(tmp_path):
     """`ejmp quantize` measures the model that it has written."""
     frames = [ase.Atoms(s.numbers, s.positions) for s in demo("ani1x", "val")]
     for frame, structure in zip(frames, demo("ani1x", "val"), strict=True):
@@ -103,9 +95,11 @@ def test_verb_with_data(tmp_path, capsys):
     ase.io.write(tmp_path / "frames.xyz", frames[:16])
     for split in ("train", "val"):
         convert(tmp_path / "frames.xyz", tmp_path / "ani1x", format="ase", split=split)
-    asked = ["quantize", str(demo_teacher()), str(tmp_path / "small"), "--data", f"ani1x={tmp_path / 'ani1x'}"]
-    assert cli.main(asked) == 0
-    said = capsys.readouterr().out
+    asked = ["ejmp", "quantize", demo_teacher(), tmp_path / "small", "--data", f"ani1x={tmp_path / 'ani1x'}"]
+    variables = environment(DS_ACCELERATOR="cpu")
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=300, env=variables, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = done.stdout
     assert "12.5 bits per parameter" in said
     rows = dict(re.findall(r"\| (fp32|bf16|int8) \|.*\| ([\d.]+) \|$", said, re.MULTILINE))
     assert rows.keys() == {"fp32", "bf16", "int8"}

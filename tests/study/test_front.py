@@ -52,7 +52,7 @@ def test_every_candidate_in_every_precision(made):
     whole = result["rows"][0]
     assert (whole["speed"], whole["error"]) == (1, 1)
     speeds = {(row["name"], row["precision"]): row["structures_per_s"] for row in result["rows"]}
-    assert speeds["b2-w64", "fp32"] > 1.2 * speeds["b6-w64", "fp32"]
+    assert speeds["b2-w64", "fp32"] > 1.5 * speeds["b6-w64", "fp32"]
     assert speeds["b2-w64", "fp32"] == speeds["b2-w64-kd2", "fp32"]  # training makes no difference
 
 

@@ -16,8 +16,7 @@ def names_of(namespace):
     """Return the names of all ops of a namespace."""
     found = torch._C._dispatch_get_all_op_names()
     names = {name.split("::")[1].split(".")[0] for name in found if name.startswith(f"{namespace}::")}
-    # threads is for the emulation; torch itself refuses None for the one argument of quantize_rows
-    return sorted(names - {"threads", "quantize_rows"})
+    return sorted(names - {"threads"})  # sets how many threads of a block the emulation has
 
 
 def schema_of(namespace, name):
@@ -73,6 +72,7 @@ def calls(dtype=torch.float32):
         "activate": flat | scales,
         "swap_add": {"x": draw(E, 2 * M), "swap": swap, "u": draw(E, 2 * M), "add": draw(E, M), "grad": draw(E, M)}
         | scales,
+        "quantize_rows": {"x": draw(E, M)},
         "scale_rows": {"x": draw(E, M), "scale": torch.rand(E, generator=generator)},
         "activate_rows": flat | scales | {"scale": torch.rand(E, generator=generator), "keep": True, "quantize": True},
         "radial": radial,
