@@ -36,7 +36,8 @@ def test_rows(columns, dtype):
     assert torch.equal(rows.scales, x.float().abs().amax(dim=1) / 127)
     found, steps = dequantized(rows), rows.scales.double()[:, None]
     assert ((found - x.double()).abs() <= 0.5001 * steps).all()
-    assert (found - specification.quantized(x.double())).abs().max() <= 1.0001 * steps.max()  # another tie
+    other = (found - specification.quantized(x.double())).abs() > 0.01 * steps  # another side of a tie
+    assert other.double().mean() <= 0.01
     assert (rows.values[7] == quantized.ZERO).all()
     assert rows.values.min() >= 1
 
