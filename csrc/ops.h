@@ -98,8 +98,7 @@ struct Triplet {
 template <class T>
 struct Quadruplet {
     int64_t num_atoms, channels, basis, spherical;
-    int64_t first_atom, last_atom;  // the forward computes these atoms' edges only, and out begins with them
-    T eps;                          // a cross product shorter than this is divided by eps and passes no gradient
+    T eps;  // a cross product shorter than this is divided by eps and passes no gradient
     Incoming main, middle;
     In<T> x;            // [E, C]
     In<T> filter;       // [Q, S, C]
@@ -137,6 +136,7 @@ struct GraphKernels {
     // x [E_in, C], weight, v_out, v_in: where the gradients go; grad is shaped like the result
     void (*triplet_backward)(const Triplet<T>&, In<T> grad, T* x, T* weight, T* v_out, T* v_in, int threads);
     void (*quadruplet)(const Quadruplet<T>&, T* out, int threads);
+    void (*quadruplet_mixed)(const Quadruplet<T>&, const T* mix, int64_t width, T* out, int threads);
     void (*quadruplet_backward)(const Quadruplet<T>&, In<T> grad, T* x, T* filter, T* weight, T* v, T* v_middle,
                                 int threads);
     void (*pair)(const Pair<T>&, T* out, int threads);

@@ -74,18 +74,23 @@ struct Cpu {
     }
 };
 
-// The rows of quadruplet that belong to some atoms; not differentiable.
-Tensor quadruplet_part(const Tensor& x, const Tensor& filter, const Tensor& weight, const Tensor& v,
-                       const Tensor& v_middle, const Tensor& ptr, const Tensor& source, const Tensor& image,
-                       const Tensor& middle_ptr, const Tensor& middle_source, const Tensor& middle_image, double eps,
-                       int64_t max_degree, int64_t first, int64_t last) {
+// The product of quadruplet with a matrix, mix [out, A C], atom by atom; not differentiable.
+Tensor quadruplet_mixed(const Tensor& x, const Tensor& filter, const Tensor& weight, const Tensor& v,
+                        const Tensor& v_middle, const Tensor& ptr, const Tensor& source, const Tensor& image,
+                        const Tensor& middle_ptr, const Tensor& middle_source, const Tensor& middle_image, double eps,
+                        int64_t max_degree, const Tensor& mix) {
     const c10::IValue options[] = {eps, max_degree};
-    QuadrupletOp op({x, filter, weight, v, v_middle}, {}, {ptr, source, image, middle_ptr, middle_source, middle_image},
-                    options);
-    TORCH_CHECK_VALUE(0 <= first && first <= last && last <= op.last_atom,
-                      "quadruplet: first and last must rise in 0..", op.last_atom, ", got ", first, " and ", last);
-    op.first_atom = first, op.last_atom = last;
-    return forward<Cpu>(op);
+    const QuadrupletOp op({x, filter, weight, v, v_middle}, {},
+                          {ptr, source, image, middle_ptr, middle_source, middle_image}, options);
+    check_given(op.name, "mix", mix), check_axes(op.name, "mix", mix, 2);
+    check_like(op.name, "mix", mix, x.scalar_type(), {mix.size(0), op.shape()[1]});
+    const Tensor columns = mix.t().contiguous(), out = at::empty({op.shape()[0], mix.size(0)}, mix.options());
+    with_real(op.name, out, [&](auto t) {
+        using T = decltype(t);
+        graph_kernels<T>().quadruplet_mixed(op.problem<T>(), columns.const_data_ptr<T>(), out.size(1), data<T>(out),
+                                            threads());
+    });
+    return out;
 }
 
 constexpr int64_t MOST_EXPONENT = 64;
@@ -131,7 +136,7 @@ Tensor radial(const Tensor& distance_, const Tensor& offset_, const Tensor& temp
 
 TORCH_LIBRARY_FRAGMENT(ejmp, library) {
     define_message_passing(library);
-    library.def(("quadruplet_part(" + QUADRUPLET_ARGUMENTS + ", int first, int last) -> Tensor").c_str());
+    library.def(("quadruplet_mixed(" + QUADRUPLET_ARGUMENTS + ", Tensor mix) -> Tensor").c_str());
     library.def("isa() -> str", [] { return std::string(ejmp::kernels().name); });
     const std::string radial = ", float cutoff, int exponent, int order) -> Tensor";
     library.def(("radial(Tensor distance, Tensor offset, Tensor temps, Tensor weight" + radial).c_str());
@@ -141,7 +146,7 @@ TORCH_LIBRARY_FRAGMENT(ejmp, library) {
 TORCH_LIBRARY_IMPL(ejmp, CPU, library) {
     implement_message_passing<Cpu>(library);
     library.impl("find_neighbors", &find_neighbors);
-    library.impl("quadruplet_part", &quadruplet_part);
+    library.impl("quadruplet_mixed", &quadruplet_mixed);
     library.impl("radial", &radial<false>);
     library.impl("radial_transposed", &radial<true>);
 }

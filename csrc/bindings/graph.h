@@ -106,7 +106,6 @@ struct QuadrupletOp {
     IncomingTensors main, middle;
     double eps;
     int64_t max_degree;  // the most main edges into one atom: how much memory a GPU takes, which cannot ask
-    int64_t first_atom = 0, last_atom;
 
     QuadrupletOp(const std::vector<Tensor>& values, const std::vector<Tensor>& along, const std::vector<Tensor>& ids,
                  Options options)
@@ -124,7 +123,6 @@ struct QuadrupletOp {
         check_like(name, "v_middle", v_middle, type, {Q, 3});
         main = IncomingTensors(name, {"ptr", "source", "image"}, &ids[0], E);
         middle = IncomingTensors(name, {"middle_ptr", "middle_source", "middle_image"}, &ids[3], Q);
-        last_atom = main.num_atoms();
         TORCH_CHECK_VALUE(main.num_atoms() == middle.num_atoms(), name, ": middle_ptr must be as long as ptr, ",
                           ids[0].size(0), ", got ", ids[3].size(0));
         TORCH_CHECK_VALUE(eps > 0 && std::isfinite(eps), name, ": eps must be positive, got ", eps);
@@ -139,16 +137,13 @@ struct QuadrupletOp {
     }
     std::vector<int64_t> shape() const {
         const Tensor &x = inputs.values[0], &w = inputs.values[2];
-        const bool all = first_atom == 0 && last_atom == main.num_atoms();
-        const int64_t rows = all ? w.size(0) : main.ptr.data()[last_atom] - main.ptr.data()[first_atom];
-        return {rows, w.size(1) * x.size(1)};
+        return {w.size(0), w.size(1) * x.size(1)};
     }
     template <class T>
     ejmp::Quadruplet<T> problem() const {
         const Tensor &x = inputs.values[0], &filter = inputs.values[1], &w = inputs.values[2];
-        return {main.num_atoms(), x.size(1),       w.size(1),       filter.size(1), first_atom,
-                last_atom,        T(eps),          main.view(),     middle.view(),  inputs.in<T>(0),
-                inputs.in<T>(1),  inputs.in<T>(2), inputs.in<T>(3), inputs.in<T>(4)};
+        return {main.num_atoms(), x.size(1),       w.size(1),       filter.size(1),  T(eps),          main.view(),
+                middle.view(),    inputs.in<T>(0), inputs.in<T>(1), inputs.in<T>(2), inputs.in<T>(3), inputs.in<T>(4)};
     }
 };
 

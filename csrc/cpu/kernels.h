@@ -17,7 +17,7 @@ namespace ejmp::EJMP_ISA {
 
 template <class T>
 constexpr GraphKernels<T> graph_kernels() {
-    return {triplet<T>, triplet_backward<T>, quadruplet<T>, quadruplet_backward<T>,
+    return {triplet<T>, triplet_backward<T>, quadruplet<T>, quadruplet_mixed<T>, quadruplet_backward<T>,
             pair<T>,    pair_backward<T>,    radial<T>,     radial_transposed<T>};
 }
 

@@ -15,12 +15,21 @@ struct Middle {
     Tile<T, D> to_value, to_normal;     // gradients: [count, C], [3, ld]
 };
 
-// Scratch of one pair (e, q).
+// A middle edge that an output edge e meets: b is not c.
 template <class T, bool D>
-struct Dihedral {
-    Tile<T, D> cosine, z, slopes, sum;  // [ld], [S, ld] twice, U [S, C]
-    T* mask;                            // [ld]
-    Tile<T, D> y, y_slopes;             // [S, width of a vector], Y_l(V_e . V_q) in column 0
+struct Meeting {
+    Middle<T, D>* middle;
+    Unit<T, D> p;  // V_e x V_q / |.|
+};
+
+// Scratch of one edge e with all middle edges that it meets, a row or a column each.
+template <class T, bool D>
+struct Dihedrals {
+    Tile<T, D> cosine, z, slopes;     // [longest], [S, longest] for each, of p . n; forward, only the last ones
+    T* mask;                          // [longest]
+    Tile<T, D> between, y, y_slopes;  // [ld], [S, ld] twice, of V_e . V_q
+    T* ones;                          // [ld]
+    Tile<T, D> sum, to_sum, sloped;   // U, the gradient by it, and sum_l Y_l' of the gradient, [., S C]
 };
 
 template <class T, bool D>
@@ -33,18 +42,44 @@ class QuadrupletAtom {
             middles_.push_back(prepare(q, backward));
             longest_ = std::max(longest_, middles_.back().ld);
         }
-        pair_ = {take(longest_),       take(S * longest_), take(S * longest_), take(S * C),
-                 arena.take(longest_), take(S * WIDTH<T>), take(S * WIDTH<T>)};
+        const int64_t most = middles_.size(), kept = backward ? most : 1;
+        ld_ = padded<T>(most);
+        const Tile<T, D> none{nullptr, nullptr};
+        met_ = {take(longest_),
+                take(kept * S * longest_),
+                none,
+                arena.take(longest_),
+                take(ld_),
+                take(S * ld_),
+                none,
+                arena.take(ld_),
+                take(most * S * C),
+                none,
+                none};
+        met_.between.zero(ld_), std::fill_n(met_.ones, ld_, T(1));
+        if (backward) {
+            met_.slopes = take(most * S * longest_), met_.y_slopes = take(S * ld_);
+            met_.to_sum = take(most * S * C), met_.sloped = take(most * S * C);
+        }
+        meetings_.reserve(most);
     }
 
+    // This atom's rows of out [E, A C].
     void forward(Tile<T, D> out) {
         const auto sums = take(S * S * C);
-        for (int64_t e = p_.main.ptr[atom_]; e < p_.main.ptr[atom_ + 1]; ++e) {
-            sums.zero(S * S * C);
-            for (const Middle<T, D>& middle : middles_)
-                if (!comes_from_b(e, middle)) meet(e, middle, false), add_to(sums);
-            mm(A, C, S * S, tile<D>(p_.weight) + e * A * S * S, S * S, 1, sums, C,
-               out + (e - p_.main.ptr[p_.first_atom]) * A * C, C, false);
+        for (int64_t e = p_.main.ptr[atom_]; e < p_.main.ptr[atom_ + 1]; ++e) forward_edge(e, sums, out + e * A * C);
+    }
+
+    // This atom's rows of out [E, width], the product with mix [A C, width].
+    void forward_mixed(const T* mix, int64_t width, T* out) {
+        constexpr int64_t ROWS = 7;                 // what mm does at a time; these stay in a core's cache
+        const int64_t ld = A * C + 64 / sizeof(T);  // rows a power of two apart would compete for places in the cache
+        const auto sums = take(S * S * C), rows = take(ROWS * ld);
+        const int64_t last = p_.main.ptr[atom_ + 1];
+        for (int64_t e = p_.main.ptr[atom_]; e < last; e += ROWS) {
+            const int64_t count = std::min(ROWS, last - e);
+            for (int64_t i = 0; i < count; ++i) forward_edge(e + i, sums, rows + i * ld);
+            mm(count, width, A * C, rows.value, ld, 1, mix, width, out + e * width, width, false);
         }
     }
 
@@ -54,19 +89,17 @@ class QuadrupletAtom {
                   Tile<T, D> to_weight, Tile<T, D> to_v, Tile<T, D> to_v_middle) {
         const int64_t ldw = padded<T>(S * S);
         const auto sums = take(S * S * C), sums_t = take(C * ldw), to_sums = take(S * S * C), weights = take(A * ldw);
-        const auto to_sum = take(S * C), to_z = take(S * longest_);
+        const auto to_z = take(S * longest_);
         for (const Middle<T, D>& middle : middles_) (to_v_middle + 3 * middle.q).zero(3);
         for (int64_t e = p_.main.ptr[atom_]; e < p_.main.ptr[atom_ + 1]; ++e) {
             const auto g = grad + e * A * C, w = tile<D>(p_.weight) + e * A * S * S;
             mm(S * S, C, A, w, 1, S * S, g, C, to_sums, C, false);
-            sums.zero(S * S * C);
             (to_v + 3 * e).zero(3);
-            for (Middle<T, D>& middle : middles_)
-                if (!comes_from_b(e, middle)) {
-                    const Unit<T, D> p = meet(e, middle, true);
-                    add_to(sums);
-                    pair_backward(e, middle, p, to_sums, to_sum, to_z, to_v, to_v_middle);
-                }
+            meet_all(e, true), add_up(sums);
+            const int64_t met = meetings_.size();
+            mm(met, S * C, S, met_.y, 1, ld_, to_sums, S * C, met_.to_sum, S * C, false);
+            mm(met, S * C, S, met_.y_slopes, 1, ld_, to_sums, S * C, met_.sloped, S * C, false);
+            for (int64_t i = 0; i < met; ++i) pair_backward(e, i, to_z, to_v, to_v_middle);
             transpose(S * S, C, sums, sums_t, ldw);
             mm(A, ldw, C, g, C, 1, sums_t, ldw, weights, ldw, false);
             for (int64_t a = 0; a < A; ++a)
@@ -79,6 +112,14 @@ class QuadrupletAtom {
     }
 
   private:
+    // The row [A, C] of an edge.
+    void forward_edge(int64_t e, Tile<T, D> sums, Tile<T, D> out) {
+        const auto weight = tile<D>(p_.weight) + e * A * S * S;
+        for (int64_t i = 0; i < A * S * S; i += 64 / sizeof(T)) __builtin_prefetch(weight.value + i, 0, 2);
+        meet_all(e, false), add_up(sums);
+        mm(A, C, S * S, weight, S * S, 1, sums, C, out, C, false);
+    }
+
     Tile<T, D> take(int64_t n) { return arena_.template tile<D>(n); }
     bool comes_from_b(int64_t e, const Middle<T, D>& m) const {
         return p_.main.source[e] == p_.middle.source[m.q] && p_.main.image[e] == p_.middle.image[m.q];
@@ -120,50 +161,60 @@ class QuadrupletAtom {
     // Cosines p . n of the dihedral angles with all edges d->b; without a derivative where one is undefined.
     void dihedrals(const Unit<T, D>& p, const Middle<T, D>& m) {
         const Number<T, D> components[3] = {p.direction.x, p.direction.y, p.direction.z};
-        project(components, m.normal, m.ld, pair_.cosine);
+        project(components, m.normal, m.ld, met_.cosine);
         if constexpr (D)
-            for (int64_t k = 0; k < m.ld; ++k) pair_.cosine.along[k] *= m.regular[k] * T(p.regular);
+            for (int64_t k = 0; k < m.ld; ++k) met_.cosine.along[k] *= m.regular[k] * T(p.regular);
     }
 
-    // Fill pair_ for edge e = c->a and a middle edge; return the direction p.
-    Unit<T, D> meet(int64_t e, const Middle<T, D>& m, bool slopes) {
-        const auto v_e = vector(v_, e), v_q = vector(tile<D>(p_.v_middle), m.q);
-        const Unit<T, D> p(cross(v_e, v_q), p_.eps);
+    // U of edge e = c->a and a middle edge, [S, C]; z and slopes are kept for the backward.
+    void meet(int64_t e, const Middle<T, D>& m, const Unit<T, D>& p, Tile<T, D> z, Tile<T, D> slopes, Tile<T, D> sum) {
         dihedrals(p, m);
         // d is not c (and not a, where v is zero)
         const int64_t source = p_.main.source[e], image = p_.main.image[e] - p_.middle.image[m.q];
         const int64_t *const sources = p_.main.source + m.first, *const images = p_.main.image + m.first;
-        for (int64_t k = 0; k < m.count; ++k) pair_.mask[k] = T((sources[k] != source) | (images[k] != image));
-        std::fill(pair_.mask + m.count, pair_.mask + m.ld, T(0));
-        const Tile<T, D> none{nullptr, nullptr};
-        legendre(S, m.ld, pair_.cosine, pair_.mask, pair_.z, slopes ? pair_.slopes : none, m.ld);
-        mm(S, C, m.count, pair_.z, m.ld, 1, m.value, C, pair_.sum, C, false);
-        // one cosine in a vector of its own
-        T one[WIDTH<T>] = {1}, value[WIDTH<T>] = {}, along[WIDTH<T>] = {};
-        Tile<T, D>{value, along}.set(0, dot(v_e, v_q));
-        legendre(S, WIDTH<T>, Tile<T, D>{value, along}, one, pair_.y, slopes ? pair_.y_slopes : none, WIDTH<T>);
-        return p;
+        for (int64_t k = 0; k < m.count; ++k) met_.mask[k] = T((sources[k] != source) | (images[k] != image));
+        std::fill(met_.mask + m.count, met_.mask + m.ld, T(0));
+        legendre(S, m.ld, met_.cosine, met_.mask, z, slopes, m.ld);
+        mm(S, C, m.count, z, m.ld, 1, m.value, C, sum, C, false);
     }
 
-    // sums[l, k, c] += Y_l U[k, c]
-    void add_to(Tile<T, D> sums) { mm(S, S * C, 1, pair_.y, WIDTH<T>, 1, pair_.sum, S * C, sums, S * C, true); }
+    // Let edge e meet all middle edges.
+    void meet_all(int64_t e, bool backward) {
+        const Tile<T, D> none{nullptr, nullptr};
+        const auto v_e = vector(v_, e);
+        meetings_.clear();
+        for (Middle<T, D>& m : middles_) {
+            if (comes_from_b(e, m)) continue;
+            const int64_t i = meetings_.size(), place = backward ? i * S * longest_ : 0;
+            const auto v_q = vector(tile<D>(p_.v_middle), m.q);
+            meetings_.push_back({&m, Unit<T, D>(cross(v_e, v_q), p_.eps)});
+            met_.between.set(i, dot(v_e, v_q));
+            meet(e, m, meetings_[i].p, met_.z + place, backward ? met_.slopes + place : none, met_.sum + i * S * C);
+        }
+        legendre(S, ld_, met_.between, met_.ones, met_.y, met_.y_slopes, ld_);
+    }
 
-    void pair_backward(int64_t e, Middle<T, D>& m, const Unit<T, D>& p, Tile<T, D> to_sums, Tile<T, D> to_sum,
-                       Tile<T, D> to_z, Tile<T, D> to_v, Tile<T, D> to_v_middle) {
+    // sums[l, k, c] = sum_q Y_l U[k, c]
+    void add_up(Tile<T, D> sums) {
+        mm(S, S * C, meetings_.size(), met_.y, ld_, 1, met_.sum, S * C, sums, S * C, false);
+    }
+
+    void pair_backward(int64_t e, int64_t i, Tile<T, D> to_z, Tile<T, D> to_v, Tile<T, D> to_v_middle) {
+        Middle<T, D>& m = *meetings_[i].middle;
+        const Unit<T, D>& p = meetings_[i].p;
+        const auto z = met_.z + i * S * longest_, slopes = met_.slopes + i * S * longest_;
+        const auto to_sum = met_.to_sum + i * S * C;
         const auto v_e = vector(v_, e), v_q = vector(tile<D>(p_.v_middle), m.q);
-        mm(1, S * C, S, pair_.y, 1, WIDTH<T>, to_sums, S * C, to_sum, S * C, false);
-        Number<T, D> to_cosine(0);
-        for (int64_t l = 0; l < S; ++l)
-            to_cosine = to_cosine + pair_.y_slopes[l * WIDTH<T>] * inner(S * C, to_sums + l * S * C, pair_.sum);
+        const Number<T, D> to_cosine = inner(S * C, met_.sloped + i * S * C, met_.sum + i * S * C);
         Vector<T, D> to_v_e = to_cosine * v_q, to_v_q = to_cosine * v_e;
-        mm(m.count, C, S, pair_.z, 1, m.ld, to_sum, C, m.to_value, C, true);
+        mm(m.count, C, S, z, 1, m.ld, to_sum, C, m.to_value, C, true);
         if (p.regular) {
             mm(S, m.ld, C, to_sum, C, 1, m.value_t, m.ld, to_z, m.ld, false);
             Vector<T, D> to_p{T(0), T(0), T(0)};
             for (int64_t k = 0; k < m.count; ++k) {
                 if (m.regular[k] == 0) continue;
                 Number<T, D> to_c(0);
-                for (int64_t l = 0; l < S; ++l) to_c = to_c + pair_.slopes[l * m.ld + k] * to_z[l * m.ld + k];
+                for (int64_t l = 0; l < S; ++l) to_c = to_c + slopes[l * m.ld + k] * to_z[l * m.ld + k];
                 to_p = to_p + to_c * Vector<T, D>{m.normal[k], m.normal[m.ld + k], m.normal[2 * m.ld + k]};
                 const auto to_n = to_c * p.direction;
                 m.to_normal.add(k, to_n.x), m.to_normal.add(m.ld + k, to_n.y), m.to_normal.add(2 * m.ld + k, to_n.z);
@@ -225,20 +276,28 @@ class QuadrupletAtom {
     const int64_t S, C, A;
     const Tile<T, D> v_;
     std::vector<Middle<T, D>> middles_;
-    int64_t longest_ = WIDTH<T>;
-    Dihedral<T, D> pair_;
+    std::vector<Meeting<T, D>> meetings_;
+    int64_t longest_ = WIDTH<T>, ld_;
+    Dihedrals<T, D> met_;
 };
 
 template <class T, bool D>
 void quadruplet_run(const Quadruplet<T>& p, T* out, int threads) {
-    parallel_for<Arena<T>>(p.last_atom - p.first_atom, 1, threads, [&](int64_t i, Arena<T>& arena) {
-        QuadrupletAtom<T, D>(p, p.first_atom + i, arena, false).forward(result<D>(out));
+    parallel_for<Arena<T>>(p.num_atoms, 1, threads, [&](int64_t i, Arena<T>& arena) {
+        QuadrupletAtom<T, D>(p, i, arena, false).forward(result<D>(out));
     });
 }
 
 template <class T>
 void quadruplet(const Quadruplet<T>& p, T* out, int threads) {
     p.x.along ? quadruplet_run<T, true>(p, out, threads) : quadruplet_run<T, false>(p, out, threads);
+}
+
+template <class T>
+void quadruplet_mixed(const Quadruplet<T>& p, const T* mix, int64_t width, T* out, int threads) {
+    parallel_for<Arena<T>>(p.num_atoms, 1, threads, [&](int64_t i, Arena<T>& arena) {
+        QuadrupletAtom<T, false>(p, i, arena, false).forward_mixed(mix, width, out);
+    });
 }
 
 template <class T, bool D>

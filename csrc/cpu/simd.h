@@ -158,6 +158,9 @@ template <class T, int N, bool TAIL>
 inline void mm_columns(int64_t m, int64_t k, const T* a, int64_t row, int64_t col, const T* b, int64_t ldb, T* c,
                        int64_t ldc, int64_t tail, bool add) {
     int64_t i = 0;
+    if constexpr (EJMP_BYTES == 64)  // only these have the registers
+        for (; m % 8 == 0 && i < m; i += 8)
+            mm_block<T, 8, N, TAIL>(k, a + i * row, row, col, b, ldb, c + i * ldc, ldc, tail, add);
     for (; i + 7 <= m; i += 7) mm_block<T, 7, N, TAIL>(k, a + i * row, row, col, b, ldb, c + i * ldc, ldc, tail, add);
     if (m - i >= 4) {
         mm_block<T, 4, N, TAIL>(k, a + i * row, row, col, b, ldb, c + i * ldc, ldc, tail, add);

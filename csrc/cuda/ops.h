@@ -28,7 +28,6 @@ void triplet(const Triplet<T>& p, T* out, void* stream);
 template <class T>
 void triplet_backward(const Triplet<T>& p, In<T> grad, T* x, T* weight, T* v_out, T* v_in, void* stream);
 
-// first_atom and last_atom of a Quadruplet are not looked at: all rows are computed.
 //
 // Bytes of device memory that quadruplet and quadruplet_backward use while they run; `second`: in the second backward.
 template <class T>

@@ -16,7 +16,6 @@ Specification: `specification.quadruplet`. Source of the sum: GemNet-OC (arXiv 2
 normals: vector identity.
 """
 
-import itertools
 from typing import Any
 
 import torch
@@ -27,10 +26,6 @@ from ejmp_kernels.edges import Edges
 from ejmp_kernels.linear import linear
 from ejmp_kernels.registry import NAMESPACES, Backend, ops_of, register_nonlinear, register_shape, when_loaded
 from ejmp_kernels.specification import collinear_eps
-
-PIECE_BYTES = 1 << 24
-"""Size of the piece of sums that `quadruplet_linear` makes at a time, in bytes: malloc reuses such a piece, and it fits
-into a large cache."""
 
 
 def quadruplet(
@@ -75,7 +70,7 @@ def quadruplet_linear(
     *,
     backend: Backend = "native",
 ) -> Tensor:
-    """Return linear(quadruplet(...), mix); on the CPU without gradients never hold all [E, A * C] sums.
+    """Return linear(quadruplet(...), mix); on the CPU without gradients the [E, A * C] sums are never in memory.
 
     Args:
         x: [E, C], as for `quadruplet`, like the next four.
@@ -92,53 +87,43 @@ def quadruplet_linear(
     Raises:
         ValueError: if shapes, types or devices do not fit together, or an index is out of range.
     """
-    inputs = (x, filters, weight, main.vector, middle.vector)
-    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs, mix))
-    if recorded or not x.is_cpu or backend != "native" or torch.compiler.is_compiling():
+    recorded = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (x, filters, weight, main.vector, middle.vector, mix)
+    )
+    if recorded or not x.is_cpu or backend != "native":
         return linear(quadruplet(x, filters, weight, main, middle, backend=backend), mix, backend=backend)
-    arguments = (*inputs, main.ptr, main.source, main.image, middle.ptr, middle.source, middle.image)
-    rows = max(1, PIECE_BYTES // (weight.shape[1] * x.shape[1] * x.element_size()))
-    ends = torch.arange(rows, main.num_edges + rows, rows, device=main.ptr.device).clamp(max=main.num_edges)
-    stops = sorted({0, len(main.ptr) - 1, *(torch.searchsorted(main.ptr, ends, right=True) - 1).tolist()})
-    out = x.new_empty(main.num_edges, mix.shape[0])
-    for first, last in itertools.pairwise(stops):
-        summed = ops_of("native").quadruplet_part(*arguments, collinear_eps(x.dtype), main.max_degree, first, last)
-        start = int(main.ptr[first])
-        out[start : start + len(summed)] = linear(summed, mix, backend=backend)
-    return out
+    ids = (main.ptr, main.source, main.image, middle.ptr, middle.source, middle.image)
+    options = (collinear_eps(x.dtype), main.max_degree)
+    return ops_of("native").quadruplet_mixed(x, filters, weight, main.vector, middle.vector, *ids, *options, mix)
 
 
 def _fake(x: Tensor, _filters: Tensor, weight: Tensor, *_: object) -> Tensor:
     return x.new_empty(weight.shape[0], weight.shape[1] * x.shape[1])
 
 
-def _flops(x: Tensor, filters: Tensor, weight: Tensor, *rest: Any, degree: Tensor | None = None) -> tuple[int, int]:
+def _flops(x: Tensor, filters: Tensor, weight: Tensor, *rest: Any) -> tuple[int, int]:
     _v, _v_middle, ptr, _source, _image, middle_ptr, middle_source, *_ = rest
-    inputs = (ptr.diff() if degree is None else degree)[middle_source]
-    outputs = ptr.diff().repeat_interleave(middle_ptr.diff())
+    degree = ptr.diff()
+    inputs = degree[middle_source]
+    outputs = degree.repeat_interleave(middle_ptr.diff())
     spherical, channels = filters.shape[1], x.shape[1]
     sums = int((inputs * outputs).sum()) + spherical * int(outputs.sum()) + int(inputs.sum())
     one = 2 * spherical * channels
     return one * sums, one * weight.shape[0] * weight.shape[1] * spherical
 
 
-def _fake_part(x: Tensor, _filters: Tensor, weight: Tensor, *_: object) -> Tensor:
-    rows = torch.library.get_ctx().new_dynamic_size()  # how many edges the atoms have is in ptr
-    return x.new_empty(rows, weight.shape[1] * x.shape[1])
+def _fake_mixed(x: Tensor, _filters: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(weight.shape[0], rest[-1].shape[0])
 
 
-def _flops_part(*arguments: Any, out_val: Tensor) -> int:
-    *tensors, _eps, _max_degree, first, last = arguments
-    x, filters, weight, *vectors, ptr, source, image, middle_ptr, middle_source, middle_image = tensors
-    inside = slice(first, last + 1)
-    some = middle_ptr[inside]
-    edges = (ptr[inside], source, image, some - some[0], middle_source[some[0] : some[-1]], middle_image)
-    return sum(_flops(x, filters, weight[: len(out_val)], *vectors, *edges, degree=ptr.diff()))
+def _flops_mixed(*arguments: Any, out_val: Tensor) -> int:
+    mix = arguments[-1]
+    return sum(_flops(*arguments[:-1])) + 2 * out_val.shape[0] * mix.numel()
 
 
 @when_loaded
 def _register(namespace: str) -> None:
     register_nonlinear(f"{namespace}::quadruplet", 5, _fake, _flops)
     if namespace == NAMESPACES["native"]:
-        register_shape(f"{namespace}::quadruplet_part", _fake_part)
-        register_flop_formula([torch.ops.ejmp.quadruplet_part], get_raw=True)(_flops_part)
+        register_shape(f"{namespace}::quadruplet_mixed", _fake_mixed)
+        register_flop_formula([torch.ops.ejmp.quadruplet_mixed], get_raw=True)(_flops_mixed)

@@ -63,7 +63,7 @@ def calls(dtype=torch.float32):
     radial |= {"temps": torch.full((R,), 9.0, dtype=dtype), "weight": draw(R, M), "x": draw(E, M)} | basis
     return {
         "triplet": triplet | {"to_atoms": False},
-        "quadruplet": quadruplet | {"eps": 1e-4, "max_degree": 3, "first": 0, "last": 3},
+        "quadruplet": quadruplet | {"eps": 1e-4, "max_degree": 3, "mix": draw(2, A * C)},
         "pair": {"h": draw(N, C), "radial": draw(E, R), "ptr": main["ptr"], "source": main["source"]}
         | {"grad": draw(N, R * C)},
         "atom_sum": sums,
@@ -103,7 +103,7 @@ def arguments_of(namespace, name, made):
     Raises:
         KeyError: for an op that `calls` does not know.
     """
-    ends = ("", "_", "_backward", "_double", "_part", "_transposed")
+    ends = ("", "_", "_backward", "_double", "_mixed", "_transposed")
     (family,) = [key for key in made if name in {key + end for end in ends}]
     return {argument.name: made[family][argument.name] for argument in schema_of(namespace, name)}
 
