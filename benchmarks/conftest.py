@@ -14,6 +14,7 @@ from ejmp.measure.rates import precisions_of
 from ejmp.provenance import provenance as describe_machine
 from ejmp.track import machine as track_machine
 from ejmp.track.schema import of_measured
+from ejmp_kernels.allocator import keep_freed_memory
 
 QUICK = "bench_quick"
 """The suite that runs without `--full`."""
@@ -29,6 +30,10 @@ def pytest_addoption(parser):
     group.addoption("--scale-factors", type=Path, help="fitted scale factors by module name (JSON) for bench_precision")
     group.addoption("--full", action="store_true", help="all suites (hours), not only bench_quick.py (2 minutes)")
     group.addoption("--small", action="store_true", help="JMP-S instead of JMP-L")
+
+
+def pytest_configure():
+    keep_freed_memory()  # as the commands do
 
 
 def pytest_collection_modifyitems(config, items):

@@ -25,6 +25,7 @@ from ejmp.train.evaluate import evaluate
 from ejmp.train.faults import session
 from ejmp.train.search import ratio
 from ejmp.train.sources import demo_mix
+from ejmp_kernels.allocator import keep_freed_memory
 
 PRECISIONS = ("fp32", "bf16", "int8")
 BLOCKS = (6, 2)
@@ -77,6 +78,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--seconds", type=float, default=120.0, help="for timing by turns (default: 120)")
     options = parser.parse_args()
+    keep_freed_memory()
     rounds = Rounds(least=3, most=20, seconds=options.seconds, warm_ups=0)
     request = bench.BenchRequest(
         workload=workloads.framework(), blocks=BLOCKS, precisions=PRECISIONS, rounds=rounds, backend="native"

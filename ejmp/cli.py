@@ -17,6 +17,7 @@ from ejmp.track import cli as track
 from ejmp.train import main as training_main
 from ejmp.train.cli import add_prune, add_quantize, add_search
 from ejmp.train.flags import COMMANDS
+from ejmp_kernels.allocator import keep_freed_memory
 
 _EXTRAS = {"ase": "ase", "mpi4py": "mpi", "tblite": "demo"}
 """The extra to install for a module that the command's own extra does not bring."""
@@ -72,6 +73,7 @@ def _show(options: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status, 2 for bad input."""
     options = make_parser().parse_args(arguments)
+    keep_freed_memory()
     status = 2
     try:
         status = options.run(options)

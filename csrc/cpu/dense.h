@@ -5,6 +5,17 @@ template <class S>
 using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 typedef uint16_t Half __attribute__((vector_size(EJMP_BYTES / 2)));  // WIDTH<float> bfloat16 numbers
 
+typedef uint32_t Word __attribute__((vector_size(EJMP_BYTES)));
+
+// Half a vector of 16-bit numbers to a whole one of 32 bits, and back. GCC makes several instructions of what is one.
+#if EJMP_BYTES == 64
+inline Word widened(Half x) { return (Word)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)x); }
+inline Half narrowed(Word x) { return (Half)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)x); }
+#else
+inline Word widened(Half x) { return __builtin_convertvector(x, Word); }
+inline Half narrowed(Word x) { return __builtin_convertvector(x, Half); }
+#endif
+
 template <class S>
 inline Vec<Compute<S>> read(const S* p) {
     if constexpr (!std::is_same_v<S, bfloat16>) {
@@ -12,7 +23,7 @@ inline Vec<Compute<S>> read(const S* p) {
     } else {
         Half bits;
         std::memcpy(&bits, p, sizeof(bits));
-        const auto wide = __builtin_convertvector(bits, Int<float>) << 16;
+        const auto wide = widened(bits) << 16;
         Vec<float> v;
         std::memcpy(&v, &wide, sizeof(v));
         return v;
@@ -21,12 +32,11 @@ inline Vec<Compute<S>> read(const S* p) {
 
 // to the nearest, ties to even; a NaN stays one
 inline Half round_to_half(Vec<float> v) {
-    typedef uint32_t Unsigned __attribute__((vector_size(EJMP_BYTES)));
-    Unsigned bits;
+    Word bits;
     std::memcpy(&bits, &v, sizeof(v));
-    const Unsigned rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const Unsigned kept = v == v ? rounded : (bits >> 16) | 0x40;
-    return __builtin_convertvector(kept, Half);
+    const Word rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Word kept = v == v ? rounded : (bits >> 16) | 0x40;
+    return narrowed(kept);
 }
 
 template <class S>

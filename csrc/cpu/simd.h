@@ -110,8 +110,17 @@ inline Vec<float> rough_inverse(Vec<float> x) {
 #endif
 }
 
-// exp(x) to 5e-5 of it; infinite from 88.4 on, and never below exp(-87)
+// exp(x) to 5e-5 of it; infinite from 89 on, and from -89 down less than exp(-87)
 inline Vec<float> rough_exponential(Vec<float> x) {
+#if EJMP_BYTES == 64
+    const __m512 power = _mm512_mul_ps((__m512)x, _mm512_set1_ps(1.44269504f));
+    const __m512 whole = _mm512_maskz_roundscale_ps(0xffff, power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Vec<float> r = (Vec<float>)_mm512_sub_ps(power, whole);
+    constexpr float ln2 = 0.69314718f;  // the terms of 2^r
+    Vec<float> sum = fma(r, splat(ln2 * ln2 * ln2 * ln2 / 24), splat(ln2 * ln2 * ln2 / 6));
+    sum = fma(fma(fma(sum, r, splat(ln2 * ln2 / 2)), r, splat(ln2)), r, splat(1.0f));
+    return (Vec<float>)_mm512_maskz_scalef_ps(0xffff, (__m512)sum, whole);
+#else
     x = x > 89.0f ? splat(89.0f) : x < -87.0f ? splat(-87.0f) : x;
     const Vec<float> n = fma(x, splat(1.44269504f), splat(12582912.0f)) - 12582912.0f;  // the nearest integer
     const Vec<float> r = fma(n, splat(-0.69314718f), x);
@@ -121,6 +130,7 @@ inline Vec<float> rough_exponential(Vec<float> x) {
     Vec<float> scale;
     std::memcpy(&scale, &power, sizeof(scale));
     return sum * scale;
+#endif
 }
 
 // rows x (N vectors) of c = a b or c += a b; a[i, p] = a[i * row + p * col], b [k, ldb], c [rows, ldc].

@@ -26,6 +26,7 @@ from ejmp.model.layers import INV_SQRT_2, INV_SQRT_3, Dense, FinalMLP, Linear, R
 from ejmp.model.regions import region
 from ejmp_kernels.activation import activate, swap_add
 from ejmp_kernels.dense import linear_activate
+from ejmp_kernels.derived import lowered
 from ejmp_kernels.edge_embedding import gather_add
 from ejmp_kernels.linear import linear
 from ejmp_kernels.pair import pair
@@ -62,7 +63,11 @@ class FusedExecutor(Executor):
         return linear(*self._low(x, weight), backend=self.backend)
 
     def _low(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return (x, weight) if self.low is None else (x.to(self.low), weight.to(self.low))
+        """Return both in the low type; a parameter's copy is held, what was made of parameters is cast."""
+        if self.low is None:
+            return x, weight
+        held = isinstance(weight, nn.Parameter)
+        return x.to(self.low), lowered(weight, self.low) if held else weight.to(self.low)
 
     def linear_layer(self, layer: Linear, x: Tensor, scale: ScaleFactor | None = None) -> Tensor:
         """Apply a linear layer, with a scale factor folded into its weight."""
@@ -104,7 +109,8 @@ class FusedExecutor(Executor):
 
     def linear_of_edges(self, dense: Dense, m: Tensor, first: int) -> Tensor:
         """Return the product of edge features with the columns of a weight from `first` on."""
-        return self.linear(m, dense.linear.weight[:, first:])
+        weight = dense.linear.weight
+        return self.linear(m, weight[:, first:] if self.low is None else lowered(weight, self.low, first))
 
     def embed_edges(self, dense: Dense, h: Tensor, x: Tensor) -> Tensor:
         """Apply a dense layer to [h_source, h_target, m], given the product of m with its part of the weight."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ejmp.config_file import Parser
 from ejmp.train.flags import COMMANDS, CommandName
+from ejmp_kernels.allocator import keep_freed_memory
 
 
 def main(name: CommandName, arguments: Sequence[str] | None = None) -> int:
@@ -17,7 +18,9 @@ def main(name: CommandName, arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog=f"{name}.py", description=COMMANDS[name].description)
     COMMANDS[name].add_flags(parser)
     parser.take_config()
-    return run(name, parser.parse_args(arguments))
+    options = parser.parse_args(arguments)
+    keep_freed_memory()
+    return run(name, options)
 
 
 def run(name: CommandName, options: argparse.Namespace) -> int:

@@ -8,15 +8,14 @@ in LLM.int8() (arXiv 2208.07339). The product is oneDNN's, in torch; what comes 
 """
 
 import dataclasses
-from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ejmp_kernels.activation import SCALED_SILU
+from ejmp_kernels.derived import derived
 from ejmp_kernels.registry import NAMESPACES, ops_of, register_shape, when_loaded
 
 ZERO = 128
@@ -69,10 +68,6 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / steps[:, None]).round().clamp(-127, 127).to(torch.int8), scales
 
 
-_packed: MutableMapping[Tensor, tuple[tuple[int, int], dict[int, QuantizedWeight]]] = WeakTensorKeyDictionary()
-"""Weights that were packed, by parameter: its version and place in memory, and by the first column taken."""
-
-
 def packed(weight: Tensor, first: int = 0) -> QuantizedWeight:
     """Return a parameter's columns from `first` on, [out, in - first], in 8 bits; made again only when it has changed.
 
@@ -80,16 +75,13 @@ def packed(weight: Tensor, first: int = 0) -> QuantizedWeight:
         weight: [out, in], float32; the parameter itself, not a part of it.
         first: number of columns to leave out.
     """
-    version = 0 if weight.is_inference() else weight._version  # noqa: SLF001 - there is no public name
-    state = (version, weight.data_ptr())
-    held = _packed.get(weight)
-    if held is None or held[0] != state:
-        held = _packed[weight] = (state, {})
-    if first not in held[1]:
+
+    def make() -> QuantizedWeight:
         values, scales = quantize_weight(weight.detach()[:, first:])
         layout = torch.ops.onednn.qlinear_prepack(values, None)
-        held[1][first] = QuantizedWeight(layout, scales, torch.zeros(len(scales), dtype=torch.int64))
-    return held[1][first]
+        return QuantizedWeight(layout, scales, torch.zeros(len(scales), dtype=torch.int64))
+
+    return derived(weight, first, make)
 
 
 def unscaled_linear(x: QuantizedRows, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
