@@ -1,7 +1,7 @@
-"""What a model costs that was pre-trained for every number of blocks: its errors beside those of the demo's teacher.
+r"""What a model costs that was pre-trained for every number of blocks: its errors beside those of the demo's teacher.
 
-    ejmp pretrain --any-depth --steps 5000 --batch-size 16 --lr 3e-3 --warmup-steps 300 --cosine-end 0.02 \\
-        --ema 0.995 --seed 0 --run RUN                              # half an hour of a core; the demo teacher's settings
+    ejmp pretrain --any-depth --steps 5000 --batch-size 16 --lr 3e-3 --warmup-steps 300 --cosine-end 0.02 \
+        --ema 0.995 --seed 0 --run RUN                          # half an hour of a core; the settings of the demo's teacher
     python benchmarks/any_depth.py OUT.json RUN [RUN ...]           # a run for each seed
 
 The demo's teacher (`python -m ejmp.train.make_teacher`) was trained with the same settings, for six blocks only.
@@ -37,7 +37,9 @@ def main() -> None:
                 whole = blocks == model.config.blocks
                 errors = evaluate(model if whole else ejmp.prune(model, blocks=blocks), sources, ranks)
                 rows.append({"run": run.name, "blocks": blocks, "errors": errors, "over_plain": ratio(errors, plain)})
-                print(f"{run.name}, {blocks} blocks: {rows[-1]['over_plain']:.3f} x the plain teacher's error of forces")
+                print(
+                    f"{run.name}, {blocks} blocks: {rows[-1]['over_plain']:.3f} x the plain teacher's error of forces"
+                )
     result = {"commands": __doc__, "plain": plain, "rows": rows, "provenance": provenance(torch.device("cpu"))}
     options.output.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -42,7 +42,7 @@ def test_gradients_go_to_a_weight_that_was_held_before():
 
 def test_what_was_made_is_dropped_with_its_parameter():
     weight = draw(3, 3)
-    made = weakref.ref(derived(weight, "double", lambda: 2 * weight.clone()))
+    made = weakref.ref(derived(weight, "double", lambda: torch.ones(3)))
     assert made() is not None
     del weight
     gc.collect()
@@ -74,7 +74,11 @@ def faults_of(call, **environment):
     """Whether memory is kept, and how many pages a process asks for that makes and drops tensors of 48 MB again."""
     given = {name: value for name, value in os.environ.items() if "MALLOC" not in name and name != "GLIBC_TUNABLES"}
     run = subprocess.run(
-        [sys.executable, "-c", FAULTS.format(call=call)], env=given | environment, capture_output=True, text=True
+        [sys.executable, "-c", FAULTS.format(call=call)],
+        env=given | environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
     kept, count = run.stdout.split()

@@ -11,7 +11,7 @@ from support.hessian_table import hessian_table
 from support.inputs import ROOT
 from support.precision_table import precision_table
 from support.track_table import track_table
-from support.training_tables import any_depth_table, narrower_table, refit_table
+from support.training_tables import any_depth_table, any_depth_teacher_table, narrower_table, refit_table
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -102,6 +102,7 @@ def search_tables():
 
 TABLES = {
     "any depth": ("docs/training.md", lambda: any_depth_table(result("any_depth_cpu"), result("study_cpu"))),
+    "any depth, teacher": ("docs/training.md", lambda: any_depth_teacher_table(result("any_depth_teacher_cpu"))),
     "precisions": ("docs/benchmarks.md", lambda: precision_table(result("precisions_cpu"))),
     "hessian": ("docs/training.md", lambda: hessian_table(result("hessian_cpu"))),
     "track": ("docs/tracking.md", lambda: track_table(result("track_cpu"))),

@@ -17,6 +17,20 @@ def any_depth_table(result, study):
     return "\n".join(lines)
 
 
+def any_depth_teacher_table(result):
+    """Force errors of models trained for every depth over those of the plain teacher, mean and spread over seeds."""
+    head = "blocks | OC20 | OC22 | ANI-1x | Transition-1x | geometric mean"
+    lines = [f"| {head} |", "| ---: | ---: | ---: | ---: | ---: | ---: |"]
+    for blocks in sorted({row["blocks"] for row in result["rows"]}, reverse=True):
+        rows = [row for row in result["rows"] if row["blocks"] == blocks]
+        plain, kind = result["plain"], "forces_meV_per_A"
+        cells = [np.mean([row["errors"][name][kind] / plain[name][kind] for row in rows]) for name in NAMES]
+        means = [row["over_plain"] for row in rows]
+        shown = " | ".join(f"{x:.2f}" for x in cells)
+        lines.append(f"| {blocks} | {shown} | {np.mean(means):.3f} +- {np.std(means, ddof=1):.3f} |")
+    return "\n".join(lines)
+
+
 def refit_table(result):
     rows, names = result["rows"], NAMES
 
