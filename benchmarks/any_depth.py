@@ -1,7 +1,7 @@
 r"""What a model costs that was pre-trained for every number of blocks: its errors beside those of the demo's teacher.
 
     ejmp pretrain --any-depth --steps 5000 --batch-size 16 --lr 3e-3 --warmup-steps 300 --cosine-end 0.02 \
-        --ema 0.995 --seed 0 --run RUN                          # half an hour of a core; the settings of the demo's teacher
+        --ema 0.995 --seed 0 --run RUN                          # half an hour of a core
     python benchmarks/any_depth.py OUT.json RUN [RUN ...]           # a run for each seed
 
 The demo's teacher (`python -m ejmp.train.make_teacher`) was trained with the same settings, for six blocks only.
