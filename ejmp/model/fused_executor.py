@@ -44,12 +44,14 @@ class FusedExecutor(Executor):
         graph: a batch.
         low: the 16-bit type of the linear maps; None for the parameters' own.
         backend: whose kernels.
+        hold: whether copies of parameters in the low type are held for later passes.
     """
 
     bases: ProjectedBases
 
-    def __init__(self, graph: AtomGraph, low: torch.dtype | None, backend: Backend) -> None:
+    def __init__(self, graph: AtomGraph, low: torch.dtype | None, backend: Backend, *, hold: bool) -> None:
         super().__init__(graph, low)
+        self.hold = hold
         self.backend: Backend = backend
         assert graph.main.swap is not None
         self.swap = graph.main.swap
@@ -63,11 +65,14 @@ class FusedExecutor(Executor):
         return linear(*self._low(x, weight), backend=self.backend)
 
     def _low(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both in the low type; a parameter's copy is held, what was made of parameters is cast."""
-        if self.low is None:
-            return x, weight
-        held = isinstance(weight, nn.Parameter)
-        return x.to(self.low), lowered(weight, self.low) if held else weight.to(self.low)
+        return (x, weight) if self.low is None else (x.to(self.low), self._low_weight(weight))
+
+    def _low_weight(self, weight: Tensor, first: int = 0) -> Tensor:
+        """Return a weight's columns from `first` on in the low type, if there is one; a parameter's may be held."""
+        if self.low is not None and self.hold and isinstance(weight, nn.Parameter):
+            return lowered(weight, self.low, first)
+        part = weight[:, first:] if first else weight
+        return part if self.low is None else part.to(self.low)
 
     def linear_layer(self, layer: Linear, x: Tensor, scale: ScaleFactor | None = None) -> Tensor:
         """Apply a linear layer, with a scale factor folded into its weight."""
@@ -109,8 +114,7 @@ class FusedExecutor(Executor):
 
     def linear_of_edges(self, dense: Dense, m: Tensor, first: int) -> Tensor:
         """Return the product of edge features with the columns of a weight from `first` on."""
-        weight = dense.linear.weight
-        return self.linear(m, weight[:, first:] if self.low is None else lowered(weight, self.low, first))
+        return self.linear(m, self._low_weight(dense.linear.weight, first))
 
     def embed_edges(self, dense: Dense, h: Tensor, x: Tensor) -> Tensor:
         """Apply a dense layer to [h_source, h_target, m], given the product of m with its part of the weight."""

@@ -24,6 +24,7 @@ from ejmp.model.quantized_executor import QuantizedExecutor
 from ejmp.model.reference_executor import ReferenceExecutor
 from ejmp.model.regions import region
 from ejmp.model.task import Task, check_tasks
+from ejmp_kernels.derived import forget
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -145,6 +146,11 @@ class JMP(nn.Module):
             other.precision = check_name(precision)
         return other
 
+    def train(self, mode: bool = True) -> "JMP":
+        """Set training mode; copies of weights that are held for evaluation are dropped, as `derived` says."""
+        forget(self.parameters())
+        return super().train(mode)
+
     @property
     def tasks(self) -> tuple[Task, ...]:
         """What the heads predict, in which units and of which graphs; empty if nobody said."""
@@ -258,7 +264,9 @@ class JMP(nn.Module):
         if self.precision == "int8":
             return self._quantized_executor(graph)
         backend, low = self.backend, LOW_PRECISION.get(self.precision)
-        return ReferenceExecutor(graph, low) if backend == "reference" else FusedExecutor(graph, low, backend)
+        if backend == "reference":
+            return ReferenceExecutor(graph, low)
+        return FusedExecutor(graph, low, backend, hold=not self.training)
 
     def _quantized_executor(self, graph: AtomGraph) -> Executor:
         if self.backend != "native":

@@ -39,7 +39,7 @@ class QuantizedExecutor(FusedExecutor):
     """
 
     def __init__(self, graph: AtomGraph) -> None:
-        super().__init__(graph, LOW, "native")
+        super().__init__(graph, LOW, "native", hold=True)
         self._rows: MutableMapping[Tensor, QuantizedRows] = WeakTensorKeyDictionary()
 
     def rows(self, x: Tensor) -> QuantizedRows:

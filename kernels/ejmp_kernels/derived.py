@@ -1,6 +1,11 @@
-"""What is made of a parameter and held until it changes: copies in 16 bits, layouts for 8-bit products."""
+"""What is made of a parameter and held until it changes: copies in 16 bits, layouts for 8-bit products.
 
-from collections.abc import Callable, Hashable, MutableMapping
+A change is noticed by the parameter's version and place in memory. An optimizer that writes through another view of the
+same memory, as DeepSpeed's do, changes neither; so what is held must be dropped between training and evaluation
+(`forget`), which `JMP.train` and `JMP.eval` do.
+"""
+
+from collections.abc import Callable, Hashable, Iterable, MutableMapping
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +37,12 @@ def derived(parameter: Tensor, key: Hashable, make: Callable[[], Made]) -> Made:
     return held[1][key]
 
 
+def forget(parameters: Iterable[Tensor]) -> None:
+    """Drop what is held of parameters."""
+    for parameter in parameters:
+        _held.pop(parameter, None)
+
+
 def lowered(parameter: Tensor, dtype: torch.dtype, first: int = 0) -> Tensor:
     """Return a weight's columns from `first` on in a low type, as a copy that is held unless derivatives are recorded.
 
@@ -48,6 +59,13 @@ def lowered(parameter: Tensor, dtype: torch.dtype, first: int = 0) -> Tensor:
     """
     recorded = torch.is_grad_enabled() and parameter.requires_grad
     traced = torch.compiler.is_compiling() or (parameter.is_cuda and torch.cuda.is_current_stream_capturing())
+    if recorded and not traced:
+        forget([parameter])  # somebody trains it
     if recorded or traced:
         return parameter[:, first:].to(dtype)
-    return derived(parameter, (dtype, first), lambda: parameter.detach()[:, first:].to(dtype))
+
+    def make() -> Tensor:
+        with torch.inference_mode(mode=False):  # it may be used later where derivatives are recorded
+            return parameter.detach()[:, first:].to(dtype)
+
+    return derived(parameter, (dtype, first), make)

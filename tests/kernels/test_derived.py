@@ -40,6 +40,25 @@ def test_gradients_go_to_a_weight_that_was_held_before():
     torch.testing.assert_close(weight.grad, torch.ones(4, 6).index_fill(1, torch.tensor([0]), 0.0))
 
 
+def test_a_copy_made_in_inference_mode_serves_gradients_later():
+    weight, x = nn.Parameter(draw(4, 6), requires_grad=False), draw(3, 6).bfloat16().requires_grad_()
+    with torch.inference_mode():
+        lowered(weight, torch.bfloat16)
+    torch.nn.functional.linear(x, lowered(weight, torch.bfloat16)).sum().backward()
+    torch.testing.assert_close(x.grad, weight.bfloat16().sum(dim=0).expand(3, 6))
+
+
+def test_a_copy_is_dropped_when_its_parameter_is_trained():
+    weight = nn.Parameter(draw(4, 6))
+    flat = weight.detach()  # as an optimizer with buffers of its own writes to it
+    with torch.no_grad():
+        before = lowered(weight, torch.bfloat16)
+    flat.data.mul_(2)
+    lowered(weight, torch.bfloat16)
+    with torch.no_grad():
+        torch.testing.assert_close(lowered(weight, torch.bfloat16), 2 * before, rtol=0, atol=0)
+
+
 def test_what_was_made_is_dropped_with_its_parameter():
     weight = draw(3, 3)
     made = weakref.ref(derived(weight, "double", lambda: torch.ones(3)))

@@ -16,10 +16,12 @@ import torch
 from support.inputs import require_native, require_triton
 from support.small_cases import CASES, DEVICE, LOW, Setup, derivatives, make_case, randn
 from support.tolerances import relative_error, tolerance
+from torch.utils.flop_counter import FlopCounterMode
 
 import ejmp_kernels
 from ejmp_kernels import availability, registry, unfused
 from ejmp_kernels.activation import activate
+from ejmp_kernels.quadruplet import quadruplet_linear
 from ejmp_kernels.triplet import triplet
 
 BOTH = ("native", "triton")
@@ -121,6 +123,28 @@ def test_without_gradients_the_same(make):
     (with_grad,), *_ = derivatives_of(make, torch.float32)
     with torch.no_grad():
         assert torch.equal(case.call(*(x.clone() for x in case.inputs)), with_grad)
+
+
+@pytest.mark.parametrize("graph", ["full", "lone"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_mixed_quadruplets(dtype, graph):
+    """Without gradients the native sums are mixed by an op of its own: the same result and as many operations."""
+    case, exact = (Make("native", "quadruplet")(t, graph) for t in (dtype, torch.float64))
+    edges, (x, filters, weight, *_) = Setup("native", dtype, graph).make_graph(), case.inputs
+    mix = randn(5, weight.shape[1] * x.shape[1], seed=3)
+
+    def run(x):
+        with FlopCounterMode(display=False) as counter:
+            out = quadruplet_linear(x, filters, weight, edges.main, edges.quad_edges, mix.to(dtype))
+        return out, counter.get_total_flops()
+
+    found, flops = run(x)
+    recorded, as_many = run(x.clone().requires_grad_())
+    assert flops == as_many
+    assert found.shape == recorded.shape
+    expected = exact.spec(*exact.inputs) @ mix.double().mT
+    assert found.shape == expected.shape
+    assert not len(found) or relative_error(found, expected) <= tolerance("op", dtype)
 
 
 def test_any_strides(make):
