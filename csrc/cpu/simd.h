@@ -119,6 +119,7 @@ inline Vec<float> rough_exponential(Vec<float> x) {
     constexpr float ln2 = 0.69314718f;  // the terms of 2^r
     Vec<float> sum = fma(r, splat(ln2 * ln2 * ln2 * ln2 / 24), splat(ln2 * ln2 * ln2 / 6));
     sum = fma(fma(fma(sum, r, splat(ln2 * ln2 / 2)), r, splat(ln2)), r, splat(1.0f));
+    // where the power overflows, r is no number, and scaled by infinity or minus infinity it is infinity or zero
     return (Vec<float>)_mm512_maskz_scalef_ps(0xffff, (__m512)sum, whole);
 #else
     x = x > 89.0f ? splat(89.0f) : x < -87.0f ? splat(-87.0f) : x;
