@@ -222,13 +222,23 @@ def latest(run: Path) -> Path:
 
 
 def resume(engine: Engine, run: Path) -> Restored:
-    """Load a run's newest checkpoint that is whole. All ranks must call it.
+    """Load a run's newest checkpoint that is whole, and set newer ones aside. All ranks must call it.
+
+    Those are damaged. As `step-N.damaged` they do not count among the `keep_checkpoints` newest, for which whole ones
+    would be removed.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
         ValueError: if no checkpoint is whole, or the newest is not of this model.
     """
-    return load(engine, broadcast(latest(run) if engine.ranks.rank == 0 else None))
+    path = None
+    if engine.ranks.rank == 0:
+        path, chosen = latest(run), best(run)
+        for damaged in [p for p in steps(run) if step_of(p) > step_of(path) and p != chosen]:
+            aside = damaged.with_name(f"{damaged.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+            damaged.rename(aside)
+    return load(engine, broadcast(path))
 
 
 def load(engine: Engine, path: Path) -> Restored:

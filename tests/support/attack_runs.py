@@ -173,7 +173,9 @@ def saved(folder):
 
 def delete_some(folder, rng):
     """Delete some files of the newest checkpoint, where there is an older one to go on from."""
-    newest, _ = checkpoint.steps(folder / "run" / "checkpoints")[:2]
+    newest, *older = checkpoint.steps(folder / "run" / "checkpoints")
+    if not older:  # the newest one before was damaged already, and is set aside
+        return
     files = [path for path in sorted(newest.rglob("*")) if path.is_file()]
     for path in rng.sample(files, rng.randint(1, len(files))):
         path.unlink()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import shutil
+import types
 from types import SimpleNamespace
 
 import numpy as np
@@ -128,6 +129,26 @@ def test_damage_falls_back_to_an_older_one(runs, tmp_path, caplog, how):
     shutil.rmtree(tmp_path / "step-00000005")
     with pytest.raises(ValueError, match="none of 2 checkpoints is whole"):
         checkpoint.latest(tmp_path)
+
+
+def test_a_damaged_checkpoint_does_not_displace_a_whole_one(runs, tmp_path, monkeypatch):
+    """Of 5 and 7, of which 7 is damaged, a run goes on from 5 and saves 9; then 9 is damaged, and 5 must be there."""
+    monkeypatch.setattr(checkpoint, "load", lambda _engine, path: path)
+    monkeypatch.setattr(checkpoint, "broadcast", lambda value: value)
+    engine = types.SimpleNamespace(ranks=types.SimpleNamespace(rank=0))
+    old = checkpoint.latest(runs["folder"] / "1False1")
+    for step in (5, 7):
+        shutil.copytree(old, tmp_path / f"step-{step:08d}")
+    for _ in range(2):  # the second time what was set aside before is in the way
+        damage(tmp_path / "step-00000007", "flip")
+        assert checkpoint.resume(engine, tmp_path).name == "step-00000005"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000005", "step-00000007.damaged"]
+        shutil.copytree(old, tmp_path / "step-00000007")
+    shutil.rmtree(tmp_path / "step-00000007")
+    shutil.copytree(old, tmp_path / "step-00000009")
+    checkpoint._remove_old(tmp_path, 9, keep=2)
+    damage(tmp_path / "step-00000009", "missing")
+    assert checkpoint.resume(engine, tmp_path).name == "step-00000005"
 
 
 def test_nothing_to_resume_from_is_an_error(tmp_path):
