@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import ejmp
+from ejmp.measure.bench import make_models
 from ejmp.provenance import provenance
 from ejmp.train.demo import demo_teacher
 from ejmp.train.evaluate import evaluate
@@ -33,9 +34,8 @@ def main() -> None:
         plain = evaluate(ejmp.load(demo_teacher()), sources, ranks)
         for run in options.runs:
             model = ejmp.load(run / FINAL)
-            for blocks in sorted(model.config.depths, reverse=True):
-                whole = blocks == model.config.blocks
-                errors = evaluate(model if whole else ejmp.prune(model, blocks=blocks), sources, ranks)
+            for blocks, pruned in make_models(sorted(model.config.depths, reverse=True), model).items():
+                errors = evaluate(pruned, sources, ranks)
                 rows.append({"run": run.name, "blocks": blocks, "errors": errors, "over_plain": ratio(errors, plain)})
                 print(
                     f"{run.name}, {blocks} blocks: {rows[-1]['over_plain']:.3f} x the plain teacher's error of forces"

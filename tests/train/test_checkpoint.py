@@ -4,7 +4,6 @@ import dataclasses
 import json
 import random
 import shutil
-import types
 from types import SimpleNamespace
 
 import numpy as np
@@ -135,7 +134,7 @@ def test_a_damaged_checkpoint_does_not_displace_a_whole_one(runs, tmp_path, monk
     """Of 5 and 7, of which 7 is damaged, a run goes on from 5 and saves 9; then 9 is damaged, and 5 must be there."""
     monkeypatch.setattr(checkpoint, "load", lambda _engine, path: path)
     monkeypatch.setattr(checkpoint, "broadcast", lambda value: value)
-    engine = types.SimpleNamespace(ranks=types.SimpleNamespace(rank=0))
+    engine = SimpleNamespace(ranks=SimpleNamespace(rank=0))
     old = checkpoint.latest(runs["folder"] / "1False1")
     for step in (5, 7):
         shutil.copytree(old, tmp_path / f"step-{step:08d}")
