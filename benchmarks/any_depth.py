@@ -34,6 +34,8 @@ def main() -> None:
         plain = evaluate(ejmp.load(demo_teacher()), sources, ranks)
         for run in options.runs:
             model = ejmp.load(run / FINAL)
+            if model.config.depths is None:
+                parser.error(f"{run}: this model was not trained with --any-depth")
             for blocks, pruned in make_models(sorted(model.config.depths, reverse=True), model).items():
                 errors = evaluate(pruned, sources, ranks)
                 rows.append({"run": run.name, "blocks": blocks, "errors": errors, "over_plain": ratio(errors, plain)})
