@@ -151,9 +151,9 @@ class Sample:
     log_ratio: float
     """Median over rounds of log(seconds of HEAD / seconds of BASE)."""
     base_seconds: float
-    """Median over rounds of the seconds of a call."""
+    """Median over rounds of the seconds of what is timed: a call, or of small ops several together."""
     head_seconds: float
-    """Median over rounds of the seconds of a call."""
+    """The same of HEAD."""
 
 
 def measure(base: Worker, head: Worker, cases: Sequence[str], rounds: int) -> dict[str, Sample]:

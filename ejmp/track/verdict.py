@@ -27,7 +27,7 @@ TOLERANCE = 0.05
 TOLERANCE_RANGE = (0.03, 0.10)
 """Smallest and largest tolerance that A/A runs can give a benchmark."""
 FLOOR_SECONDS = 20e-6
-"""Slowdowns smaller than this per call are tolerated, whatever share of the time they are."""
+"""Slowdowns smaller than this are tolerated, whatever share they are of what is timed: a call, or several together."""
 NOISY_SHARE = 1 / 3
 """A comparison with a larger share of undecided benchmarks is too noisy to pass or fail."""
 

@@ -50,15 +50,16 @@ LEAST_CALLS, MOST_CALLS = 3, 100
 """How many calls a block of a case has at least and at most."""
 LONG_CALL = 3
 """How many blocks a call must last to be timed alone."""
-SHARED_CACHE = (
-    *("edge_to_edge", "atom_to_edge", "atom_sum", "gather_add", "gather_add_atoms", "swap_add", "swap_add_to"),
-    *("activate", "activate_factor", "activate_residual", "activate_all"),
+SMALL = (
+    *("edge_to_edge", "atom_to_edge", "edge_to_atom", "atom_sum", "gather_add", "gather_add_atoms", "swap_add"),
+    *("swap_add_to", "activate", "activate_factor", "activate_residual", "activate_all"),
+    *("pair", "pair_from_distances", "radial"),
 )
-"""Ops that read much and compute little. With 64 atoms their arrays lie in the cache that all cores share, whose speed
+"""Ops that compute little. With 64 atoms the arrays of most of them lie in the cache that all cores share, whose speed
 depends on the pages that a process was given and on what other cores do. On a CPU they are therefore timed with 8
-atoms, whose arrays fit into the core's own cache, several calls together so that the times stay as long."""
-CALLS_TOGETHER = 8
-"""How many calls of an op of `SHARED_CACHE` are timed together."""
+atoms, whose arrays fit into the core's own cache, and several calls together."""
+CALLS_TOGETHER = {"forward": 32, "backward": 16, "second": 8}
+"""How many calls of an op of `SMALL` are timed together, by pass: about as many as last a millisecond."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -248,9 +249,9 @@ class Cases:
             case, exact = case_of(1, torch.float32), case_of(1, torch.float64)
             return largest_error(call_of(case)(), of_order(exact.spec, [x.double() for x in case.inputs])())
 
-        if op in SHARED_CACHE and DEVICE.type == "cpu":
-            once = call_of(case_of(1, torch.float32))
-            return Bench(call=lambda: call_in_turn(once), error=error, facts=lambda: measured_facts(once))
+        if op in SMALL and DEVICE.type == "cpu":
+            once, times = call_of(case_of(1, torch.float32)), CALLS_TOGETHER[order]
+            return Bench(call=lambda: call_in_turn(once, times), error=error, facts=lambda: measured_facts(once))
         call = call_of(case_of(2, torch.float32))
         return Bench(call=call, error=error, facts=lambda: measured_facts(call))
 
@@ -281,9 +282,9 @@ class Cases:
         return Bench(call=call, error=error, facts=facts)
 
 
-def call_in_turn(call: Callable[[], Any]) -> None:
-    """Call `CALLS_TOGETHER` times and keep no result, so that each finds the same memory."""
-    for _ in range(CALLS_TOGETHER):
+def call_in_turn(call: Callable[[], Any], times: int) -> None:
+    """Call several times and keep no result, so that each call finds the same memory."""
+    for _ in range(times):
         call()
 
 
