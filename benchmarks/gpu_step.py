@@ -11,10 +11,34 @@ import torch
 from gpu_provenance import describe
 from gpu_setting import Setting
 
+from ejmp.track import machine
+from ejmp.track.schema import of_measured
+
 FORMAT = 1
 """Version of the layout of a step's JSON."""
 LONG = ("log_tail", "text", "parameters")
 """Fields of rows that are not printed."""
+
+
+NAMES = ("what", "file", "tool", "op", "order", "kind", "shape")
+"""Fields of rows that say what was measured."""
+COUNTS = ("structures", "blocks")
+"""Fields of rows that say how much of it."""
+WAYS = ("backend", "way", "contestant")
+"""Fields of rows that say which code ran."""
+MEASURED = {
+    "ms": "ms",
+    "precision": "precision",
+    "error": "error_vs_float64",
+    "edges": "edges",
+    "blocks": "blocks",
+    "parameters": "parameters",
+    "peak_mib": "peak_mib",
+    "gbytes_per_s": "gbytes_per_s",
+    "gemm_share": "share_of_gemm_rate",
+    "copy_share": "share_of_copy_rate",
+}
+"""Fields of rows by what `ejmp.track.schema.of_measured` calls them."""
 
 
 class Skip(Exception):  # noqa: N818 - not an error
@@ -63,11 +87,33 @@ class Step:
 
     def add(self, row: dict[str, Any]) -> None:
         """Add a row, write the file and print a line about the row."""
+        if row.get("ms", 0) > 0 and "skipped" not in row and "failed" not in row:
+            row["record"] = self.record(row)
         self.result["rows"].append(row)
         self.write()
         state = row.get("skipped") or row.get("failed")
         named = ", ".join(str(v)[:100] for k, v in row.items() if isinstance(v, str | int) and k not in LONG)
         print(f"  {named}" if state else f"  {named}: {row.get('ms', 0):.4g} ms", flush=True)
+
+    def record(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return a measured row as every benchmark writes it, for histories and comparisons."""
+        named = [str(row[name]) for name in NAMES if name in row]
+        named += [f"{row[name]}-{name}" for name in COUNTS if name in row]
+        ways = [row[name] for name in WAYS if name in row]
+        info = {"commit": self.result["provenance"]["commit"], "date": self.result["provenance"]["date"]}
+        info |= {theirs: row[ours] for ours, theirs in MEASURED.items() if row.get(ours) is not None}
+        info |= {"backend": ways[0] if ways else ""}
+        if row.get("tflops"):
+            info["gflops"] = 1e3 * row["tflops"]
+        if row.get("x of reference"):
+            info["reference_ms"] = row["x of reference"] * row["ms"]
+        return of_measured(
+            suite=f"gpu_{self.result['step']}{'_dry' if self.setting.dry else ''}",
+            name="/".join(named) or "all",
+            seconds=[1e-3 * row["ms"]],
+            info=info,
+            machine=machine.describe(str(self.setting.device)),
+        ).to_dict()
 
     @contextmanager
     def row(self, **about: Any) -> Iterator[dict[str, Any]]:

@@ -39,7 +39,9 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("head", metavar="HEAD", help="commit, or folder of a checkout")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help='benchmarks, such as "pair/*"')
     _add_shared(parser)
-    parser.add_argument("--kernels", action="store_true", help="also compile the Triton kernels of both (minutes)")
+    parser.add_argument(
+        "--kernels", action="store_true", help="also compile the Triton and CUDA kernels of both (minutes)"
+    )
     parser.add_argument("--exact-only", action="store_true", help="time nothing")
     parser.add_argument("--calibrate", type=Path, metavar="JSON", help="note the noise of two equal sides")
     parser.add_argument("--output", type=Path, metavar="JSON", help="write everything that was found")
@@ -117,7 +119,7 @@ def _bisect(options: argparse.Namespace) -> int:
 
 
 def _add_history(verbs: Any) -> None:
-    text = "files of benchmarks: pytest-benchmark's JSON, a comparison's --output, .jsonl of records"
+    text = "files of benchmarks: pytest-benchmark's JSON, a comparison's --output, a step of make gpu, .jsonl"
     add = verbs.add_parser("add", help="append what benchmarks wrote")
     add.add_argument("files", nargs="+", type=Path, metavar="FILE", help=text)
     show = verbs.add_parser("show", help="the newest records, as tables")

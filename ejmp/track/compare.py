@@ -222,13 +222,20 @@ class _Comparison:
         for facts, side in zip(self.facts, (self.base, self.head), strict=True):
             facts.update(exact.launch_settings(side.root))
             if self.request.kernels:
-                self.report(f"{side.name}: compiling its Triton kernels")
-                script = exact.triton_script(checkout())
-                facts.update(exact.compiled_kernels(side, script, side.root.parent / f"{side.root.name}-triton"))
+                self._compile(side, facts)
         if not self.rows:
             self.broken.append(f"no benchmark runs on both sides: {self.gone or self.new}")
         if self.head.why_no_extension and not self.base.why_no_extension:
             self.broken.append(f"{self.head.name} has no extension: {self.head.why_no_extension}")
+
+    def _compile(self, side: Side, facts: exact.Facts) -> None:
+        """Compile the Triton kernels of a side, and its CUDA sources where nvcc is, and collect what they need."""
+        nvcc, folder = exact.cuda_compiler(), side.root.parent / f"{side.root.name}-kernels"
+        cuda = "and its CUDA sources" if nvcc else "alone: there is no nvcc for its CUDA sources"
+        self.report(f"{side.name}: compiling its Triton kernels {cuda}")
+        facts.update(exact.compiled_kernels(side, exact.triton_script(checkout()), folder))
+        if nvcc:
+            facts.update(exact.cuda_kernels(side.root, nvcc, folder))
 
     def _gate(self, name: str, base: Any, head: Any, modules: dict[str, tuple[str, ...]]) -> None:
         """Take up a benchmark whose results are right on both sides."""

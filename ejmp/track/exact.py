@@ -5,6 +5,8 @@ All of it is exact and needs no GPU: any difference between two sides is one, an
 
 import json
 import os
+import re
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ Facts = dict[str, Any]
 """Values by a name such as "model/6-blocks multiply_adds"."""
 Difference = tuple[str, Any, Any]
 """Name, value at BASE, value at HEAD; None where a side has none."""
-UNITS = {"peak_bytes": "bytes", "shared": "bytes", "stack": "bytes"}
+UNITS = {"peak_bytes": "bytes", "shared": "bytes", "stack": "bytes", "spilled": "bytes"}
 """Units of facts that are no counts, by the last word of their names."""
 
 
@@ -77,6 +79,57 @@ def kernel_facts(rows: Sequence[Mapping[str, Any]]) -> Facts:
         seen[name] = seen.get(name, 0) + 1
         found |= {f"{name}#{seen[name]} {what}": row[what] for what in ("registers", "stack", "shared")}
     return found
+
+
+PTXAS = re.compile(
+    r"Compiling entry function '(?P<kernel>\w+)'.*?(?P<stack>\d+) bytes stack frame, "
+    r"(?P<spilled>\d+) bytes spill stores"
+    r".*?Used (?P<registers>\d+) registers(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
+    re.DOTALL,
+)
+"""What ptxas says of one kernel with -v."""
+
+
+def cuda_compiler() -> str | None:
+    """Return the path of nvcc, or None if it is not there."""
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def cuda_kernels(root: Path, nvcc: str, folder: Path) -> Facts:
+    """Compile the CUDA sources of a checkout for sm_90; return registers, stack, spilled bytes and shared memory.
+
+    Args:
+        root: the checkout; one without csrc/cuda has no such facts.
+        nvcc: the compiler.
+        folder: where the compiler may put files; it must exist.
+
+    Raises:
+        RuntimeError: if the sources do not compile.
+    """
+    found: Facts = {}
+    for source in sorted((root / "csrc" / "cuda").glob("*.cu")):
+        options = ["-O3", "-std=c++20", "-arch=sm_90", "-Xptxas", "-v", "-cubin", "-o", str(folder / "kernels.cubin")]
+        done = subprocess.run([nvcc, *options, str(source)], capture_output=True, text=True, check=False)  # noqa: S603
+        if done.returncode:
+            raise RuntimeError(f"{source}: it does not compile: {done.stderr.strip()[-500:]}")
+        found |= ptxas_facts(done.stderr + done.stdout)
+    return found
+
+
+def ptxas_facts(printed: str) -> Facts:
+    """Return facts of the kernels in what ptxas printed; names are those of the source where c++filt is there."""
+    rows = [match.groupdict(default="0") for match in PTXAS.finditer(printed)]
+    names = [row["kernel"] for row in rows]
+    if shutil.which("c++filt"):
+        words = ["c++filt", "-p", *names]
+        names = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()  # noqa: S603
+    return {
+        f"kernel sm_90/cuda/{name.replace('(anonymous namespace)::', '').removeprefix('ejmp::cuda::')} {what}": int(
+            row[what]
+        )
+        for name, row in zip(names, rows, strict=True)
+        for what in ("registers", "stack", "spilled", "shared")
+    }
 
 
 def differences(base: Facts, head: Facts) -> list[Difference]:

@@ -50,16 +50,18 @@ LEAST_CALLS, MOST_CALLS = 3, 100
 """How many calls a block of a case has at least and at most."""
 LONG_CALL = 3
 """How many blocks a call must last to be timed alone."""
-SMALL = (
-    *("edge_to_edge", "atom_to_edge", "edge_to_atom", "atom_sum", "gather_add", "gather_add_atoms", "swap_add"),
-    *("swap_add_to", "activate", "activate_factor", "activate_residual", "activate_all"),
-    *("pair", "pair_from_distances", "radial"),
-)
-"""Ops that compute little. With 64 atoms the arrays of most of them lie in the cache that all cores share, whose speed
-depends on the pages that a process was given and on what other cores do. On a CPU they are therefore timed with 8
-atoms, whose arrays fit into the core's own cache, and several calls together."""
-CALLS_TOGETHER = {"forward": 32, "backward": 16, "second": 8}
-"""How many calls of an op of `SMALL` are timed together, by pass: about as many as last a millisecond."""
+CALLS_TOGETHER = {
+    **dict.fromkeys(("edge_to_edge", "atom_to_edge", "edge_to_atom", "atom_sum", "gather_add", "gather_add_atoms"), 32),
+    **dict.fromkeys(("activate", "activate_factor", "activate_residual", "activate_all", "swap_add"), 32),
+    **dict.fromkeys(("swap_add_to", "pair", "pair_from_distances", "radial"), 32),
+    "quadruplet": 8,
+}
+"""How many forward calls of an op are timed together, about as many as last a millisecond; of its gradients half as
+many, of their gradients a quarter. With 64 atoms the arrays of most ops lie in the cache that all cores share, whose
+speed depends on the pages that a process was given and on what other cores do. On a CPU these ops are therefore timed
+with 8 atoms, whose arrays fit into the core's own cache."""
+FEWER = {"forward": 1, "backward": 2, "second": 4}
+"""By what the number of calls that are timed together is divided, by pass."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -249,8 +251,8 @@ class Cases:
             case, exact = case_of(1, torch.float32), case_of(1, torch.float64)
             return largest_error(call_of(case)(), of_order(exact.spec, [x.double() for x in case.inputs])())
 
-        if op in SMALL and DEVICE.type == "cpu":
-            once, times = call_of(case_of(1, torch.float32)), CALLS_TOGETHER[order]
+        if op in CALLS_TOGETHER and DEVICE.type == "cpu":
+            once, times = call_of(case_of(1, torch.float32)), CALLS_TOGETHER[op] // FEWER[order]
             return Bench(call=lambda: call_in_turn(once, times), error=error, facts=lambda: measured_facts(once))
         call = call_of(case_of(2, torch.float32))
         return Bench(call=call, error=error, facts=lambda: measured_facts(call))

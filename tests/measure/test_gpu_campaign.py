@@ -21,6 +21,7 @@ import torch
 from support.inputs import require_native
 
 import ejmp
+from ejmp.track import schema
 from ejmp_kernels import availability
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +94,25 @@ def test_every_row_has_its_time_error_and_share_of_the_ceiling(dry, step):
         assert row.get("mfu") is None  # there is no datasheet of this
 
 
+@pytest.mark.parametrize("step", MEASURED)
+def test_a_history_takes_what_a_step_measured(dry, step):
+    """As `ejmp bench history add` reads it: one record per measured row, each under a name of its own."""
+    done = [row for row in rows(dry, step) if "skipped" not in row]
+    found = schema.records_of(dry / f"{step}.json")
+    assert not found.problems
+    assert len({record.series for record in found.records}) == len(found.records) == len(done)
+    for row, record in zip(done, found.records, strict=True):
+        assert record.suite == f"gpu_{step}_dry"
+        assert record.median == pytest.approx(1e-3 * row["ms"])
+        assert (record.error, record.dtype) == (row.get("error"), row.get("precision", "fp32"))
+        assert record.machine["device"] == "cpu"
+        if row.get("tflops"):
+            assert record.gflop == pytest.approx(row["tflops"] * row["ms"])
+            assert record.product_share == pytest.approx(row["gemm_share"])
+        if row.get("x of reference"):
+            assert record.speedup == pytest.approx(row["x of reference"])
+
+
 def test_every_backend_is_measured(dry):
     there = {"reference"}
     if availability.why_unavailable() is None:
@@ -135,11 +155,12 @@ def test_a_row_that_fails_says_why_and_the_next_one_runs(setting):
         raise ValueError("no such thing")
     with step.row(way="c") as row:
         row["ms"] = 1.0
-    assert rows(setting.out, "trial") == [
+    found = rows(setting.out, "trial")
+    assert found[:2] == [
         {"way": "a", "skipped": "out of memory"},
         {"way": "b", "failed": "ValueError: no such thing"},
-        {"way": "c", "ms": 1.0},
     ]
+    assert (found[2]["way"], found[2]["ms"]) == ("c", 1.0)
     with step.row(way="d"):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
     with step.row(way="e"):

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from support.inputs import ROOT
 
 from ejmp.track import exact
@@ -35,3 +36,28 @@ def test_kernels_of_one_name_are_told_apart():
     assert found["kernel sm_90/bfloat16/activate/activation._k#2 registers"] == 40
     committed = json.loads((ROOT / "benchmarks/results/triton_compile.json").read_text())["kernels"]
     assert len(exact.kernel_facts(committed)) == 3 * len(committed)
+
+
+KERNEL = """
+__global__ void scaled(float* x) { __shared__ float held[256]; held[threadIdx.x] = x[threadIdx.x]; __syncthreads();
+  x[threadIdx.x] = 2 * held[255 - threadIdx.x]; }
+namespace ejmp::cuda { namespace { template <typename T> __global__ void plain(T* x) { x[threadIdx.x] = 1; } }
+void launch(float* x) { plain<float><<<1, 1>>>(x); } }
+"""
+
+
+def test_cuda_kernels_are_compiled_and_named(tmp_path):
+    nvcc = exact.cuda_compiler()
+    if nvcc is None:
+        pytest.skip("there is no nvcc")
+    folder = tmp_path / "csrc" / "cuda"
+    folder.mkdir(parents=True)
+    (folder / "ops.cu").write_text(KERNEL)
+    found = exact.cuda_kernels(tmp_path, nvcc, tmp_path)
+    assert found["kernel sm_90/cuda/scaled shared"] == 1024
+    assert found["kernel sm_90/cuda/plain<float> shared"] == 0
+    assert found["kernel sm_90/cuda/plain<float> spilled"] == 0
+    assert found["kernel sm_90/cuda/plain<float> registers"] > 0
+    (folder / "ops.cu").write_text("no source")
+    with pytest.raises(RuntimeError, match=r"ops\.cu: it does not compile: .*no"):
+        exact.cuda_kernels(tmp_path, nvcc, tmp_path)
