@@ -12,12 +12,14 @@ from gpu_timing import (
     ceilings,
     fastest,
     forward_tflop,
+    milliseconds,
     milliseconds_or_why,
     peak_mib,
     rate_and_shares,
 )
 
 import ejmp
+from ejmp.graph.padding import Buckets, GraphShape
 from ejmp.measure import bench
 from ejmp.measure.flops import count_macs
 from ejmp.measure.timing import median_ratio, synchronize
@@ -127,25 +129,44 @@ def one_batch(step: Step, key: tuple[int, str], models: dict, graph, known: tupl
                 row["published_x"] = bench.PUBLISHED_THROUGHPUT[b]
 
 
+WAYS = ("reference", "native", "triton")
+"""Ways to run a model as it is: its backends."""
+COMPILED = ("graph", "throughput", "latency", "torch.compile(reference)")
+"""Ways to run a model that prepare it first: `JMP.compile` as a CUDA graph alone, by inductor, by both; and what plain
+torch offers. The last ones take longest to compile, and are left out if time is short."""
+
+
 def run_compare(setting: Setting) -> None:
-    """Run one batch through every way to run the model, by turns; "as shipped" is eager fp16 autocast."""
+    """Run one batch on every backend, by turns; "as shipped" is eager fp16 autocast."""
+    compare_ways(setting, "compare", WAYS)
+
+
+def run_compiled(setting: Setting) -> None:
+    """Run one batch in every compiled way beside the fastest backend, by turns."""
+    compare_ways(setting, "compiled", (fastest(setting), *COMPILED))
+
+
+def compare_ways(setting: Setting, name: str, ways: tuple[str, ...]) -> None:
+    """Measure a step of ways to run one batch in every precision."""
     structures = 1 if setting.dry else 17
     graph, sizes = setting.graph(structures), setting.sizes(structures)
     wanted = ["fp32"] if setting.dry else [p for p in ("bf16", "fp16", "tf32", "fp32") if p in setting.precisions]
     limits = ceilings(setting, graph.main.num_edges, wanted)
     about = {"model": setting.model_name, "structures": structures, "edges": sizes.edges, "error_means": ERROR}
-    step = Step("compare", setting, ceilings=limits, as_shipped="reference fp16", **about)
+    about["padded_edges"] = tight_shape(graph).main
+    step = Step(name, setting, ceilings=limits, as_shipped="reference fp16", **about)
     model = make_model(setting, 1 if setting.dry else 6)
     exact, tflop = Exact(setting, model), forward_tflop(model.config, sizes)
     for precision in wanted:
-        compare_one(step, precision, (model, graph, exact), (tflop, sizes.edges))
+        compare_one(step, (precision, ways), (model, graph, exact), (tflop, sizes.edges))
 
 
-def compare_one(step: Step, precision: str, known: tuple, work: tuple[float, int]) -> None:
+def compare_one(step: Step, what: tuple[str, tuple[str, ...]], known: tuple, work: tuple[float, int]) -> None:
     """Add a row per way to run the model, all timed by turns with JMP as it was shipped: eager, fp16 autocast."""
-    setting, (model, graph, exact), (tflop, edges) = step.setting, known, work
+    setting, (precision, ways), (model, graph, exact), (tflop, edges) = step.setting, what, known, work
     calls, rows, first = {}, [], {}
-    for way in WAYS:
+    step.result["unfinished"] = rows  # what is known of each way, should the step be ended before all are timed
+    for way in ways:
         found: dict = {"precision": precision, "way": way}
         rows.append(found)
         with reasons(found), torch.no_grad():
@@ -153,7 +174,7 @@ def compare_one(step: Step, precision: str, known: tuple, work: tuple[float, int
             if way in COMPILED and not setting.dry and step.left() < 45:
                 raise Skip(f"{step.left():.0f} s are left, too few to compile it")
             start = time.perf_counter()
-            call = prepare(setting, model, way, precision)
+            call = prepare(setting, model, way, (precision, graph))
             energy = call(graph).energy
             synchronize(setting.device)
             found["first_call_s"] = time.perf_counter() - start
@@ -161,11 +182,15 @@ def compare_one(step: Step, precision: str, known: tuple, work: tuple[float, int
             require_error(found, bench.GATE[precision])
             found["peak_mib"] = peak_mib(setting, lambda c=call: c(graph))
             calls[way], first[way] = (lambda c=call: c(graph)), 1e3 * found["first_call_s"]
+            alone = milliseconds({way: calls[way]}, setting, seconds=0.5, first=first)[way]
+            found["ms_alone"] = median(alone)
+        step.write()
     if calls and "fp16" in step.result["ceilings"]["gemm_tflops"]:
         eager = model.on(backend="reference", precision="fp16")
         calls["as shipped"] = lambda: eager(graph)
     with torch.no_grad():
         times = milliseconds_or_why(calls, setting, rows, seconds=4.0, first=first)
+    del step.result["unfinished"]
     for found in rows:
         with step.row(**found) as row:
             samples = times.get(row["way"])
@@ -178,41 +203,35 @@ def compare_one(step: Step, precision: str, known: tuple, work: tuple[float, int
             row.update({f"x of {other}": median_ratio(times[other], samples) for other in others})
 
 
-WAYS = (
-    "reference",
-    "native",
-    "triton",
-    "throughput",
-    "latency",
-    "torch.compile(reference)",
-)
-"""Ways to run a model. The compiled ones come last: if time is short, they are left out."""
-COMPILED = WAYS[3:]
-"""Ways to run a model that compile it first."""
+def tight_shape(graph: ejmp.AtomGraph) -> GraphShape:
+    """Return the least shape with room for padding: measured with the usual ladder, a fifth of the edges could be."""
+    return GraphShape.holding(GraphShape.of(graph))
 
 
-def prepare(setting: Setting, model: ejmp.JMP, way: str, precision: str):
-    """Return a function that runs a model on a graph in one of the ways.
+def prepare(setting: Setting, model: ejmp.JMP, way: str, what: tuple[str, ejmp.AtomGraph]):
+    """Return a function that runs a model in a precision on a graph in one of the ways.
 
     Raises:
         Skip: if the installation cannot do it, with the reason.
     """
-    there = backends(setting)
+    precision, graph = what
+    there, compiler = backends(setting), "aot_eager" if setting.dry else "inductor"
     if way in there:
         if there[way] is not None:
             raise Skip(there[way])
         return model.on(backend=way, precision=precision)
     if way == "torch.compile(reference)":
         eager = model.on(backend="reference", precision=precision)
-        traced = torch.compile(eager.forward, backend="aot_eager" if setting.dry else "inductor")
+        traced = torch.compile(eager.forward, backend=compiler)
 
         def compiled(graph):
             with products(precision):
                 return traced(graph)
 
         return compiled
-    if way == "latency" and setting.device.type != "cuda":
+    if way in ("graph", "latency") and setting.device.type != "cuda":
         raise Skip("CUDA graphs need a GPU")
     fast = model.on(backend=fastest(setting), precision=precision)
-    fast.compile(way, compiler="aot_eager" if setting.dry else "inductor")
+    mode, compiler = ("latency", None) if way == "graph" else (way, compiler)
+    fast.compile(mode, buckets=Buckets([tight_shape(graph)], growth=None), compiler=compiler)
     return fast

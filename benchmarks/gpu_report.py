@@ -1,13 +1,14 @@
 """Make a page of the GPU campaign's results: one section per step, whatever steps are there."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gpu_step import read_steps
+
 from ejmp.markdown import markdown_table
 
-STEPS = ("build", "test", "sanitize", "ceilings", "ops", "chain", "blocks", "compare", "train", "profile")
+STEPS = ("build", "test", "sanitize", "ceilings", "ops", "chain", "blocks", "compare", "compiled", "train", "profile")
 Row = dict[str, Any]
 
 
@@ -17,9 +18,8 @@ def page(folder: Path) -> str:
     Raises:
         FileNotFoundError: if there are none.
     """
-    found = {
-        name: json.loads((folder / f"{name}.json").read_text()) for name in STEPS if (folder / f"{name}.json").exists()
-    }
+    steps = read_steps(folder)
+    found = {name: steps[name] for name in STEPS if name in steps}
     if not found:
         raise FileNotFoundError(f"{folder}: no step has written anything yet")
     dry = any(step["dry"] for step in found.values())
@@ -30,7 +30,7 @@ def page(folder: Path) -> str:
             "",
         ]
     lines += [
-        "Made by `benchmarks/gpu_campaign.py`; every number is in the JSON files beside this page. % of GEMM: the work",
+        "Made by `benchmarks/gpu_campaign.py`; every number is in campaign.json beside this page. % of GEMM: the work",
         "of the model itself (two operations per multiply-add) over the rate of bare matrix products,",
         "measured at the same number of edges in the same step. MFU: over the datasheet's dense peak.",
         "Errors are against float64.",
@@ -51,7 +51,8 @@ TITLES = {
     "ops": "Ops",
     "chain": "The dense chain",
     "blocks": "Blocks and batch sizes",
-    "compare": "Ways to run one model",
+    "compare": "Ways to run one model: backends",
+    "compiled": "Ways to run one model: compiled and recorded",
     "train": "Training and distillation",
     "profile": "Profiles",
 }
@@ -97,7 +98,7 @@ def section(name: str, step: dict[str, Any]) -> list[str]:
     return lines
 
 
-HIDDEN = ("format", "step", "dry", "seconds", "log_tail", "status")
+HIDDEN = ("step", "dry", "seconds", "log_tail", "status")
 """Fields of a step that the page does not show above its table."""
 
 
@@ -168,6 +169,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("peak MiB", "peak_mib", number), ("error of loss", "error", error),
     ),
 }  # fmt: skip
+COLUMNS["compiled"] = COLUMNS["compare"]
 
 
 def table(columns: tuple[Column, ...], rows: list[Row]) -> str:
@@ -183,7 +185,8 @@ def claims(found: dict[str, Any]) -> list[str]:
         for row in rows_of(found, "chain")
         if row["contestant"] in ("native", "triton") and row["precision"] == "bf16"
     ]
-    whole = [row for row in rows_of(found, "compare") if row["precision"] == "bf16" and row["way"] not in BASELINES]
+    ways = [*rows_of(found, "compare"), *rows_of(found, "compiled")]
+    whole = [row for row in ways if row["precision"] == "bf16" and row["way"] not in BASELINES]
     best = {
         "dense chain, bf16, % of bare products (at least 90)": most(chain, "of_products", 100),
         "whole model, bf16, % of the datasheet's peak (at least 45)": most(whole, "mfu", 100),

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from gpu_setting import Setting
 from ejmp.track import machine
 from ejmp.track.schema import of_measured
 
-FORMAT = 1
-"""Version of the layout of a step's JSON."""
+FORMAT = 2
+"""Version of the layout of a campaign's JSON."""
+FILE = "campaign.json"
+"""The one file of a campaign, whose "steps" are the results by name: few files come back from some machines."""
 LONG = ("log_tail", "text", "parameters")
 """Fields of rows that are not printed."""
 
@@ -56,11 +59,11 @@ class Step:
 
     def __init__(self, name: str, setting: Setting, **about: Any) -> None:
         self.setting = setting
-        self.path = setting.out / f"{name}.json"
+        self.path = setting.out / FILE
         self.start = time.perf_counter()
         self.lost = ""
         made = describe(setting.device)
-        self.result: dict[str, Any] = {"format": FORMAT, "step": name, "dry": setting.dry, "provenance": made, **about}
+        self.result: dict[str, Any] = {"step": name, "dry": setting.dry, "provenance": made, **about}
         self.result["rows"] = []
         self.write()
 
@@ -78,11 +81,12 @@ class Step:
             raise Skip(self.lost or f"the step's {self.setting.seconds:.0f} s were used up")
 
     def write(self) -> None:
-        """Write the step's file; a reader never meets half of one."""
+        """Write the campaign's file with this step's results in it; a reader never meets half of one."""
         self.result["seconds"] = time.perf_counter() - self.start
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        steps = read_steps(self.path.parent) | {self.result["step"]: self.result}
         new = self.path.with_suffix(".part")
-        new.write_text(json.dumps(self.result, indent=1) + "\n")
+        new.write_text(json.dumps({"benchmark": "gpu_campaign", "format": FORMAT, "steps": steps}, indent=1) + "\n")
         new.replace(self.path)
 
     def add(self, row: dict[str, Any]) -> None:
@@ -127,6 +131,13 @@ class Step:
         gc.collect()
         if self.setting.device.type == "cuda" and not self.lost:
             torch.cuda.empty_cache()
+
+
+def read_steps(folder: Path) -> dict[str, Any]:
+    """Return the results of a campaign's steps by name, none if there is no file of this layout."""
+    path = folder / FILE
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found["steps"] if found.get("format") == FORMAT else {}
 
 
 @contextmanager

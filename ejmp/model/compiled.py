@@ -107,7 +107,7 @@ class Compiled:
         if mode == "latency":
             if model.device.type != "cuda":
                 raise RuntimeError(f'mode="latency" needs a CUDA device, the model is on {model.device}')
-            self.record = record_cuda_graph
+            self.record = CudaGraphs()
         self.model = model
         self.buckets = Buckets() if buckets is None else buckets
         self._forward, self._features, self._heads = (_traced(f, compiler) for f in (_forward, _features, _heads))
@@ -157,7 +157,7 @@ class Compiled:
     def _prepare(self, graph: AtomGraph) -> None:
         """Check what traced code does not, and drop what holds on to where the parameters were."""
         self.model.check_graph(graph)
-        if self.record is record_cuda_graph and graph.device.type != "cuda":
+        if isinstance(self.record, CudaGraphs) and graph.device.type != "cuda":
             raise RuntimeError(f'mode="latency" needs a CUDA device, the graph is on {graph.device}')
         if self.record is None and self._frozen is None:
             return  # traced code asks the modules for their parameters
@@ -243,30 +243,55 @@ class Replay:
     def __init__(self, function: Callable[[AtomGraph], Result], graph: AtomGraph, record: Recorder) -> None:
         with torch.inference_mode(mode=False):  # or else nobody could write to them outside it
             self._graph = _cloned(graph)
-        self._inputs = list(_tensors(self._graph))
-        self._outputs, self._launch = record(lambda: function(self._graph))
+        self._inputs = _by_type(self._graph)
+        with torch.cuda.device_of(graph.positions):
+            self._outputs, self._launch = record(lambda: function(self._graph))
 
     def __call__(self, graph: AtomGraph) -> Result:
         """Return the function's result for a graph, in new memory."""
-        with torch.no_grad():
-            # one launch per type; a copy each would take longer than the replay
-            torch._foreach_copy_(self._inputs, list(_tensors(graph)))  # pyright: ignore[reportPrivateImportUsage]
+        with torch.no_grad(), torch.cuda.device_of(graph.positions):
+            given = _by_type(graph)
+            for (
+                dtype,
+                inputs,
+            ) in self._inputs.items():  # a launch per type; a copy each would take longer than the replay
+                torch._foreach_copy_(inputs, given[dtype])  # pyright: ignore[reportPrivateImportUsage]
             self._launch()
             return tuple(value.clone() for value in self._outputs)
 
 
-def record_cuda_graph(function: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
-    """Record a function as a CUDA graph, after runs on a stream of their own."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    cuda_graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(cuda_graph):
-        result = function()
-    return result, cuda_graph.replay
+class CudaGraphs:
+    """Records functions as CUDA graphs of the current device.
+
+    All of them share one pool of memory per device: whoever uses them replays one at a time, and copies its results.
+    """
+
+    def __init__(self) -> None:
+        self._pools: dict[int, Any] = {}
+
+    def __call__(self, function: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
+        """Record a function, after runs on a stream of their own."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        device = torch.cuda.current_device()
+        if device not in self._pools:
+            self._pools[device] = torch.cuda.graph_pool_handle()
+        cuda_graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(cuda_graph, pool=self._pools[device]):
+            result = function()
+        return result, cuda_graph.replay
+
+
+def _by_type(graph: AtomGraph) -> dict[torch.dtype, list[Tensor]]:
+    """Return the tensors of a graph by type: torch copies many tensors in one launch only if they are of one type."""
+    found: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in _tensors(graph):
+        found.setdefault(tensor.dtype, []).append(tensor)
+    return found
 
 
 def _tensors(value: AtomGraph | EdgeSet) -> Iterator[Tensor]:

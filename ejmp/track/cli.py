@@ -119,7 +119,7 @@ def _bisect(options: argparse.Namespace) -> int:
 
 
 def _add_history(verbs: Any) -> None:
-    text = "files of benchmarks: pytest-benchmark's JSON, a comparison's --output, a step of make gpu, .jsonl"
+    text = "files of benchmarks: pytest-benchmark's JSON, a comparison's --output, make gpu's campaign.json, .jsonl"
     add = verbs.add_parser("add", help="append what benchmarks wrote")
     add.add_argument("files", nargs="+", type=Path, metavar="FILE", help=text)
     show = verbs.add_parser("show", help="the newest records, as tables")

@@ -190,7 +190,7 @@ def read_lines(path: Path) -> Reading:
 def records_of(path: Path) -> Reading:
     """Read records of any file a benchmark writes.
 
-    These are lines of records, pytest-benchmark's JSON, a comparison's result, and a step of the GPU campaign.
+    These are lines of records, pytest-benchmark's JSON, a comparison's result, and a GPU campaign's.
 
     Raises:
         ValueError: if it is none of these.
@@ -203,12 +203,12 @@ def records_of(path: Path) -> Reading:
         raise ValueError(f"{path}: expected JSON of a benchmark ({error})") from error
     if isinstance(content, dict) and content.get("benchmark") == "compare" and "rows" in content:
         return Reading(records=tuple(of_comparison(content)), problems=())
-    if isinstance(content, dict) and "step" in content and isinstance(content.get("rows"), list):
-        rows = [row["record"] for row in content["rows"] if isinstance(row, dict) and "record" in row]
-        return Reading(records=tuple(Record.from_dict(row) for row in rows), problems=())
+    if isinstance(content, dict) and content.get("benchmark") == "gpu_campaign" and "steps" in content:
+        rows = [row["record"] for step in content["steps"].values() for row in step["rows"] if "record" in row]
+        return Reading(records=tuple(map(Record.from_dict, rows)), problems=())
     if not isinstance(content, dict) or not isinstance(content.get("benchmarks"), list):
         raise ValueError(  # noqa: TRY004 - of a file, not of an argument
-            f"{path}: expected JSON of pytest-benchmark, of a comparison or of a step of the GPU campaign, or .jsonl"
+            f"{path}: expected JSON of pytest-benchmark, of a comparison or of a GPU campaign, or .jsonl"
         )
     records, problems = [], []
     for number, bench in enumerate(content["benchmarks"]):

@@ -2,7 +2,6 @@
 
 import importlib.util
 import itertools
-import json
 import math
 import os
 import shutil
@@ -29,7 +28,7 @@ ABSENT = (
     "ase", "deepspeed", "fvcore", "h5py", "lmdb", "matplotlib", "mpi4py", "pooch", "rich", "scipy",
     "tblite", "tensorboard", "wandb",
 )  # fmt: skip
-MEASURED = ("ceilings", "ops", "chain", "blocks", "compare", "train", "profile")
+MEASURED = ("ceilings", "ops", "chain", "blocks", "compare", "compiled", "train", "profile")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,7 @@ def dry(tmp_path_factory):
 
 
 def rows(folder, step):
-    return json.loads((folder / f"{step}.json").read_text())["rows"]
+    return gpu_step.read_steps(folder)[step]["rows"]
 
 
 def test_every_step_leaves_its_file_and_its_section(dry):
@@ -54,7 +53,7 @@ def test_every_step_leaves_its_file_and_its_section(dry):
     assert "A dry run" in page
     assert "Not run." not in page
     for step, title in gpu_report.TITLES.items():
-        result = json.loads((dry / f"{step}.json").read_text())
+        result = gpu_step.read_steps(dry)[step]
         assert (result["step"], result["dry"]) == (step, True)
         assert result["rows"]
         assert f"## {title}" in page
@@ -75,7 +74,7 @@ def test_nothing_fails_and_what_is_left_out_has_its_reason(dry):
     assert rows(dry, "test")[0]["passed"] > 0
     assert reasons["build"] == {"a dry run leaves the tree as it is; nvcc was not called"}
     assert "there is no GPU to watch" in reasons["sanitize"]
-    assert "CUDA graphs need a GPU" in reasons["compare"]
+    assert "CUDA graphs need a GPU" in reasons["compiled"]
     page = (dry / "README.md").read_text()
     assert all(reason in page for found in reasons.values() for reason in found)
 
@@ -98,11 +97,11 @@ def test_every_row_has_its_time_error_and_share_of_the_ceiling(dry, step):
 def test_a_history_takes_what_a_step_measured(dry, step):
     """As `ejmp bench history add` reads it: one record per measured row, each under a name of its own."""
     done = [row for row in rows(dry, step) if "skipped" not in row]
-    found = schema.records_of(dry / f"{step}.json")
-    assert not found.problems
-    assert len({record.series for record in found.records}) == len(found.records) == len(done)
-    for row, record in zip(done, found.records, strict=True):
-        assert record.suite == f"gpu_{step}_dry"
+    read = schema.records_of(dry / "campaign.json")
+    assert not read.problems
+    found = [record for record in read.records if record.suite == f"gpu_{step}_dry"]
+    assert len({record.series for record in found}) == len(found) == len(done)
+    for row, record in zip(done, found, strict=True):
         assert record.median == pytest.approx(1e-3 * row["ms"])
         assert (record.error, record.dtype) == (row.get("error"), row.get("precision", "fp32"))
         assert record.machine["device"] == "cpu"
@@ -126,7 +125,7 @@ def test_every_backend_is_measured(dry):
     for backend, order in itertools.product(there, ("forward", "backward", "second")):
         ops = {row["op"] for row in done if (row["backend"], row["order"]) == (backend, order)}
         assert ops == set(gpu_ops.bench_kernels.OPS)
-    assert {"throughput", "torch.compile(reference)"} <= {r["way"] for r in rows(dry, "compare") if "ms" in r}
+    assert {"throughput", "torch.compile(reference)"} <= {r["way"] for r in rows(dry, "compiled") if "ms" in r}
     done = [row for row in rows(dry, "train") if "skipped" not in row]
     assert len(done) == 2 * len(there)
     assert {row["kind"] for row in done} == {"energy and gradient forces", "distillation"}
@@ -191,6 +190,21 @@ def test_wrong_models_are_not_timed(setting, monkeypatch):
     assert all("not timed" in row["failed"] and "ms" not in row for row in rows(setting.out, "blocks"))
 
 
+def test_a_step_that_is_ended_keeps_what_each_way_showed(setting, monkeypatch):
+    """Ways are timed by turns when all are ready; until then each is on disk with its error and a time of its own."""
+
+    def end(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_models, "milliseconds_or_why", end)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_models.run_compare(setting)
+    found = {row["way"]: row for row in gpu_step.read_steps(setting.out)["compare"]["unfinished"]}
+    assert set(found) == set(gpu_models.WAYS)
+    assert found["reference"]["ms_alone"] > 0
+    assert found["reference"]["error"] < 1e-3
+
+
 def test_errors_of_energies_are_seen(setting):
     model = gpu_setting.make_model(setting, 1)
     exact = gpu_models.Exact(setting, model)
@@ -207,33 +221,31 @@ def test_sizes_of_batches_are_multiples(setting):
     assert len({id(s) for s in big.workload(8).structures}) == 4
 
 
-def test_tests_that_lack_a_package_are_named(tmp_path):
-    """What a test imports at its top, and what the modules of `support` import there that it or another imports."""
-    (tmp_path / "support").mkdir()
-    (tmp_path / "support" / "__init__.py").write_text("")
-    (tmp_path / "support" / "one.py").write_text("from support import two\nimport json\n")
-    (tmp_path / "support" / "two.py").write_text("import nosuchhelper\nfrom support.one import x\n")
-    (tmp_path / "model").mkdir()
+def test_tests_that_lack_a_package_are_left_out_and_the_others_run(tmp_path, setting, monkeypatch):
+    """What a test imports, and what its helpers import; an import inside a test fails there."""
+    (tmp_path / "tests" / "support").mkdir(parents=True)
+    (tmp_path / "tests" / "support" / "helper.py").write_text("import nosuchhelper\n")
     texts = {
-        "test_a": "import os, nosuchpackage.part\nfrom support.free import x\n",
-        "test_b": "def f():\n    import nosuchpackage\n",
-        "test_c": "from support.one import x\n",
-        "test_d": "from support import one\n",
+        "test_a": "import os, nosuchpackage.part\n",
+        "test_b": "def test_x():\n    pass\ndef test_y():\n    import nosuchpackage\n",
+        "test_c": "from support.helper import x\n",
+        "test_d": "def test_x(:\n",
     }
-    found = {}
     for name, text in texts.items():
-        path = tmp_path / "model" / f"{name}.py"
-        path.write_text(text)
-        found[name] = gpu_campaign.lacking(path, tmp_path)
-    helper = ["nosuchhelper"]
-    assert found == {"test_a": ["nosuchpackage"], "test_b": [], "test_c": helper, "test_d": helper}
+        (tmp_path / "tests" / f"{name}.py").write_text(text)
+    monkeypatch.setattr(gpu_campaign, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_campaign, "DRY_TESTS", ("test_*.py",))
+    gpu_campaign.run_test(setting)
+    found = {row["file"]: row for row in rows(setting.out, "test")}
+    assert found["test_a"]["left_out"] == {"not collected: there is no nosuchpackage": 1}
+    assert found["test_c"]["left_out"] == {"not collected: there is no nosuchhelper": 1}
+    assert (found["test_b"]["passed"], found["test_b"]["failures"]) == (1, ["test_y"])
+    assert found["test_d"]["failed"] == "1 tests failed"
 
 
 def test_every_pattern_of_tests_names_a_file():
     for pattern in (*gpu_campaign.TESTS, gpu_campaign.DRY_TESTS[0]):
-        files = list((ROOT / "tests").glob(pattern))
-        assert files, pattern
-        assert all(gpu_campaign.lacking(file) == [] for file in files)
+        assert list((ROOT / "tests").glob(pattern)), pattern
 
 
 def test_results_of_tests_are_counted_by_file(tmp_path):

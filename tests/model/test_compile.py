@@ -20,7 +20,7 @@ from ejmp.model.compiled import Compiled
 
 NAMES = (
     *("H2", "H2O", "NH3", "CH4", "CO2", "HCN", "C2H2", "C2H4", "C2H6", "CH3OH", "CH3CN", "CH3CHO", "CH3CH2OH"),
-    *("C3H8", "CH3SH", "C5H5N", "C6H6", "C4H4S", "C3H6_D3h", "isobutane"),
+    *("C3H8", "CH3SH", "C5H5N", "C6H6", "C4H4S", "C3H6", "C4H10"),
 )
 
 

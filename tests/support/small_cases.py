@@ -10,7 +10,8 @@ from op_cases import LOW, Draw, Sizes, randn
 import ejmp
 from ejmp_kernels import availability
 
-DEVICE = {"native": "cpu", "triton": "cpu" if availability.interpreted() else "cuda"}
+NATIVE_ON_GPU = torch.cuda.is_available() and availability.why_unavailable("cuda") is None
+DEVICE = {"native": "cuda" if NATIVE_ON_GPU else "cpu", "triton": "cpu" if availability.interpreted() else "cuda"}
 CASES = tuple(name for name in op_cases.CASES if name != "pair_from_distances")
 """Names of the ops; two ops after each other are for benchmarks only."""
 SMALL = Sizes(
