@@ -54,14 +54,11 @@ def tiny(tiny_config, tiny_weights):
 
 @pytest.fixture(scope="module")
 def ranks():
-    """This process as the only rank of a session, whose environment variables go with it."""
+    """This process as the only rank of a session."""
     from ejmp.train.faults import session
 
-    before = dict(os.environ)
     with session("cpu") as ranks:
         yield ranks
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(params=BACKENDS)

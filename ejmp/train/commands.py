@@ -109,7 +109,7 @@ def _at_depths(run: RunRequest, result: Result, sources: Sequence[TaskData], ran
     model = load(run.directory / FINAL)
     depths = [depth for depth in model.config.depths or () if depth < model.config.blocks]
     return {
-        f"its first {depth} blocks": errors_of(
+        f"its first {depth} blocks" if depth > 1 else "its first block": errors_of(
             _ready(prune(model, blocks=depth), run.config.precision, ranks), sources, ranks
         )
         for depth in reversed(depths)

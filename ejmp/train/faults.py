@@ -54,7 +54,8 @@ def in_words(error: BaseException) -> str | None:
 def session(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[Ranks]:
     """Join the process group and leave it at the end; of several ranks, an exception in the body of one ends all.
 
-    The exit status is then 2 for what `in_words` has words for, 1 for everything else.
+    The exit status is then 2 for what `in_words` has words for, 1 for everything else. Environment variables, by which
+    DeepSpeed learns of the ranks, are afterwards what they were.
 
     Args:
         device: device to compute on; "auto" takes CUDA if there is one and DS_ACCELERATOR is not cpu.
@@ -62,6 +63,7 @@ def session(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[Ranks]:
     Raises:
         ValueError: for a device that is not there, or if ranks are on several nodes and nothing says where rank 0 is.
     """
+    environment = dict(os.environ)
     ranks = start(device)
     try:
         with contextlib.nullcontext() if ranks.world_size == 1 else Watch(ranks):
@@ -71,6 +73,8 @@ def session(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[Ranks]:
         groups = sys.modules.get("deepspeed.utils.groups")
         if groups is not None:  # else a later session of this process would get this one's groups
             vars(groups)["_WORLD_GROUP"] = None
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 class Watch:

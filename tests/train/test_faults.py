@@ -80,3 +80,19 @@ def test_a_model_whose_save_was_killed_is_whole_again(tmp_path, new):
     finish_save(tmp_path / "final")
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
     assert (tmp_path / "final" / "config.json").read_text() == ("final" if new else "final.old")
+
+
+SESSIONS = """
+import os
+from ejmp.train.faults import session
+before = dict(os.environ)
+for _ in range(2):
+    with session("cpu"):
+        assert os.environ["RANK"] == "0"
+    assert dict(os.environ) == before
+"""
+
+
+def test_a_session_leaves_the_environment_as_it_was():
+    """Or else what a process starts after it would take itself for one of its ranks."""
+    subprocess.run([sys.executable, "-c", SESSIONS], cwd=ROOT, env=environment(), check=True)

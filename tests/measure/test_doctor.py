@@ -1,0 +1,55 @@
+"""`ejmp doctor` says how much of the machine other work takes."""
+
+import subprocess
+import sys
+
+import pytest
+
+from ejmp.measure import doctor
+
+LINE = "cpu  {user} 0 {system} {idle} 0 0 0 {steal} 0 0\ncpu0 1 2 3\n"
+
+
+@pytest.mark.parametrize(
+    ("passed", "expected"),
+    [
+        ({"idle": 200}, 0.0),
+        ({"user": 150, "idle": 50}, 1.5),
+        ({"user": 90, "system": 10, "steal": 30, "idle": 70}, 1.3),
+    ],
+)
+def test_what_others_do_is_read_from_the_system(tmp_path, monkeypatch, passed, expected):
+    """In one second, on two cores whose ticks are 1/100 s, while this process does nothing."""
+    stat, clock, counts = tmp_path / "stat", [5.0], {"user": 1000, "system": 500, "idle": 9000, "steal": 7}
+    stat.write_text(LINE.format(**counts))
+
+    def sleep(seconds):
+        clock[0] += seconds
+        stat.write_text(LINE.format(**{name: value + passed.get(name, 0) for name, value in counts.items()}))
+
+    own = doctor.os.times()
+    monkeypatch.setattr(doctor, "STAT", stat)
+    monkeypatch.setattr(doctor.os, "times", lambda: own)
+    monkeypatch.setattr(doctor.os, "sysconf", lambda _: 100)
+    monkeypatch.setattr(doctor.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(doctor.time, "sleep", sleep)
+    assert doctor.busy_elsewhere(1.0) == pytest.approx(expected)
+
+
+def test_a_busy_neighbour_is_seen():
+    if not doctor.STAT.exists():
+        pytest.skip("the system does not tell")
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as neighbour:
+        try:
+            assert doctor.busy_elsewhere(0.5) > 0.25
+        finally:
+            neighbour.kill()
+
+
+@pytest.mark.parametrize(
+    ("busy", "words"),
+    [(None, "not known here"), (0.1, "other work keeps 0.1 busy"), (1.2, "timings mean little now")],
+)
+def test_a_loaded_machine_is_named(busy, words):
+    assert words in doctor.load_line(busy)
+    assert ("mean little" in doctor.load_line(busy)) == (busy == 1.2)
