@@ -176,11 +176,12 @@ def sums(ops, graph):
 
 
 def linear_activate(ops, _graph):
-    """Large and small products, and rows that are not aligned; those of float32 are the vendor's without TF32."""
+    """Products of each size of tile, and rows that are not aligned; those of float32 are the vendor's without TF32."""
     both, neither = (True, True), (False, False)
     for m, n, k, given in (
         (8192, 1024, 1024, neither),
         (8192, 1024, 1024, both),
+        (2048, 1024, 1024, both),
         (64, 1024, 1024, both),
         (64, 30, 41, both),
     ):
@@ -198,6 +199,7 @@ def compile_all(architectures, types):
     """Return a row per kernel; an op that no case calls is an error."""
     ops = Compiler()
     for ops.driver.capability in architectures:
+        gemm._chosen.cache_clear()  # of another GPU
         for ops.dtype in [getattr(torch, name) for name in types]:
             graph = make_graph(ops.dtype)
             for case in CASES:

@@ -43,13 +43,8 @@ def kernel(request, monkeypatch):
     if by_descriptors and not interpreted() and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("descriptors need sm_90")
     options = SMALL_TILES | {"TMA": by_descriptors}
-    committed = launch.config
-
-    def config(name, x):
-        """Return small tiles for the products alone: other kernels take no such settings."""
-        return committed(name, x) | (options if name.startswith("linear_activate") else {})
-
-    monkeypatch.setattr(launch, "config", config)
+    sizes = ("linear_activate", "linear_activate_middle", "linear_activate_small")
+    monkeypatch.setattr(launch, "OVERRIDES", dict.fromkeys(sizes, options))
     monkeypatch.setattr(gemm, "fuses", lambda x: True)
     return request.param
 
@@ -253,9 +248,33 @@ def test_a_residual_in_float32_stays_in_float32():
     assert relative_error(out, spec(x, weight, None, add, 1.0, 1.0)) < allowed(torch.float16)
 
 
-def test_few_rows_take_small_tiles():
-    few, many = torch.zeros(8, 16, dtype=torch.float16), torch.zeros(1, dtype=torch.float16).expand(10**7, 16)
-    assert gemm.settings(few, 64)["BLOCK_M"] < gemm.settings(many, 64)["BLOCK_M"]
+@pytest.mark.parametrize(
+    ("m", "n", "tile"),
+    [
+        (32_768, 1024, (128, 256)),
+        (3_102, 1024, (128, 256)),  # 100 of 132 processors have one
+        (1_500, 1024, (128, 128)),
+        (300, 1024, (64, 64)),
+        (3_102, 64, (64, 64)),
+        (200_000, 64, (64, 64)),  # three quarters of a tile of 256 columns would be for nothing
+        (200_000, 128, (128, 128)),
+    ],
+)
+def test_tiles_are_chosen_by_what_the_busiest_processor_computes(monkeypatch, m, n, tile):
+    """On a card with 132 multiprocessors."""
+    monkeypatch.setattr(launch, "architecture", lambda _: "sm_90")
+    monkeypatch.setattr(launch, "processors", lambda _: 132)
+    x = torch.zeros(1, dtype=torch.bfloat16).expand(m, 1024)
+    gemm._chosen.cache_clear()
+    chosen = gemm.settings(x, n)
+    gemm._chosen.cache_clear()
+    assert (chosen["BLOCK_M"], chosen["BLOCK_N"]) == tile
+
+
+def test_rows_that_are_not_aligned_take_small_tiles_and_pointers():
+    chosen = gemm.settings(torch.zeros(1, dtype=torch.float16).expand(10**7, 16), 64, aligned=False)
+    assert chosen["BLOCK_M"] == 64
+    assert not chosen["TMA"]
 
 
 def test_one_graph_without_breaks_for_every_number_of_rows():

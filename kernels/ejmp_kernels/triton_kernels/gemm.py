@@ -12,6 +12,7 @@ by pointers (asynchronous copies from sm_80 on), one by the tensor memory accele
 multiple of 16 bytes.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -125,6 +126,10 @@ def _by_descriptors(
         _finish_by_descriptors(right, factor, add, out, row, column + BLOCK_N // 2, alpha, beta)
 
 
+NO_OPTIONS = ("fused", "TMA", "FLATTEN", "PROGRAMS", "RATE")
+"""Names of settings that are not handed to both kernels as they are."""
+
+
 def precision(x: Tensor) -> str:
     """Return how products run; those of float32 in TF32 only where torch's own would."""
     if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
@@ -142,15 +147,40 @@ def fuses(x: Tensor) -> bool:
 
 
 def settings(x: Tensor, n: int, *, aligned: bool = True) -> dict[str, Any]:
-    """Return the launch settings: those of small products where large tiles would leave processors idle.
+    """Return the launch settings of a product: of large, middle and small tiles those that take the least time.
 
-    They are also for rows that are not aligned, which are read number by number and want many registers for that.
+    That is the number of tiles that the busiest processor makes, times their area, over the rate of such tiles relative
+    to large ones (RATE). Large tiles would leave processors idle where there are few rows, and compute what nobody
+    needs where there are few columns. Rows that are not aligned are read number by number, which wants many registers,
+    so they take small tiles.
+
+    Args:
+        x: [m, k].
+        n: number of rows of the weight.
+        aligned: whether all arrays are aligned.
     """
+    if launch.OVERRIDES:
+        return _choose(x, n, aligned=aligned)
+    return _chosen(x.device, x.dtype, x.shape[0], n, aligned)
+
+
+@functools.lru_cache(maxsize=4096)
+def _chosen(device: torch.device, dtype: torch.dtype, m: int, n: int, aligned: bool) -> dict[str, Any]:
+    return _choose(torch.empty(1, dtype=dtype, device=device).expand(m, 1), n, aligned=aligned)
+
+
+def _choose(x: Tensor, n: int, *, aligned: bool) -> dict[str, Any]:
     large = launch.config("linear_activate", x)
-    tiles = triton.cdiv(x.shape[0], large["BLOCK_M"]) * triton.cdiv(n, large["BLOCK_N"])
-    if aligned and tiles >= launch.processors(x.device):
-        return large
-    return large | launch.config("linear_activate_small", x) | {"TMA": large["TMA"] and aligned}
+    middle, small = (large | launch.config(f"linear_activate_{size}", x) for size in ("middle", "small"))
+    if not aligned:
+        return small | {"TMA": False}
+
+    def seconds(chosen: dict[str, Any]) -> float:
+        tiles = triton.cdiv(x.shape[0], chosen["BLOCK_M"]) * triton.cdiv(n, chosen["BLOCK_N"])
+        rounds = triton.cdiv(tiles, launch.processors(x.device))
+        return rounds * chosen["BLOCK_M"] * chosen["BLOCK_N"] / chosen["RATE"]
+
+    return min((large, middle, small), key=seconds)
 
 
 @launch.define(
@@ -193,7 +223,7 @@ def _run(arrays: list[Any], alpha: float, beta: float, chosen: dict[str, Any]) -
     """
     x, *_, out = arrays
     (m, n), k = out.shape, x.shape[1]
-    options = {name: value for name, value in chosen.items() if name not in ("fused", "TMA", "FLATTEN", "PROGRAMS")}
+    options = {name: value for name, value in chosen.items() if name not in NO_OPTIONS}
     options |= {"SUM": launch.accumulator(x), "PRECISION": precision(x)}
     block_m, block_n, block_k = (options[f"BLOCK_{letter}"] for letter in "MNK")
     tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
