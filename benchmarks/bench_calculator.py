@@ -1,5 +1,8 @@
 """A step of `ejmp.Calculator` over the model's own time on the same graph, by turns: what ASE and the graph cost.
 
+Also the share of the model's time that does not depend on what it computes (Python, dispatch, allocation, reading the
+weights): the time of the same calls on a molecule of two atoms.
+
 `python benchmarks/bench_calculator.py --output benchmarks/results/calculator_cpu.json`
 """
 
@@ -10,17 +13,21 @@ import json
 from pathlib import Path
 
 import torch
+from ase import Atoms
 from ase.build import molecule
 
 import ejmp
+from ejmp.data import demo
 from ejmp.measure.timing import Rounds, by_turns, median_ratio, summarise
 from ejmp.measure.workloads import slab
 from ejmp.predict.quantities import quantities
 from ejmp.provenance import provenance
 from ejmp.train.demo import demo_config
 
-LIMITS = {"demo": 1.3, "jmp-l": 1.05}
+LIMITS = {"demo": 1.3, "jmp-s": 1.05, "jmp-l": 1.05}
 """Largest ratio that is accepted, by model."""
+OVERHEAD = {"jmp-s": 0.3}
+"""Largest share of overhead that is accepted, by model."""
 STEP = 1e-3
 """How far an atom moves between two steps, A."""
 
@@ -31,6 +38,10 @@ def cases(names):
     for model, forces in itertools.product(names, ("direct", "gradient")):
         if model == "demo":
             config, atoms = dataclasses.replace(demo_config(), num_tasks=1), molecule("CH3CH2OH")
+            atoms.set_tags(2)
+        elif model == "jmp-s":
+            frame = demo("rmd17")[0]
+            config, atoms = dataclasses.replace(ejmp.jmp_s(), num_tasks=1), Atoms(frame.numbers, frame.positions)
             atoms.set_tags(2)
         elif forces == "direct":
             config, atoms = dataclasses.replace(ejmp.jmp_l(), num_tasks=1), slab().structures[0]
@@ -56,15 +67,21 @@ def measure(model, atoms, rounds):
     def alone():
         return quantities(calculator.model, graph, task, forces=calculator.forces)
 
+    two = ejmp.build_graph([ejmp.Structure(numbers=[1, 1], positions=[[0, 0, 0], [0.74, 0, 0]])], settings=task.graph)
+
+    def idle():
+        return quantities(calculator.model, two, task, forces=calculator.forces)
+
     forces = atoms.get_forces()
     graph = calculator.graph(atoms)
     assert torch.equal(alone().forces, torch.from_numpy(forces))
-    times = by_turns({"calculator": step, "model": alone}, graph.device, rounds)
+    times = by_turns({"calculator": step, "model": alone, "two atoms": idle}, graph.device, rounds)
     return {
         "atoms": graph.num_atoms,
         "edges": graph.main.num_edges,
         "ms": {name: summarise([1e3 * seconds for seconds in values]) for name, values in times.items()},
         "ratio": median_ratio(times["calculator"], times["model"]),
+        "overhead_share": median_ratio(times["two atoms"], times["model"]),
     }
 
 
@@ -79,7 +96,10 @@ def main():
         row = measure(model, atoms, Rounds(least=3, most=200, seconds=options.seconds))
         row |= {"case": name, "limit": LIMITS[name.split()[0]]}
         result["rows"].append(row)
-        print(f"{name}: {row['atoms']} atoms, {row['edges']} edges, ratio {row['ratio']:.3f} (limit {row['limit']})")
+        print(
+            f"{name}: {row['atoms']} atoms, {row['edges']} edges, ratio {row['ratio']:.3f} (limit {row['limit']}), "
+            f"overhead {100 * row['overhead_share']:.0f}%"
+        )
     if options.output is not None:
         options.output.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -87,13 +87,18 @@ def pinned() -> str:
     return wanted
 
 
-def providers(a: Tensor) -> list[str]:
+def providers(a: Tensor) -> tuple[str, ...]:
     """Return the names of the providers that multiply matrices of a's type on its device."""
-    if a.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return ["torch"]
+    return _providers(a.device.type, a.dtype)
+
+
+@functools.cache
+def _providers(device: str, dtype: torch.dtype) -> tuple[str, ...]:
+    if device != "cpu" or not torch.backends.mkldnn.is_available():
+        return ("torch",)
     # oneDNN has bfloat16 products for processors with AVX-512 only
-    known = a.dtype == torch.float32 or (a.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001
-    return list(PROVIDERS) if known else ["torch"]
+    known = dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001
+    return tuple(PROVIDERS) if known else ("torch",)
 
 
 def _layout(x: Tensor) -> str:

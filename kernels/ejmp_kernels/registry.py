@@ -84,8 +84,11 @@ def check_storage(op: str, name: str, x: Tensor) -> None:
     """Raise ValueError if a tensor on the CPU does not lie in its storage, which may have been resized to nothing."""
     if x.device.type != "cpu" or not x.numel():
         return
-    last = x.storage_offset() + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
-    if (last + 1) * x.itemsize > x.untyped_storage().nbytes():
+    if x.is_contiguous():  # the usual case, quickly
+        span = x.numel()
+    else:
+        span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    if (x.storage_offset() + span) * x.itemsize > x.untyped_storage().nbytes():
         raise ValueError(f"{op}: {name} must lie in its storage of {x.untyped_storage().nbytes()} bytes")
 
 
