@@ -11,7 +11,8 @@
 #   make sanitize the tests of ops and graphs and 1,000,000 such calls with AddressSanitizer and UndefinedBehaviorSanitizer
 #   make demo    set up .venv, then the paper's Table 1 on small data: pruning, distillation, controls (runs/demo)
 #   make gpu     with a GPU and only torch, triton, numpy and pytest: build, test, measure; benchmarks/results/<gpu>/
-#                (golden tests there want a copy of ../shared/golden in shared/, which git ignores; its steps apart: make gpu-build gpu-test gpu-ops ...; BUDGET=SECONDS for longer, RESULTS=FOLDER for elsewhere)
+#                (its steps apart: make gpu-build gpu-test gpu-ops ...; BUDGET=SECONDS for longer, RESULTS=FOLDER for elsewhere;
+#                golden tests want a copy of ../shared/golden in shared/, which git ignores)
 #   make gpu-dry the same without a GPU, tiny and interpreted: proves the command (build/gpu-dry/)
 #   make lint    ruff, pyright, clang-format
 # The torch to install can be named: make test TORCH="torch==2.13.0 --index-url URL" (see README, Install);
