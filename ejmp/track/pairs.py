@@ -153,7 +153,7 @@ class Sample:
     base_seconds: float
     """Median over rounds of the seconds of what is timed: a call, or of small ops several together."""
     head_seconds: float
-    """The same of HEAD."""
+    """Median seconds of the same on the other side."""
 
 
 def measure(base: Worker, head: Worker, cases: Sequence[str], rounds: int) -> dict[str, Sample]:
