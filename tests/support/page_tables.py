@@ -106,7 +106,6 @@ TABLES = {
     "precisions": ("docs/benchmarks.md", lambda: precision_table(result("precisions_cpu"))),
     "hessian": ("docs/training.md", lambda: hessian_table(result("hessian_cpu"))),
     "track": ("docs/tracking.md", lambda: track_table(result("track_cpu"))),
-    "track, own cache": ("docs/tracking.md", lambda: track_table(result("track_own_cache_cpu"))),
     "narrower": ("docs/training.md", lambda: narrower_table(result("narrower_cpu"))),
     "search": ("docs/training.md", lambda: search_tables()[0]),
     "scores": ("docs/training.md", lambda: search_tables()[1].rstrip("\n")),
