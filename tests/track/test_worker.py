@@ -8,13 +8,13 @@ import sys
 import time
 
 import pytest
-from op_cases import CASES
+from op_cases import CASES, ORDERS
 from support.inputs import ROOT, environment, require_native
 from support.track_cases import ready_side
 
 from ejmp.track.pairs import Setting, Worker, WorkerError, pair
 from ejmp.track.side import copy_checkout
-from ejmp.track.worker import SHARED_CACHE
+from ejmp.track.worker import CALLS_TOGETHER, FEWER
 
 SETTING = Setting(benchmarks=ROOT / "benchmarks")
 
@@ -51,8 +51,10 @@ def test_every_case_is_right(workers):
         assert this.ask("error", case=name) <= 1e-3, name
 
 
-def test_what_is_timed_in_the_cores_own_cache_exists():
-    assert set(SHARED_CACHE) <= set(CASES)
+def test_what_is_timed_together_exists_and_is_called_in_every_pass():
+    assert set(CALLS_TOGETHER) <= set(CASES)
+    assert set(FEWER) == set(ORDERS)
+    assert all(times >= 2 * max(FEWER.values()) for times in CALLS_TOGETHER.values())
 
 
 def test_what_an_older_side_lacks_is_not_an_error(workers):
