@@ -146,7 +146,7 @@ def test_commands(tmp_path, capsys):
     assert "depths is [2, 3] there and [3] here" in capsys.readouterr().err
     student = ["--teacher", f"{run}/final", "--blocks", "2", "--any-depth", "1", "--run", str(tmp_path / "student")]
     assert cli.main(["distill", *student, *short]) == 0
-    assert "| its first 1 blocks |" in capsys.readouterr().out
+    assert "| its first block |" in capsys.readouterr().out
     assert ejmp.load(tmp_path / "student" / "final").config.depths == (1, 2)
     assert cli.main(["pretrain", "--blocks", "3", "--any-depth", "4", "--run", str(tmp_path / "no"), *short]) == 2
     assert "--any-depth: expected a number of blocks, 1 to 3, got 4" in capsys.readouterr().err
