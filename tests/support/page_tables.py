@@ -10,7 +10,7 @@ from ejmp.train.search import from_json, text_of
 from support.hessian_table import hessian_table
 from support.inputs import ROOT
 from support.precision_table import precision_table
-from support.track_table import track_table
+from support.track_table import faster_table, track_table
 from support.training_tables import any_depth_table, any_depth_teacher_table, narrower_table, refit_table
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -106,6 +106,7 @@ TABLES = {
     "precisions": ("docs/benchmarks.md", lambda: precision_table(result("precisions_cpu"))),
     "hessian": ("docs/training.md", lambda: hessian_table(result("hessian_cpu"))),
     "track": ("docs/tracking.md", lambda: track_table(result("track_cpu"))),
+    "faster": ("docs/tracking.md", lambda: faster_table(result("track_commits_cpu"))),
     "narrower": ("docs/training.md", lambda: narrower_table(result("narrower_cpu"))),
     "search": ("docs/training.md", lambda: search_tables()[0]),
     "scores": ("docs/training.md", lambda: search_tables()[1].rstrip("\n")),

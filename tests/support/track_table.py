@@ -2,7 +2,8 @@
 
 import collections
 
-from ejmp.markdown import markdown_table
+from ejmp.markdown import format_rows, markdown_table
+from ejmp.track.compare_report import COLUMNS
 
 
 def track_table(*results):
@@ -24,3 +25,11 @@ def track_table(*results):
         comparisons = found["comparisons"] or sum(verdicts.values())
         rows.append([name, str(comparisons), *(str(n or 0) for n in cells)])
     return markdown_table(["HEAD", "comparisons", "SLOW", "FAST", "undecided", "SAME"], rows, numbers=True)
+
+
+def faster_table(result):
+    """What became faster in a comparison of two commits."""
+    shown = [
+        column for column in COLUMNS if column[0] in ("benchmark", "HEAD / BASE", "interval", "BASE ms", "HEAD ms")
+    ]
+    return format_rows(shown, [row for row in result["rows"] if row["verdict"] == "FAST"])
