@@ -254,6 +254,8 @@ def test_calculator_figures():
     words = WORDS["docs/prediction.md"]
     assert f"{ratios['demo direct']:.2f} (direct) or {ratios['demo gradient']:.2f} (gradient) times" in words
     assert f"{ratios['jmp-l direct']:.2f} times what JMP-L takes on a slab" in words
+    shares = {row["case"]: f"{100 * row['overhead_share']:.0f}%" for row in result("calculator_cpu")["rows"]}
+    assert f"{shares['jmp-s direct']} (direct) or {shares['jmp-s gradient']} (gradient) is what two atoms" in words
     assert all(row["ratio"] <= row["limit"] for row in result("calculator_cpu")["rows"])
 
 

@@ -11,7 +11,13 @@ from support.hessian_table import hessian_table
 from support.inputs import ROOT
 from support.precision_table import precision_table
 from support.track_table import faster_table, track_table
-from support.training_tables import any_depth_table, any_depth_teacher_table, narrower_table, refit_table
+from support.training_tables import (
+    any_depth_table,
+    any_depth_teacher_table,
+    narrower_table,
+    neighbour_table,
+    refit_table,
+)
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -107,6 +113,7 @@ TABLES = {
     "hessian": ("docs/training.md", lambda: hessian_table(result("hessian_cpu"))),
     "track": ("docs/tracking.md", lambda: track_table(result("track_cpu"))),
     "faster": ("docs/tracking.md", lambda: faster_table(result("track_commits_cpu"))),
+    "neighbour": ("docs/training.md", lambda: neighbour_table(result("neighbour_cpu"))),
     "narrower": ("docs/training.md", lambda: narrower_table(result("narrower_cpu"))),
     "search": ("docs/training.md", lambda: search_tables()[0]),
     "scores": ("docs/training.md", lambda: search_tables()[1].rstrip("\n")),

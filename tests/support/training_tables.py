@@ -6,14 +6,25 @@ NAMES = ("oc20", "oc22", "ani1x", "transition1x")
 
 
 def any_depth_table(result, study):
-    """Force errors of one training for all depths -> those of a training per depth (three seeds)."""
+    """Force errors of one training for all depths -> those of a training per depth (three seeds each)."""
     separate = {row["blocks"]: row["values"] for row in study["table1"]["rows"] if row["strategy"] == "br_kd"}
-    errors = result["runs"][0]["errors"]
+    runs = [run["errors"] for run in result["runs"] if "seed" in run]
     lines = ["| blocks | OC20 | OC22 | ANI-1x | Transition-1x |", "| ---: | --- | --- | --- | --- |"]
     for blocks in (5, 4, 3, 2):
-        row = errors["blocks 0,1,2,3,4: BR+KD" if blocks == 5 else f"its first {blocks} blocks"]
-        pairs = [(separate[blocks][name]["mean"], row[name]["forces_meV_per_A"]) for name in NAMES]
+        title = "blocks 0,1,2,3,4: BR+KD" if blocks == 5 else f"its first {blocks} blocks"
+        one = {name: np.mean([run[title][name]["forces_meV_per_A"] for run in runs]) for name in NAMES}
+        pairs = [(separate[blocks][name]["mean"], one[name]) for name in NAMES]
         lines.append(f"| {blocks} | " + " | ".join(f"{a:.1f} -> {b:.1f} (x {b / a:.2f})" for a, b in pairs) + " |")
+    return "\n".join(lines)
+
+
+def neighbour_table(result):
+    """Structures per second of a training without and with a neighbour that keeps one of two cores busy."""
+    lines = ["| environment | alone | beside a busy neighbour | slower than alone |", "| --- | ---: | ---: | ---: |"]
+    best = result["rows"][0]["alone_structures_per_s"]
+    for row in result["rows"]:
+        alone, beside = row["alone_structures_per_s"], row["neighbour_structures_per_s"]
+        lines.append(f"| {row['way']} | {alone:.1f} | {beside:.1f} | x {best / beside:.2f} |")
     return "\n".join(lines)
 
 

@@ -1,0 +1,107 @@
+r"""What one other process that keeps a core busy costs a training, and what helps: threads and how they wait.
+
+    python benchmarks/busy_neighbour.py OUT.json            # three minutes, on a machine with nothing else to do
+
+Each way runs in a process of its own: steps of training of the demo's model on energies and gradient forces, 16 random
+molecules a step. The neighbour multiplies matrices on one thread, and may run on any core.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+WAYS: dict[str, dict[str, str]] = {
+    "as it is": {},
+    "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
+    "OMP_NUM_THREADS=1": {"OMP_NUM_THREADS": "1"},
+}
+"""Environment variables of the training by what the result calls them."""
+NEIGHBOUR = "import torch; torch.set_num_threads(1); a = torch.randn(512, 512)\nwhile True: a @ a"
+
+
+@contextlib.contextmanager
+def neighbour(there: bool) -> Iterator[None]:
+    """Keep a core busy for the length of the context, if so told."""
+    if not there:
+        yield
+        return
+    with subprocess.Popen([sys.executable, "-c", NEIGHBOUR]) as process:
+        try:
+            time.sleep(3)  # until it is under way
+            yield
+        finally:
+            process.kill()
+
+
+def train(seconds: float) -> None:
+    """Train for some seconds and print structures per second."""
+    import dataclasses
+
+    import numpy as np
+    import torch
+    from training_steps import train_on_gradient_forces
+
+    import ejmp
+    from ejmp.train.demo import demo_config
+    from ejmp_kernels.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    torch.manual_seed(0)
+    model = ejmp.JMP(dataclasses.replace(demo_config(), num_tasks=1, direct_forces=False))
+    random = np.random.default_rng(0)
+    molecules = [ejmp.Structure(numbers=[6] * 9 + [1] * 9, positions=random.uniform(0, 6, (18, 3))) for _ in range(16)]
+    graph = ejmp.build_graph(molecules, 3.2, 8)
+    for _ in range(3):
+        train_on_gradient_forces(model, graph)
+    steps, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        train_on_gradient_forces(model, graph)
+        steps += 1
+    print(len(molecules) * steps / (time.perf_counter() - start))
+
+
+def main() -> None:
+    """Measure every way without and with a neighbour, by turns."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each training")
+    parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.train:
+        train(options.seconds)
+        return
+    import torch
+
+    from ejmp.provenance import provenance
+
+    made = provenance(torch.device("cpu"))
+    found: dict[str, dict[str, list[float]]] = {way: {"alone": [], "neighbour": []} for way in WAYS}
+    command = [sys.executable, __file__, str(options.output), "--train", "--seconds", str(options.seconds)]
+    for _ in range(options.rounds):
+        for state in ("alone", "neighbour"):
+            with neighbour(state == "neighbour"):
+                for way, variables in WAYS.items():
+                    environment = os.environ | variables
+                    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+                    found[way][state].append(float(done.stdout))
+    rows = [
+        {"way": way, **{f"{state}_structures_per_s": statistics.median(values) for state, values in states.items()}}
+        | {"samples": states}
+        for way, states in found.items()
+    ]
+    for row in rows:
+        alone, beside = row["alone_structures_per_s"], row["neighbour_structures_per_s"]
+        print(f"{row['way']}: {alone:.1f} structures/s alone, {beside:.1f} beside a neighbour")
+    options.output.write_text(json.dumps({"provenance": made, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
