@@ -26,8 +26,6 @@ from ejmp.train.demo import demo_config
 
 LIMITS = {"demo": 1.3, "jmp-s": 1.05, "jmp-l": 1.05}
 """Largest ratio that is accepted, by model."""
-OVERHEAD = {"jmp-s": 0.3}
-"""Largest share of overhead that is accepted, by model."""
 STEP = 1e-3
 """How far an atom moves between two steps, A."""
 

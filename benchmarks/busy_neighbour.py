@@ -7,51 +7,36 @@ molecules a step. The neighbour multiplies matrices on one thread, and may run o
 """
 
 import argparse
-import contextlib
+import dataclasses
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import torch
+from track_rates import busy
+from training_steps import train_on_gradient_forces
+
+import ejmp
+from ejmp.provenance import provenance
+from ejmp.train.demo import demo_config
+from ejmp_kernels.allocator import keep_freed_memory
+
+FOLDER = Path(__file__).resolve().parent
 WAYS: dict[str, dict[str, str]] = {
     "as it is": {},
     "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
     "OMP_NUM_THREADS=1": {"OMP_NUM_THREADS": "1"},
 }
 """Environment variables of the training by what the result calls them."""
-NEIGHBOUR = "import torch; torch.set_num_threads(1); a = torch.randn(512, 512)\nwhile True: a @ a"
-
-
-@contextlib.contextmanager
-def neighbour(there: bool) -> Iterator[None]:
-    """Keep a core busy for the length of the context, if so told."""
-    if not there:
-        yield
-        return
-    with subprocess.Popen([sys.executable, "-c", NEIGHBOUR]) as process:
-        try:
-            time.sleep(3)  # until it is under way
-            yield
-        finally:
-            process.kill()
 
 
 def train(seconds: float) -> None:
     """Train for some seconds and print structures per second."""
-    import dataclasses
-
-    import numpy as np
-    import torch
-    from training_steps import train_on_gradient_forces
-
-    import ejmp
-    from ejmp.train.demo import demo_config
-    from ejmp_kernels.allocator import keep_freed_memory
-
     keep_freed_memory()
     torch.manual_seed(0)
     model = ejmp.JMP(dataclasses.replace(demo_config(), num_tasks=1, direct_forces=False))
@@ -73,24 +58,19 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each training")
-    parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.train:
-        train(options.seconds)
-        return
-    import torch
-
-    from ejmp.provenance import provenance
-
     made = provenance(torch.device("cpu"))
     found: dict[str, dict[str, list[float]]] = {way: {"alone": [], "neighbour": []} for way in WAYS}
-    command = [sys.executable, __file__, str(options.output), "--train", "--seconds", str(options.seconds)]
+    command = [sys.executable, "-c", f"import busy_neighbour; busy_neighbour.train({options.seconds})"]
     for _ in range(options.rounds):
-        for state in ("alone", "neighbour"):
-            with neighbour(state == "neighbour"):
+        for state, cores in (("alone", ()), ("neighbour", os.sched_getaffinity(0))):
+            with busy(cores):
+                time.sleep(3 if cores else 0)  # until it is under way
                 for way, variables in WAYS.items():
                     environment = os.environ | variables
-                    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+                    done = subprocess.run(
+                        command, env=environment, cwd=FOLDER, capture_output=True, text=True, check=True
+                    )
                     found[way][state].append(float(done.stdout))
     rows = [
         {"way": way, **{f"{state}_structures_per_s": statistics.median(values) for state, values in states.items()}}

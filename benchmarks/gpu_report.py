@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpu_step import read_steps
+from gpu_step import COUNTS, NAMES, WAYS, read_steps
 
 from ejmp.markdown import markdown_table
 
@@ -104,9 +104,8 @@ HIDDEN = ("step", "dry", "seconds", "log_tail", "status")
 
 def who(row: Row) -> str:
     """Return what a row is about, for the list of what is not there."""
-    names = ("what", "file", "tool", "op", "order", "kind", "way", "contestant", "backend", "precision", "shape")
-    named = [str(row[name]) for name in names if name in row]
-    return ", ".join([*named, *(f"{row[name]} {name}" for name in ("structures", "blocks") if name in row)])
+    named = [str(row[name]) for name in (*NAMES, *WAYS, "precision", "shape") if name in row]
+    return ", ".join([*named, *(f"{row[name]} {name}" for name in COUNTS if name in row)])
 
 
 def percent(value: float | None) -> str:

@@ -1,10 +1,10 @@
 """A step of the GPU campaign: rows that are on disk as soon as they are measured, or say why they could not be."""
 
+import contextlib
 import gc
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,13 @@ FILE = "campaign.json"
 """The one file of a campaign, whose "steps" are the results by name: few files come back from some machines."""
 LONG = ("log_tail", "text", "parameters")
 """Fields of rows that are not printed."""
-
-
-NAMES = ("what", "file", "tool", "op", "order", "kind", "shape")
-"""Fields of rows that say what was measured."""
+UNTIMED = ("build", "test", "sanitize")
+"""Steps whose times are those of tools, and no benchmark's."""
+NAMES = ("what", "file", "tool", "op", "order", "kind")
+"""Fields of rows that say what was measured; some have a shape besides."""
 COUNTS = ("structures", "blocks")
 """Fields of rows that say how much of it."""
-WAYS = ("backend", "way", "contestant")
+WAYS = ("way", "contestant", "backend")
 """Fields of rows that say which code ran."""
 MEASURED = {
     "ms": "ms",
@@ -60,6 +60,8 @@ class Step:
     def __init__(self, name: str, setting: Setting, **about: Any) -> None:
         self.setting = setting
         self.path = setting.out / FILE
+        self.others = read_steps(setting.out)
+        self.machine = machine.describe(str(setting.device))
         self.start = time.perf_counter()
         self.lost = ""
         made = describe(setting.device)
@@ -84,15 +86,16 @@ class Step:
         """Write the campaign's file with this step's results in it; a reader never meets half of one."""
         self.result["seconds"] = time.perf_counter() - self.start
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        steps = read_steps(self.path.parent) | {self.result["step"]: self.result}
+        steps = self.others | {self.result["step"]: self.result}
         new = self.path.with_suffix(".part")
         new.write_text(json.dumps({"benchmark": "gpu_campaign", "format": FORMAT, "steps": steps}, indent=1) + "\n")
         new.replace(self.path)
 
     def add(self, row: dict[str, Any]) -> None:
         """Add a row, write the file and print a line about the row."""
-        if row.get("ms", 0) > 0 and "skipped" not in row and "failed" not in row:
-            row["record"] = self.record(row)
+        if "ms" in row and "failed" not in row and self.result["step"] not in UNTIMED:
+            with contextlib.suppress(ValueError):  # a time of 0, which some clocks give
+                row["record"] = self.record(row)
         self.result["rows"].append(row)
         self.write()
         state = row.get("skipped") or row.get("failed")
@@ -101,12 +104,11 @@ class Step:
 
     def record(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return a measured row as every benchmark writes it, for histories and comparisons."""
-        named = [str(row[name]) for name in NAMES if name in row]
+        named = [str(row[name]) for name in (*NAMES, "shape") if name in row]
         named += [f"{row[name]}-{name}" for name in COUNTS if name in row]
-        ways = [row[name] for name in WAYS if name in row]
         info = {"commit": self.result["provenance"]["commit"], "date": self.result["provenance"]["date"]}
         info |= {theirs: row[ours] for ours, theirs in MEASURED.items() if row.get(ours) is not None}
-        info |= {"backend": ways[0] if ways else ""}
+        info["backend"] = next((row[name] for name in WAYS if name in row), "")
         if row.get("tflops"):
             info["gflops"] = 1e3 * row["tflops"]
         if row.get("x of reference"):
@@ -116,10 +118,10 @@ class Step:
             name="/".join(named) or "all",
             seconds=[1e-3 * row["ms"]],
             info=info,
-            machine=machine.describe(str(self.setting.device)),
+            machine=self.machine,
         ).to_dict()
 
-    @contextmanager
+    @contextlib.contextmanager
     def row(self, **about: Any) -> Iterator[dict[str, Any]]:
         """Add the row that the body fills, or the reason why it could not."""
         found = dict(about)
@@ -140,7 +142,7 @@ def read_steps(folder: Path) -> dict[str, Any]:
     return found["steps"] if found.get("format") == FORMAT else {}
 
 
-@contextmanager
+@contextlib.contextmanager
 def reasons(row: dict[str, Any]) -> Iterator[None]:
     """Note in a row why it could not be measured: one row must not end the others."""
     try:

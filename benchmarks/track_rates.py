@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,22 @@ SLOWED = ("pair/second", "quadruplet/forward", "edge_to_atom/backward", "activat
 """Benchmarks that are slowed down: in each comparison one by 10% and the next one by 20%."""
 BESIDE = ("radial/backward", "activate/forward", "graph/build")
 """Benchmarks that are measured beside them and are the same on both sides."""
-SPIN = "import os, torch; os.sched_setaffinity(0, {CORE}); a = torch.randn(512, 512)\nwhile True: a @ a"
+SPIN = """
+import os, sys, torch
+os.sched_setaffinity(0, map(int, sys.argv[1:]))
+torch.set_num_threads(1)
+a = torch.randn(512, 512)
+while True: a @ a
+"""
 
 
 @contextlib.contextmanager
-def busy(core: int | None) -> Iterator[None]:
-    """Keep a core busy for the length of the context; None: leave all alone."""
-    if core is None:
+def busy(cores: Collection[int]) -> Iterator[None]:
+    """Keep one of some cores busy for the length of the context; with none, leave all alone."""
+    if not cores:
         yield
         return
-    command = [sys.executable, "-c", SPIN.replace("CORE", str(core))]
-    neighbour = subprocess.Popen(command)
+    neighbour = subprocess.Popen([sys.executable, "-c", SPIN, *map(str, cores)])
     try:
         yield
     finally:
@@ -75,7 +80,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="file of the results, read first if it exists")
     options = parser.parse_args()
     held = json.loads(options.output.read_text()) if options.output.exists() else {"comparisons": []}
-    with busy(options.busy):
+    with busy([] if options.busy is None else [options.busy]):
         for kind, wanted in (("slowed", options.slowed), ("equal", options.equal)):
             mine = [x for x in held["comparisons"] if (x["kind"], x["busy_core"]) == (kind, options.busy)]
             for number in range(len(mine), wanted):

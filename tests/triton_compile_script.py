@@ -199,8 +199,6 @@ def compile_all(architectures, types):
     """Return a row per kernel; an op that no case calls is an error."""
     ops = Compiler()
     for ops.driver.capability in architectures:
-        if hasattr(gemm, "_chosen"):  # `ejmp bench compare --kernels` runs this on older checkouts too
-            gemm._chosen.cache_clear()  # of another GPU
         for ops.dtype in [getattr(torch, name) for name in types]:
             graph = make_graph(ops.dtype)
             for case in CASES:

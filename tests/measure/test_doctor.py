@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,12 +15,13 @@ LINE = "cpu  {user} 0 {system} {idle} 0 0 0 {steal} 0 0\ncpu0 1 2 3\n"
     ("passed", "expected"),
     [
         ({"idle": 200}, 0.0),
+        ({"user": 130, "own": 50, "idle": 70}, 0.8),
         ({"user": 150, "idle": 50}, 1.5),
         ({"user": 90, "system": 10, "steal": 30, "idle": 70}, 1.3),
     ],
 )
 def test_what_others_do_is_read_from_the_system(tmp_path, monkeypatch, passed, expected):
-    """In one second, on two cores whose ticks are 1/100 s, while this process does nothing."""
+    """In one second, on two cores whose ticks are 1/100 s, some of which this process used itself ("own")."""
     stat, clock, counts = tmp_path / "stat", [5.0], {"user": 1000, "system": 500, "idle": 9000, "steal": 7}
     stat.write_text(LINE.format(**counts))
 
@@ -27,9 +29,11 @@ def test_what_others_do_is_read_from_the_system(tmp_path, monkeypatch, passed, e
         clock[0] += seconds
         stat.write_text(LINE.format(**{name: value + passed.get(name, 0) for name, value in counts.items()}))
 
-    own = doctor.os.times()
+    def times():
+        return SimpleNamespace(user=3 + (passed.get("own", 0) / 100 if clock[0] > 5 else 0), system=1)
+
     monkeypatch.setattr(doctor, "STAT", stat)
-    monkeypatch.setattr(doctor.os, "times", lambda: own)
+    monkeypatch.setattr(doctor.os, "times", times)
     monkeypatch.setattr(doctor.os, "sysconf", lambda _: 100)
     monkeypatch.setattr(doctor.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(doctor.time, "sleep", sleep)

@@ -161,11 +161,13 @@ def settings(x: Tensor, n: int, *, aligned: bool = True) -> dict[str, Any]:
     """
     if launch.OVERRIDES:
         return _choose(x, n, aligned=aligned)
-    return _chosen(x.device, x.dtype, x.shape[0], n, aligned)
+    return _chosen(launch.architecture(x.device), x.device, x.dtype, x.shape[0], n, aligned)
 
 
 @functools.lru_cache(maxsize=4096)
-def _chosen(device: torch.device, dtype: torch.dtype, m: int, n: int, aligned: bool) -> dict[str, Any]:
+def _chosen(
+    _architecture: str, device: torch.device, dtype: torch.dtype, m: int, n: int, aligned: bool
+) -> dict[str, Any]:
     return _choose(torch.empty(1, dtype=dtype, device=device).expand(m, 1), n, aligned=aligned)
 
 
