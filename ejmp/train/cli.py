@@ -162,6 +162,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
 
 def _search(options: argparse.Namespace) -> int:
     import ejmp  # noqa: PLC0415
+    from ejmp.provenance import provenance  # noqa: PLC0415
     from ejmp.train.search import search, text_of, to_json  # noqa: PLC0415
     from ejmp.train.sources import mix_of, with_tasks_of  # noqa: PLC0415
 
@@ -184,7 +185,8 @@ def _search(options: argparse.Namespace) -> int:
     )
     print(text_of(found), end="")
     if request.output is not None:
-        request.output.write_text(json.dumps(to_json(found), indent=1) + "\n")
+        content = to_json(found) | {"provenance": provenance(model.device)}
+        request.output.write_text(json.dumps(content, indent=1) + "\n")
     return 0
 
 

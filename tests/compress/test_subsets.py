@@ -171,5 +171,6 @@ def test_command(trained, tmp_path, capsys):
     found = json.loads(output.read_text())
     assert set(found["ratios"]) == {"0,1,2", "0,1", "0,2", "1,2", "0", "1", "2"}
     assert set(found["scores"]) == {"removal", "grad-cam", "taylor", "block influence", "angular distance"}
+    assert found["provenance"]["torch"] == torch.__version__
     assert cli.main(["search", str(path), "--structures", "0"]) == 2
     assert "--structures: expected 1 or more, got 0" in capsys.readouterr().err
