@@ -24,6 +24,7 @@ from ejmp.model.published import resolve
 from ejmp.model.state_names import check_settings, find_state, our_names, without_prefix
 from ejmp.model.task import Task, pretrain_tasks, read_tasks, tasks_text
 from ejmp.model.tensor_file import TensorFile, check_stored, open_tensors
+from ejmp.model.upstream import NO_ATOMS
 from ejmp_kernels.quantized import quantize_weight
 
 FORMAT = "ejmp-1"
@@ -230,7 +231,7 @@ def infer_config(state: State) -> JMPConfig:
     block, bases = "backbone.int_blocks.0", "backbone.bases"
     layer = r"\.(\d+)\.dense_mlp\.0\."
     out_block = r"backbone\.out_blocks\.0"
-    return JMPConfig(
+    config = JMPConfig(
         blocks=count(r"backbone\.int_blocks\.(\d+)\."),
         num_tasks=count(r"output\.out_energy\.(\d+)\."),
         direct_forces="output.out_forces.0.0.weight" in state,
@@ -257,6 +258,9 @@ def infer_config(state: State) -> JMPConfig:
         num_global_out_layers=count(r"backbone\.out_mlp_E\.out_mlp" + layer),
         num_elements=size("embedding.atom_embedding.weight", 0),
     )
+    if config.num_output_after_atom == 0:
+        raise ValueError(f"checkpoint: layers backbone.out_blocks.0.seq_energy2: {NO_ATOMS}")
+    return config
 
 
 def _read_config(path: Path) -> JMPConfig:

@@ -74,6 +74,8 @@ class JMPConfig:
     num_concat: int = 4
     num_atom: int = 3
     num_output_after_atom: int = 3
+    """Residual layers of an output block after the atoms' features were added, which the public code does not do if
+    there is none: so its models with 0 of them are refused."""
     num_atom_emb_layers: int = 2
     num_global_out_layers: int = 2
     num_elements: int = 120

@@ -48,6 +48,12 @@ FIXED = {
 }
 """Settings of upstream that a JMP model has one value of."""
 
+NO_ATOMS = (
+    "expected 1 or more: with no layer after them, upstream leaves the atoms' features out of its output blocks, "
+    "which this model always adds"
+)
+"""Why upstream's models whose output blocks have no layers after the atoms' features are refused."""
+
 
 def sizes_from_upstream(config: Mapping[str, Any]) -> dict[str, Any]:
     """Translate upstream's `BackboneConfig` into arguments of `ejmp.JMPConfig`.
@@ -65,6 +71,8 @@ def sizes_from_upstream(config: Mapping[str, Any]) -> dict[str, Any]:
     if missing:
         raise ValueError(f"upstream config: missing {', '.join(missing)}")
     sizes = {ours: config[theirs] for theirs, ours in NAMES.items()}
+    if sizes["num_output_after_atom"] == 0:
+        raise ValueError(f"upstream config: num_output_afteratom: {NO_ATOMS}")
     return {
         "direct_forces": bool(config.get("direct_forces", True) and config.get("regress_forces", True)),
         "envelope_exponent": config.get("envelope", {}).get("exponent", 5),

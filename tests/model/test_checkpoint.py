@@ -44,6 +44,13 @@ def test_sizes_are_read_off_the_weights(tiny_config, tiny_weights):
             assert infer_config(ejmp.JMP(config).state_dict()) == config
 
 
+def test_a_model_without_layers_after_the_atoms_features_is_refused(tiny_weights):
+    """The public code leaves the atoms' features out of its output blocks then, and ours adds them."""
+    without = {name: value for name, value in tiny_weights.items() if "seq_energy2" not in name}
+    with pytest.raises(ValueError, match=r"out_blocks\.0\.seq_energy2: expected 1 or more"):
+        infer_config(without)
+
+
 def test_upstream_checkpoint(lightning, tiny_weights):
     model = ejmp.load(lightning())
     assert {name: value.tolist() for name, value in model.state_dict().items()} == {

@@ -63,7 +63,12 @@ def test_from_upstream_matches_the_weights(tiny_config, tiny_weights):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"activation": "relu"}, "activation"), ({"num_blocks": None}, "num_blocks"), ({"cbf": {"name": "x"}}, "cbf")],
+    [
+        ({"activation": "relu"}, "activation"),
+        ({"num_blocks": None}, "num_blocks"),
+        ({"cbf": {"name": "x"}}, "cbf"),
+        ({"num_output_afteratom": 0}, "num_output_afteratom: expected 1 or more"),
+    ],
 )
 def test_from_upstream_refuses(change, message):
     config = json.loads(shared_file("golden/tiny.json").read_text()) | change
