@@ -48,7 +48,7 @@ options = {
     # the library registers torch ops and does not touch Python: one file for every Python version
     "py_limited_api": True,
 }
-bindings = [f"csrc/bindings/{name}.cpp" for name in ("cpu", "dense", "quantized")]
+bindings = [f"csrc/bindings/{name}.cpp" for name in ("cpu", "dense", "products", "quantized")]
 sources = [*bindings, *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
 choices = [CppExtension("ejmp_kernels._C", sources, extra_compile_args=host_flags, **options)]
 choices[0].what = "C++ extension was"

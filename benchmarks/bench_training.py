@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from ase.build import molecule
+from torch.utils.flop_counter import FlopCounterMode
 from training_steps import train_on_gradient_forces
 
 import ejmp
@@ -47,12 +48,17 @@ def bench_training_step(benchmark, provenance, models, frames, blocks):
     memory = {name: peak_memory(call, CPU, tensors_of(model, frames)) / 2**20 for name, call in steps.items()}
     losses = {name: call() for name, call in steps.items()}
     assert losses["native"] == pytest.approx(losses["reference"], rel=1e-4)
+    with FlopCounterMode(display=False) as counter:
+        steps["native"]()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(count for op, count in counts.items() if str(op).endswith(("matmul", "mm")))
     rates = []
 
     def after_round(_number, _seconds):
         rates.append(max(gemm_rates(frames.main.num_edges, ["fp32"], CPU).values()))
 
-    seconds = by_turns(steps, CPU, Rounds(least=4, warm_ups=0), after_round=after_round)
+    seconds = by_turns(steps, CPU, Rounds(least=6, warm_ups=0), after_round=after_round)
+    floor = [1e-9 * products / rate for rate in rates]
     provenance |= {
         "blocks": blocks,
         "structures": frames.num_structures,
@@ -63,6 +69,8 @@ def bench_training_step(benchmark, provenance, models, frames, blocks):
         "peak_mib": memory,
         "memory_ratio": memory["native"] / memory["reference"],
         "gemm_gflops": statistics.median(rates),
+        "products_gflop": 1e-9 * products,
+        "over_floor": median_ratio(seconds["native"], floor),
     }
     benchmark.pedantic(steps["native"], rounds=1)
     model.zero_grad(set_to_none=True)

@@ -14,6 +14,7 @@ import importlib
 import json
 import math
 import os
+import site
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -50,12 +51,12 @@ def import_upstream(checkout: Path) -> SimpleNamespace:
     """Import what is needed from a checkout.
 
     Raises:
-        SystemExit: if the folder is no checkout of JMP, or one of its dependencies is missing.
+        SystemExit: if the folder is no checkout of JMP, another one is installed, or a package that it needs is missing.
     """
     source = checkout / "src"
     if not (source / "jmp" / "models" / "gemnet" / "backbone.py").is_file():
         raise SystemExit(f"{checkout}: no checkout of JMP: src/jmp/models/gemnet/backbone.py is missing")
-    sys.path.insert(0, str(source))
+    site.addsitedir(str(source.resolve()))
     np.__dict__.setdefault("math", math)  # the public code asks for a name that numpy 2 has no longer
     try:
         found = {name.rpartition(".")[2]: importlib.import_module(f"jmp.{name}") for name in MODULES}
@@ -63,6 +64,9 @@ def import_upstream(checkout: Path) -> SimpleNamespace:
         raise SystemExit(
             f"{checkout}: its code needs a package that is not installed here ({error}); see its environment.yml"
         ) from error
+    there = Path(str(found["backbone"].__file__)).resolve()
+    if source.resolve() not in there.parents:
+        raise SystemExit(f"{checkout}: another copy of the package jmp comes before it: {there}")
     return SimpleNamespace(**found)
 
 

@@ -174,6 +174,7 @@ struct DenseKernels {
     // grad_x[e] = grad[n] factor[e] and grad_factor[e] = grad[n] x[e] for edges e into atom n; grad as out of edge_sum
     void (*atom_sum_backward)(int64_t num_atoms, int64_t width, const void* grad, const S* x, const S* factor,
                               const int64_t* ptr, S* grad_x, S* grad_factor, int threads);
+    void (*transpose)(int64_t rows, int64_t columns, const S* x, S* out, int threads);  // out: [columns, rows]
 };
 
 // values and scales, and out where it is not null, from a product of integers: row r of it is scale[r] x[r].

@@ -1,6 +1,4 @@
 // torch ops over ops.h: what happens between the matrix products of the dense chain.
-#include <torch/csrc/autograd/custom_function.h>
-
 #include "common.h"
 
 namespace {
@@ -191,46 +189,9 @@ std::tuple<Tensor, Tensor> swap_add_double(const Tensor& u, const Tensor& grad, 
     return {to_grad, to_x};
 }
 
-// Matrix products: the kernel is chosen in Python (ejmp_kernels/gemm.py), the derivatives are here.
-
-Tensor call_matmul(const Tensor& a, const Tensor& b, bool transpose_a, bool transpose_b) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("ejmp::matmul", "")
-                               .typed<Tensor(const Tensor&, const Tensor&, bool, bool)>();
-    return op.call(a, b, transpose_a, transpose_b);
-}
-
-// For c = a b: da = g b^T, db = a^T g, and a transposed input gets a transposed gradient. In C++, because only there a
-// function knows which gradients a backward pass is after: for forces, those of the weights are not wanted.
-struct Matmul : torch::autograd::Function<Matmul> {
-    static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& a, const Tensor& b, bool transpose_a,
-                          bool transpose_b) {
-        at::AutoDispatchBelowADInplaceOrView below;
-        ctx->save_for_backward({a, b});
-        ctx->saved_data["transposed"] = std::vector<int64_t>{transpose_a, transpose_b};
-        return call_matmul(a, b, transpose_a, transpose_b);
-    }
-    static std::vector<Tensor> backward(torch::autograd::AutogradContext* ctx, const std::vector<Tensor>& grads) {
-        const auto saved = ctx->get_saved_variables();
-        const auto transposed = ctx->saved_data["transposed"].toIntVector();
-        const Tensor &a = saved[0], &b = saved[1], &g = grads[0];
-        const bool ta = transposed[0], tb = transposed[1];
-        Tensor to_a, to_b;
-        if (ctx->needs_input_grad(0)) to_a = ta ? call_matmul(b, g, tb, true) : call_matmul(g, b, false, !tb);
-        if (ctx->needs_input_grad(1)) to_b = tb ? call_matmul(g, a, true, ta) : call_matmul(a, g, !ta, false);
-        return {to_a, to_b, Tensor(), Tensor()};
-    }
-};
-
-Tensor matmul(const Tensor& a, const Tensor& b, bool transpose_a, bool transpose_b) {
-    check_given("matmul", "a", a), check_given("matmul", "b", b);
-    return Matmul::apply(a, b, transpose_a, transpose_b);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(ejmp, library) {
-    library.def("matmul(Tensor a, Tensor b, bool transpose_a, bool transpose_b) -> Tensor");
     define_sums(library);
     library.def(
         "gather_add(Tensor? x, Tensor source_rows, Tensor target_rows, Tensor source, Tensor swap, "
@@ -259,5 +220,3 @@ TORCH_LIBRARY_IMPL(ejmp, CPU, library) {
     library.impl("swap_add_backward", &swap_add_backward);
     library.impl("swap_add_double", &swap_add_double);
 }
-
-TORCH_LIBRARY_IMPL(ejmp, Autograd, library) { library.impl("matmul", &matmul); }

@@ -283,3 +283,27 @@ void atom_sum_backward(int64_t num_atoms, int64_t width, const void* grad, const
         }
     });
 }
+
+// Blocks of one cache line by as many rows: each line is read and written once.
+template <class S>
+void transpose(int64_t rows, int64_t columns, const S* x, S* out, int threads) {
+    constexpr int64_t B = 64 / sizeof(S), STRIP = 4 * B;
+    parallel_for<Stateless>((columns + STRIP - 1) / STRIP, 1, threads, [&](int64_t strip, Stateless&) {
+        const int64_t end = std::min(columns, (strip + 1) * STRIP);
+        for (int64_t r = 0; r < rows; r += B) {
+            const int64_t height = std::min(B, rows - r);
+            for (int64_t c = strip * STRIP; c < end; c += B) {
+                const int64_t width = std::min(B, end - c);
+                S block[B][B];
+                if (height == B && width == B) {  // sizes that the compiler knows
+                    for (int64_t i = 0; i < B; ++i)
+                        for (int64_t j = 0; j < B; ++j) block[j][i] = x[(r + i) * columns + c + j];
+                    for (int64_t j = 0; j < B; ++j) std::copy_n(block[j], B, out + (c + j) * rows + r);
+                } else {
+                    for (int64_t j = 0; j < width; ++j)
+                        for (int64_t i = 0; i < height; ++i) out[(c + j) * rows + r + i] = x[(r + i) * columns + c + j];
+                }
+            }
+        }
+    });
+}

@@ -23,8 +23,8 @@ constexpr GraphKernels<T> graph_kernels() {
 
 template <class S>
 constexpr DenseKernels<S> dense_kernels() {
-    return {activate<S>,        activate_backward<S>, activate_double<S>, swap_add<S>,         swap_add_backward<S>,
-            swap_add_double<S>, gather_add<S>,        edge_sum<S>,        atom_sum_backward<S>};
+    return {activate<S>,        activate_backward<S>, activate_double<S>, swap_add<S>,          swap_add_backward<S>,
+            swap_add_double<S>, gather_add<S>,        edge_sum<S>,        atom_sum_backward<S>, transpose<S>};
 }
 
 template <class S>

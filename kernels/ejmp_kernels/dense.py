@@ -1,8 +1,10 @@
 """A linear map and what comes after it: activation, filter, residual and scalings in the product's epilogue.
 
-out = scale ScaledSiLU(x weight^T) factor + add_scale add. The native backend makes the product and a pass after it. So
-does Triton's where derivatives will be asked for, which need the product itself; elsewhere it has one op, 2 m n k FLOP,
-that makes both at once where that is faster. Specification: `specification.activate` of torch.nn.functional.linear.
+out = scale ScaledSiLU(x weight^T) factor + add_scale add. The native backend makes the product and a pass after it, and
+where derivatives will be asked for they are one function to autograd, which keeps less for a second derivative
+(csrc/bindings/products.cpp). Triton's makes product and pass there, whose derivatives need the product itself;
+elsewhere it has one op, 2 m n k FLOP, that makes both at once where that is faster. Specification:
+`specification.activate` of torch.nn.functional.linear.
 """
 
 from typing import Any
@@ -46,7 +48,7 @@ def linear_activate(
     """
     dtype = x.dtype if add is None else add.dtype  # the atoms' residual stream stays in float32
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, factor, add))
-    if backend == "triton" and dtype == x.dtype and not recorded:
+    if dtype == x.dtype and recorded == (backend == "native"):
         return ops_of(backend).linear_activate(x, weight, factor, add, scale * SCALED_SILU, add_scale)
     out = linear(x, weight, backend=backend).to(dtype)
     return activate(out, factor, add, scale=scale, add_scale=add_scale, in_place=True, backend=backend)

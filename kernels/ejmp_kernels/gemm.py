@@ -29,6 +29,8 @@ _ROUNDS, _SECONDS = 5, 0.1
 
 def _onednn(a: Tensor, b: Tensor) -> Tensor:
     a, b = _dense(a), _dense(b)
+    if not a.is_contiguous() and hasattr(torch.ops.ejmp, "transposed"):
+        a = torch.ops.ejmp.transposed(a.mT)  # oneDNN's would run on one thread
     return torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")  # noqa: SLF001 - what Inductor calls
 
 

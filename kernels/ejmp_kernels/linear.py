@@ -1,7 +1,7 @@
 """Linear maps without bias: out = x weight^T, by the product `gemm` chooses, at every order of derivative.
 
 The native backend has one op, `ejmp::matmul(a, b, transpose_a, transpose_b)`: its gradients are itself with other
-transpositions, so it can be differentiated as often as one likes (csrc/bindings/dense.cpp). With Triton the vendor's
+transpositions, so it can be differentiated as often as one likes (csrc/bindings/products.cpp). With Triton the vendor's
 product is torch's own, and `dense` takes what comes after a product into its epilogue. 2 m k n FLOP, counted by torch's
 counter. Specification: torch.nn.functional.linear.
 """
@@ -66,3 +66,4 @@ def _register(namespace: str) -> None:
     _LIBRARY.impl("matmul", matmul, "CompositeExplicitAutograd")
     register_shape("ejmp::matmul", fake)
     register_flop_formula([torch.ops.ejmp.matmul])(flops)
+    register_shape("ejmp::transposed", lambda x: x.new_empty(x.shape[::-1]))

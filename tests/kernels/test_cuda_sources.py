@@ -303,7 +303,8 @@ def test_model_equals_golden(emulated, monkeypatch, tiny):
     class OnGpu:
         def __getattr__(self, name):
             by_torch = {op.__name__: op for op in unfused.OPS}
-            return by_torch.get(name) or getattr(torch.ops.ejmp if name == "matmul" else emulated, name)
+            products = name in ("matmul", "linear_activate")
+            return by_torch.get(name) or getattr(torch.ops.ejmp if products else emulated, name)
 
     monkeypatch.setitem(registry._ops, "native", OnGpu())
     emulated.threads(1)

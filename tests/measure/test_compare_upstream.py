@@ -11,9 +11,10 @@ from support.public_jmp import write_checkout
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "compare_upstream.py"
 
 
-def compare(*arguments):
+def compare(*arguments, path=""):
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    paths = os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")])
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=paths)
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
@@ -52,3 +53,10 @@ def test_what_is_missing_is_named(tmp_path):
     run = compare(checkout)
     assert run.returncode == 1
     assert "its code needs a package that is not installed here (No module named 'no_such_scatter')" in run.stderr
+
+
+def test_another_copy_is_not_measured(tmp_path):
+    other = write_checkout(tmp_path / "other")
+    run = compare(write_checkout(tmp_path / "jmp"), path=other / "src")
+    assert run.returncode == 1
+    assert "another copy of the package jmp comes before it" in run.stderr
