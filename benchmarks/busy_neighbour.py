@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -24,20 +25,31 @@ from training_steps import train_on_gradient_forces
 import ejmp
 from ejmp.provenance import provenance
 from ejmp.train.demo import demo_config
+from ejmp.train.distributed import Ranks
+from ejmp.train.threads import fitting_threads
 from ejmp_kernels.allocator import keep_freed_memory
 
 FOLDER = Path(__file__).resolve().parent
+CHOSEN = "as training commands choose"
 WAYS: dict[str, dict[str, str]] = {
-    "as it is": {},
+    "as many threads as cores": {},
+    CHOSEN: {},
     "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
     "OMP_NUM_THREADS=1": {"OMP_NUM_THREADS": "1"},
 }
 """Environment variables of the training by what the result calls them."""
 
 
-def train(seconds: float) -> None:
-    """Train for some seconds and print structures per second."""
+def train(seconds: float, *, choose: bool) -> None:
+    """Train for some seconds, on all threads or as many as a training command chooses; print structures per second."""
     keep_freed_memory()
+    alone = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    with fitting_threads(alone, FOLDER, resume=False) if choose else nullcontext():
+        print(structures_per_second(seconds))
+
+
+def structures_per_second(seconds: float) -> float:
+    """Train for some seconds."""
     torch.manual_seed(0)
     model = ejmp.JMP(dataclasses.replace(demo_config(), num_tasks=1, direct_forces=False))
     random = np.random.default_rng(0)
@@ -49,7 +61,7 @@ def train(seconds: float) -> None:
     while time.perf_counter() - start < seconds:
         train_on_gradient_forces(model, graph)
         steps += 1
-    print(len(molecules) * steps / (time.perf_counter() - start))
+    return len(molecules) * steps / (time.perf_counter() - start)
 
 
 def main() -> None:
@@ -61,13 +73,14 @@ def main() -> None:
     options = parser.parse_args()
     made = provenance(torch.device("cpu"))
     found: dict[str, dict[str, list[float]]] = {way: {"alone": [], "neighbour": []} for way in WAYS}
-    command = [sys.executable, "-c", f"import busy_neighbour; busy_neighbour.train({options.seconds})"]
+    call = f"import busy_neighbour as b; b.train({options.seconds}, choose={{}})"
     for _ in range(options.rounds):
         for state, cores in (("alone", ()), ("neighbour", os.sched_getaffinity(0))):
             with busy(cores):
                 time.sleep(3 if cores else 0)  # until it is under way
                 for way, variables in WAYS.items():
                     environment = os.environ | variables
+                    command = [sys.executable, "-c", call.format(way == CHOSEN)]
                     done = subprocess.run(
                         command, env=environment, cwd=FOLDER, capture_output=True, text=True, check=True
                     )

@@ -28,7 +28,7 @@ HEAVY = {
 }
 ORDER = (
     "limits",
-    ("config_file", "lock", "markdown", "progress", "provenance"),
+    ("config_file", "cores", "lock", "markdown", "progress", "provenance"),
     "graph",
     "catalog",
     "fetch",

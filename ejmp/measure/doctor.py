@@ -1,15 +1,12 @@
 """Say which implementation serves each op on each device and type, and why."""
 
 import importlib
-import math
-import os
 import platform
-import time
-from pathlib import Path
 from typing import get_args
 
 import torch
 
+from ejmp import cores
 from ejmp.model.backend import Kernels, candidates, why_unavailable
 from ejmp_kernels import availability, gemm, quantized
 
@@ -39,7 +36,7 @@ def examine() -> str:
     lines = [
         f"torch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads",
         f"native ops: {'not there: ' + reason if reason else 'compiled, kernels for ' + torch.ops.ejmp.isa()}",
-        load_line(busy_elsewhere()),
+        load_line(cores.busy_elsewhere()),
         f'precision="int8": {eight_bits or "on this CPU"}',
         f"CUDA: {_cuda()}",
         f"triton backend: {_triton()}",
@@ -59,40 +56,16 @@ def examine() -> str:
     return "\n".join([*lines, "", *_products(reason)])
 
 
-STAT = Path("/proc/stat")
-"""Where Linux counts what its processors did, in ticks."""
-LOADED = 0.3
-"""Number of cores that others may keep busy before timings mean little."""
-
-
-def busy_elsewhere(seconds: float = 0.3) -> float | None:
-    """Return how many cores other processes kept busy meanwhile, or None where the system does not tell."""
-    if not STAT.exists():
-        return None
-    before = _ticks()
-    time.sleep(seconds)
-    after = _ticks()
-    return max(0.0, after[1] - before[1]) / max(after[0] - before[0], 1e-9)
-
-
-def _ticks() -> tuple[float, float]:
-    """Return the time in s, and the seconds for which other processes were on a core since the machine started."""
-    user, nice, system, _idle, _waiting, *interrupts = map(int, STAT.read_text().split("\n", 1)[0].split()[1:9])
-    own = os.times()
-    busy = (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
-    return time.monotonic(), busy - own.user - own.system
-
-
 def load_line(busy: float | None) -> str:
     """Say how much of the machine is left."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    number = cores.available()
     if busy is None:
-        return f"{cores} cores; what else runs on them is not known here"
-    line = f"{cores} cores, of which other work keeps {busy:.1f} busy"
-    free = max(1, cores - math.ceil(busy - LOADED))
-    if busy <= LOADED:
+        return f"{number} cores; what else runs on them is not known here"
+    line = f"{number} cores, of which other work keeps {busy:.1f} busy"
+    if busy <= cores.LOADED:
         return line
-    return f"{line}: timings mean little now, and OMP_NUM_THREADS={free} may be faster than {torch.get_num_threads()}"
+    suggestion = f"OMP_NUM_THREADS={cores.free(busy)} may be faster than {torch.get_num_threads()}"
+    return f"{line}: timings mean little now, and {suggestion}"
 
 
 def _choice(device: str, dtype: torch.dtype) -> str:

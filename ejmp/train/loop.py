@@ -31,6 +31,7 @@ from ejmp.train.logs import Log, Tracker
 from ejmp.train.objective import Objective
 from ejmp.train.schedule import EarlyStop, Schedule, cut_short
 from ejmp.train.sources import TaskData, at_most, loader_of
+from ejmp.train.threads import fitting_threads
 
 FINAL = "final"
 """The folder of a run that holds the trained model."""
@@ -81,7 +82,8 @@ class Result:
 def train(run: Run, *, resume: bool | None = False) -> Result:
     """Train until the last step, an early stop, the end of the training time, or SIGTERM.
 
-    Rank 0 says on stderr if the last step comes before the end of the learning rate's warm-up and cosine.
+    Rank 0 says on stderr if the last step comes before the end of the learning rate's warm-up and cosine. Threads are
+    left to other work as `fitting_threads` says.
 
     Args:
         run: what to train and where. Its folder gets run.json, deepspeed.json, log.jsonl, checkpoints and the final
@@ -99,6 +101,7 @@ def train(run: Run, *, resume: bool | None = False) -> Result:
             raise ValueError(f"run: another process trains in {run.directory}")
         if resume is None:
             resume = bool(checkpoint.steps(run.directory / CHECKPOINTS))
+        stack.enter_context(fitting_threads(run.ranks, run.directory, resume=resume))
         return _train(run, stack.enter_context(Preemption()), resume=resume)
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from ejmp import cores
 from ejmp.measure import doctor
 
 LINE = "cpu  {user} 0 {system} {idle} 0 0 0 {steal} 0 0\ncpu0 1 2 3\n"
@@ -32,20 +33,20 @@ def test_what_others_do_is_read_from_the_system(tmp_path, monkeypatch, passed, e
     def times():
         return SimpleNamespace(user=3 + (passed.get("own", 0) / 100 if clock[0] > 5 else 0), system=1)
 
-    monkeypatch.setattr(doctor, "STAT", stat)
-    monkeypatch.setattr(doctor.os, "times", times)
-    monkeypatch.setattr(doctor.os, "sysconf", lambda _: 100)
-    monkeypatch.setattr(doctor.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(doctor.time, "sleep", sleep)
-    assert doctor.busy_elsewhere(1.0) == pytest.approx(expected)
+    monkeypatch.setattr(cores, "STAT", stat)
+    monkeypatch.setattr(cores.os, "times", times)
+    monkeypatch.setattr(cores.os, "sysconf", lambda _: 100)
+    monkeypatch.setattr(cores.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(cores.time, "sleep", sleep)
+    assert cores.busy_elsewhere(1.0) == pytest.approx(expected)
 
 
 def test_a_busy_neighbour_is_seen():
-    if not doctor.STAT.exists():
+    if not cores.STAT.exists():
         pytest.skip("the system does not tell")
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as neighbour:
         try:
-            assert doctor.busy_elsewhere(0.5) > 0.25
+            assert cores.busy_elsewhere(0.5) > 0.25
         finally:
             neighbour.kill()
 
