@@ -51,7 +51,7 @@ def import_upstream(checkout: Path) -> SimpleNamespace:
     """Import what is needed from a checkout.
 
     Raises:
-        SystemExit: if the folder is no checkout of JMP, another one is installed, or a package that it needs is missing.
+        SystemExit: if the folder is no checkout of JMP, another is installed, or a package that it needs is missing.
     """
     source = checkout / "src"
     if not (source / "jmp" / "models" / "gemnet" / "backbone.py").is_file():

@@ -12,6 +12,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.page_tables import TABLES, graph_growth, infos, result
@@ -217,9 +218,18 @@ def test_training_figures():
     assert f"takes {seconds['native']:.1f} s native and {seconds['reference']:.1f} s reference" in words
     assert f"{step['speedup']:.2f} times as fast" in words
     assert f"{100 * step['memory_ratio']:.0f}% of the memory ({peak['native']:.0f} of {peak['reference']:.0f}" in words
+    floor = f"{step['over_floor']:.2f} times what its {step['products_gflop']:,.0f} GFLOP of matrix products"
+    assert floor in words
     for info in found:
         if "energy_error" in info:
             assert f"{info['energy_error']:.0e} and {info['gradient_force_error']:.0e} in {info['precision']}" in words
+
+
+def test_refitted_students_after_distillation():
+    rows = result("refit_cpu")["distilled"]["rows"]
+    means = [math.exp(np.mean([math.log(r["over_sliced"]) for r in rows if r["blocks"] == b])) for b in (5, 4, 3, 2)]
+    first, second, third, last = (f"{mean:.3f}" for mean in means)
+    assert f"are {first}, {second}, {third} and {last} times those of sliced ones" in WORDS["docs/training.md"]
 
 
 def test_distillation_figure():

@@ -2,6 +2,8 @@
 
 import json
 
+import compare_upstream as upstream
+
 from ejmp.limits import Limits
 from ejmp.measure import report
 from ejmp.study import gather
@@ -110,6 +112,7 @@ TABLES = {
     "any depth": ("docs/training.md", lambda: any_depth_table(result("any_depth_cpu"), result("study_cpu"))),
     "any depth, teacher": ("docs/training.md", lambda: any_depth_teacher_table(result("any_depth_teacher_cpu"))),
     "precisions": ("docs/benchmarks.md", lambda: precision_table(result("precisions_cpu"))),
+    "upstream": ("docs/benchmarks.md", lambda: upstream.text_of(result("upstream_cpu")["rows"])),
     "hessian": ("docs/training.md", lambda: hessian_table(result("hessian_cpu"))),
     "track": ("docs/tracking.md", lambda: track_table(result("track_cpu"))),
     "faster": ("docs/tracking.md", lambda: faster_table(result("track_commits_cpu"))),
