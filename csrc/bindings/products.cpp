@@ -1,13 +1,46 @@
 // torch ops over ops.h: matrix products and dense layers, as autograd sees them.
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <cstdlib>
+
 #include "common.h"
 
 namespace {
 
 using namespace ejmp::bindings;
 
-// Matrix products: the kernel is chosen in Python (ejmp_kernels/gemm.py), the derivatives are here.
+// Matrix products. Small ones are torch's, which is not worth a detour through Python; for the others, a provider is
+// chosen there (ejmp_kernels/gemm.py).
+
+// Multiply-adds from which on the choice matters, as in gemm.py.
+constexpr double WORTH_MEASURING = 5e6;
+
+void check_factor(const char* name, const Tensor& x) {
+    const char* const op = "matmul";
+    check_given(op, name, x);
+    TORCH_CHECK_VALUE(x.dim() == 2 && x.is_floating_point() && x.layout() == at::kStrided, op, ": ", name,
+                      " must be a matrix of floats, got ", x.layout(), " ", x.scalar_type(), " ", x.sizes());
+    if (x.is_cpu() && x.numel()) check_memory(op, name, x);
+}
+
+Tensor call_product(const Tensor& a, const Tensor& b) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("ejmp::product", "")
+                               .typed<Tensor(const Tensor&, const Tensor&)>();
+    return op.call(a, b);
+}
+
+Tensor multiply(const Tensor& a, const Tensor& b, bool transpose_a, bool transpose_b) {
+    check_factor("a", a), check_factor("b", b);
+    TORCH_CHECK_VALUE(a.scalar_type() == b.scalar_type() && a.device() == b.device(), "matmul: b must be ",
+                      a.scalar_type(), " on ", a.device(), " as a, got ", b.scalar_type(), " on ", b.device());
+    const Tensor left = transpose_a ? a.t() : a, right = transpose_b ? b.t() : b;
+    TORCH_CHECK_VALUE(left.size(1) == right.size(0), "matmul: a and b must fit together, got ", left.sizes(), " times ",
+                      right.sizes());
+    const double work = double(left.size(0)) * left.size(1) * right.size(1);
+    const bool small = work < WORTH_MEASURING && !std::getenv("EJMP_GEMM");
+    return small ? at::mm(left, right) : call_product(left, right);
+}
 
 Tensor call_matmul(const Tensor& a, const Tensor& b, bool transpose_a, bool transpose_b) {
     static const auto op = c10::Dispatcher::singleton()
@@ -203,6 +236,7 @@ TORCH_LIBRARY_FRAGMENT(ejmp, library) {
     library.def("matmul(Tensor a, Tensor b, bool transpose_a, bool transpose_b) -> Tensor");
     library.def(
         "linear_activate(Tensor x, Tensor weight, Tensor? factor, Tensor? add, float alpha, float beta) -> Tensor");
+    library.def("product(Tensor a, Tensor b) -> Tensor");
     library.def("transposed(Tensor x) -> Tensor");
 }
 
@@ -210,4 +244,7 @@ TORCH_LIBRARY_IMPL(ejmp, Autograd, library) { library.impl("matmul", &matmul); }
 
 TORCH_LIBRARY_IMPL(ejmp, CompositeImplicitAutograd, library) { library.impl("linear_activate", &linear_activate); }
 
-TORCH_LIBRARY_IMPL(ejmp, CompositeExplicitAutograd, library) { library.impl("transposed", &transposed); }
+TORCH_LIBRARY_IMPL(ejmp, CompositeExplicitAutograd, library) {
+    library.impl("matmul", &multiply);
+    library.impl("transposed", &transposed);
+}

@@ -110,7 +110,7 @@ def test_products_are_checked_whichever_provider_makes_them(size):
     a = torch.ones(rows, width)
     for b, message in (
         (torch.ones(width + 1, 2), "a and b must fit together"),
-        (torch.ones(width, 2, dtype=torch.float64), "b must be torch.float32"),
+        (torch.ones(width, 2, dtype=torch.float64), "b must be Float on cpu as a, got Double"),
         (torch.ones(width), "b must be a matrix"),
         (torch.ones(width, 2, dtype=torch.int64), "b must be a matrix of floats"),
     ):

@@ -56,6 +56,21 @@ def test_pinned(cache, monkeypatch):
         gemm.choose(a, b)
 
 
+def test_small_products_do_not_ask_python(monkeypatch):
+    """Up to where a choice is worth a measurement; EJMP_GEMM is heard for all."""
+    asked = []
+    monkeypatch.setattr(gemm, "choose", lambda a, b: asked.append(a.shape[0]) or "torch")
+    rows = int(gemm.WORTH_MEASURING / (100 * 50))
+    for m in (1, rows - 1, rows):
+        a, b = operands(m=m, k=100, n=50)
+        assert torch.equal(torch.ops.ejmp.matmul(a, b, False, False), a @ b)
+    assert asked == [rows]
+    monkeypatch.setenv("EJMP_GEMM", "torch")
+    a, b = operands(m=2, k=3, n=4)
+    torch.ops.ejmp.matmul(a, b, False, False)
+    assert asked == [rows, 2]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_providers_agree_in_every_layout(dtype):
     """Also for slices of a wider matrix, with gaps between the rows."""

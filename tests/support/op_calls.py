@@ -77,6 +77,7 @@ def calls(dtype=torch.float32):
         "activate_rows": flat | scales | {"scale": torch.rand(E, generator=generator), "keep": True, "quantize": True},
         "radial": radial,
         "transposed": {"x": draw(E, M)},
+        "product": {"a": draw(4, 3), "b": draw(3, 5)},
         "matmul": {"a": draw(4, 3), "b": draw(3, 5), "transpose_a": False, "transpose_b": False},
         "linear_activate": {"x": draw(4, 3), "weight": draw(5, 3), "factor": draw(4, 5), "add": draw(4, 5)} | scales,
         "find_neighbors": neighbor_query(),
