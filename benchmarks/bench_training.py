@@ -23,6 +23,7 @@ from ejmp.measure import bench, workloads
 from ejmp.measure.memory import peak_memory, tensors_of
 from ejmp.measure.rates import gemm_rates, precisions_of
 from ejmp.measure.timing import Rounds, by_turns, median_ratio
+from ejmp_kernels.allocator import TRAINING_BYTES, keep_freed_memory
 
 CPU = torch.device("cpu")
 
@@ -40,6 +41,7 @@ def frames(request):
 
 @pytest.mark.parametrize("blocks", [6])
 def bench_training_step(benchmark, provenance, models, frames, blocks):
+    keep_freed_memory(TRAINING_BYTES)  # as the commands do
     model = models[blocks]
     steps = {
         name: functools.partial(train_on_gradient_forces, model.on(backend=name), frames)

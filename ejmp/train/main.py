@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ejmp.config_file import Parser
 from ejmp.train.flags import COMMANDS, CommandName
-from ejmp_kernels.allocator import keep_freed_memory
+from ejmp_kernels.allocator import TRAINING_BYTES, keep_freed_memory
 
 
 def main(name: CommandName, arguments: Sequence[str] | None = None) -> int:
@@ -19,12 +19,12 @@ def main(name: CommandName, arguments: Sequence[str] | None = None) -> int:
     COMMANDS[name].add_flags(parser)
     parser.take_config()
     options = parser.parse_args(arguments)
-    keep_freed_memory()
     return run(name, options)
 
 
 def run(name: CommandName, options: argparse.Namespace) -> int:
     """Carry out a command with parsed flags, print its result on rank 0, and return the exit status."""
+    keep_freed_memory(TRAINING_BYTES)
     try:
         request = COMMANDS[name].request(options)
         from ejmp.train import commands, faults  # noqa: PLC0415 - they need torch

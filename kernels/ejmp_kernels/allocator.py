@@ -5,6 +5,8 @@ import os
 
 KEPT_BYTES = 512 << 20
 """What `keep_freed_memory` keeps unless it is told another size."""
+TRAINING_BYTES = (1 << 31) - 1
+"""What training commands keep, the most there can be: a step's memory is what the next one takes."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Parameters of mallopt, from malloc.h."""
 _OLD_LIMIT = 32 << 20
@@ -29,7 +31,7 @@ def keep_freed_memory(size: int = KEPT_BYTES) -> bool:
     Raises:
         ValueError: for a size that is not from 0 to 2^31 - 1.
     """
-    if not 0 <= size < 1 << 31:
+    if not 0 <= size <= TRAINING_BYTES:
         raise ValueError(f"keep_freed_memory: size must be from 0 to 2^31 - 1, got {size}")
     if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")):
         return False
