@@ -13,11 +13,11 @@ import dataclasses
 import importlib
 import json
 import math
-import os
 import site
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,11 +84,8 @@ class Upstream:
         config = jmp.config.BackboneConfig(
             **sizes, **FIXED, direct_forces=True, regress_forces=True, dropout=None, edge_dropout=None
         )
-        sys.stdout = sys.stderr  # it prints while it is made
-        try:
+        with redirect_stdout(sys.stderr):  # it prints while it is made
             self.backbone = jmp.backbone.GemNetOCBackbone(config, **dict(config))
-        finally:
-            sys.stdout = sys.__stdout__
         state = {name.removeprefix("backbone."): value for name, value in model.state_dict().items()}
         wanted = self.backbone.state_dict()
         self.backbone.load_state_dict({name: state[name] for name in wanted})
@@ -302,7 +299,6 @@ def main() -> int:
                 return 1
             rows = compare(sides, options.only, options.rounds)
             result["rows"] += [{**row, "difference": difference} for row in rows]
-            result["load_after"] = os.getloadavg()[0]
     print(text_of(result["rows"]))
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -6,18 +6,22 @@ import time
 from pathlib import Path
 
 STAT = Path("/proc/stat")
-"""Where Linux counts what its processors did, in ticks."""
+"""Where Linux counts what each of its processors did, in ticks."""
 LOADED = 0.3
 """Number of cores that others may keep busy before timings mean little."""
 
 
-def available() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def available() -> set[int]:
+    """Return the numbers of the cores that this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def busy_elsewhere(seconds: float = 0.3) -> float | None:
-    """Return how many cores other processes kept busy meanwhile, or None where the system does not tell."""
+    """Return how many of the cores that this process may use others kept busy, or None where the system does not tell.
+
+    Args:
+        seconds: how long to look.
+    """
     if not STAT.exists():
         return None
     before = _ticks()
@@ -27,13 +31,17 @@ def busy_elsewhere(seconds: float = 0.3) -> float | None:
 
 
 def _ticks() -> tuple[float, float]:
-    """Return the time in s, and the seconds for which other processes were on a core since the machine started."""
-    user, nice, system, _idle, _waiting, *interrupts = map(int, STAT.read_text().split("\n", 1)[0].split()[1:9])
+    """Return the time in s, and the seconds for which others were on this process's cores since the machine started."""
+    names, busy = {f"cpu{number}" for number in available()}, 0
+    for line in STAT.read_text().splitlines():
+        name, *ticks = line.split()
+        if name in names:
+            user, nice, system, _idle, _waiting, *interrupts = map(int, ticks[:8])
+            busy += user + nice + system + sum(interrupts)
     own = os.times()
-    busy = (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
-    return time.monotonic(), busy - own.user - own.system
+    return time.monotonic(), busy / os.sysconf("SC_CLK_TCK") - own.user - own.system
 
 
 def free(busy: float) -> int:
     """Return how many cores are left, at least one, if others keep so many busy."""
-    return max(1, available() - max(0, math.ceil(busy - LOADED)))
+    return max(1, len(available()) - max(0, math.ceil(busy - LOADED)))

@@ -9,8 +9,8 @@ namespace {
 
 using namespace ejmp::bindings;
 
-// Matrix products. Small ones are torch's, which is not worth a detour through Python; for the others, a provider is
-// chosen there (ejmp_kernels/gemm.py).
+// Matrix products. Small ones, and all that are not on the CPU, are torch's, without a detour through Python; for the
+// others, a provider is chosen there (ejmp_kernels/gemm.py).
 
 // Multiply-adds from which on the choice matters, as in gemm.py.
 constexpr double WORTH_MEASURING = 5e6;
@@ -38,8 +38,8 @@ Tensor multiply(const Tensor& a, const Tensor& b, bool transpose_a, bool transpo
     TORCH_CHECK_VALUE(left.size(1) == right.size(0), "matmul: a and b must fit together, got ", left.sizes(), " times ",
                       right.sizes());
     const double work = double(left.size(0)) * left.size(1) * right.size(1);
-    const bool small = work < WORTH_MEASURING && !std::getenv("EJMP_GEMM");
-    return small ? at::mm(left, right) : call_product(left, right);
+    const bool one_provider = !a.is_cpu() || (work < WORTH_MEASURING && !std::getenv("EJMP_GEMM"));
+    return one_provider ? at::mm(left, right) : call_product(left, right);
 }
 
 Tensor call_matmul(const Tensor& a, const Tensor& b, bool transpose_a, bool transpose_b) {

@@ -58,7 +58,7 @@ def examine() -> str:
 
 def load_line(busy: float | None) -> str:
     """Say how much of the machine is left."""
-    number = cores.available()
+    number = len(cores.available())
     if busy is None:
         return f"{number} cores; what else runs on them is not known here"
     line = f"{number} cores, of which other work keeps {busy:.1f} busy"

@@ -45,7 +45,7 @@ def fitting_threads(ranks: Ranks, folder: Path, *, resume: bool) -> Iterator[Non
         taken = min(threads, cores.free(busy))
         if taken < threads:
             sys.stderr.write(
-                f"other work keeps {busy:.1f} of {cores.available()} cores busy: {taken} of {threads} threads are "
+                f"other work keeps {busy:.1f} of {len(cores.available())} cores busy: {taken} of {threads} threads are "
                 "used; set OMP_NUM_THREADS to say otherwise\n"
             )
     torch.set_num_threads(taken)

@@ -9,7 +9,12 @@ import pytest
 from ejmp import cores
 from ejmp.measure import doctor
 
-LINE = "cpu  {user} 0 {system} {idle} 0 0 0 {steal} 0 0\ncpu0 1 2 3\n"
+TEXT = """cpu  1 2 3 4 5 6 7 8 0 0
+cpu2 {user} 0 5 {idle} 0 0 0 0 0 0
+cpu5 7 0 {system} 100 0 0 0 {steal} 0 0
+cpu22 {elsewhere} 0 0 0 0 0 0 0 0 0
+intr 9 9
+"""
 
 
 @pytest.mark.parametrize(
@@ -19,21 +24,27 @@ LINE = "cpu  {user} 0 {system} {idle} 0 0 0 {steal} 0 0\ncpu0 1 2 3\n"
         ({"user": 130, "own": 50, "idle": 70}, 0.8),
         ({"user": 150, "idle": 50}, 1.5),
         ({"user": 90, "system": 10, "steal": 30, "idle": 70}, 1.3),
+        ({"idle": 200, "elsewhere": 100}, 0.0),
     ],
 )
 def test_what_others_do_is_read_from_the_system(tmp_path, monkeypatch, passed, expected):
-    """In one second, on two cores whose ticks are 1/100 s, some of which this process used itself ("own")."""
-    stat, clock, counts = tmp_path / "stat", [5.0], {"user": 1000, "system": 500, "idle": 9000, "steal": 7}
-    stat.write_text(LINE.format(**counts))
+    """In one second, on cores 2 and 5 of many, ticks of 1/100 s, some of which this process used itself ("own")."""
+    stat, clock, counts = (
+        tmp_path / "stat",
+        [5.0],
+        {"user": 1000, "system": 500, "idle": 9000, "steal": 7, "elsewhere": 3},
+    )
+    stat.write_text(TEXT.format(**counts))
 
     def sleep(seconds):
         clock[0] += seconds
-        stat.write_text(LINE.format(**{name: value + passed.get(name, 0) for name, value in counts.items()}))
+        stat.write_text(TEXT.format(**{name: value + passed.get(name, 0) for name, value in counts.items()}))
 
     def times():
         return SimpleNamespace(user=3 + (passed.get("own", 0) / 100 if clock[0] > 5 else 0), system=1)
 
     monkeypatch.setattr(cores, "STAT", stat)
+    monkeypatch.setattr(cores, "available", lambda: {2, 5})
     monkeypatch.setattr(cores.os, "times", times)
     monkeypatch.setattr(cores.os, "sysconf", lambda _: 100)
     monkeypatch.setattr(cores.time, "monotonic", lambda: clock[0])

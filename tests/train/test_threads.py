@@ -23,7 +23,7 @@ def machine(monkeypatch):
     before = torch.get_num_threads()
     for name in SAID_BY:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(cores, "available", lambda: 4)
+    monkeypatch.setattr(cores, "available", lambda: set(range(4)))
     monkeypatch.setattr(cores, "busy_elsewhere", lambda: 2.9)
     torch.set_num_threads(4)
     yield monkeypatch
