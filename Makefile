@@ -14,6 +14,9 @@
 #                (its steps apart: make gpu-build gpu-test gpu-ops ...; BUDGET=SECONDS for longer, RESULTS=FOLDER for elsewhere;
 #                golden tests want a copy of ../shared/golden in shared/, which git ignores)
 #   make gpu-dry the same without a GPU, tiny and interpreted: proves the command (build/gpu-dry/)
+#   make gpu-like without a GPU but with nvcc 13 (CUDA_HOME): a venv with torch 2.11 for CUDA 13 and Triton 3.6 (4 GB from
+#                PyPI, once), in which the extension is built with its CUDA half, Triton's kernels are compiled for sm_90,
+#                and gpu-dry runs (build/gpu-like/)
 #   make lint    ruff, pyright, clang-format
 # The torch to install can be named: make test TORCH="torch==2.13.0 --index-url URL" (see README, Install);
 # `make clean` first, to change it later.
@@ -32,7 +35,7 @@ GPU_OPTIONS = $(if $(RESULTS),--out $(RESULTS)) $(if $(BUDGET),--seconds $(BUDGE
 
 QUICK := -k "not triton" tests/model/test_golden.py tests/kernels/test_ops.py tests/train/test_engine.py tests/data/test_convert.py
 
-.PHONY: test quick slow fuzz attack sanitize bench track demo gpu gpu-dry $(GPU_STEPS) lint format clean
+.PHONY: test quick slow fuzz attack sanitize bench track demo gpu gpu-dry gpu-like $(GPU_STEPS) lint format clean
 # A file of tests per process, as many at a time as there are cores, with one thread each.
 test: .venv/built
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
@@ -80,6 +83,25 @@ $(GPU_STEPS): gpu-%:
 
 gpu-dry:
 	TRITON_INTERPRET=1 $(GPU) all --dry $(GPU_OPTIONS)
+
+# What a machine with a GPU has, but for the GPU. Triton 3.6's interpreter does not know what NumPy 2.4 refuses.
+LIKE := $(CURDIR)/build/gpu-like
+LIKE_PACKAGES := torch==2.11.0 triton==3.6.0 "numpy<2.4" "setuptools>=77,<82" ninja pytest pytest-benchmark
+
+$(LIKE)/installed:
+	$(PYTHON) -m venv --clear $(LIKE)
+	$(LIKE)/bin/python -m pip --quiet --disable-pip-version-check install $(LIKE_PACKAGES)
+	touch $@
+
+gpu-like: $(LIKE)/installed
+	rm -rf $(LIKE)/tree && mkdir $(LIKE)/tree
+	git ls-files -z | xargs -0 cp --parents --target-directory=$(LIKE)/tree
+	cd $(LIKE)/tree && PATH=$(LIKE)/bin:$$PATH MAX_JOBS=$${MAX_JOBS:-2} ../bin/python setup.py --quiet build_ext --inplace
+	cd $(LIKE)/tree && PYTHONPATH=kernels ../bin/python -c \
+		"import sys; from ejmp_kernels.availability import why_unavailable; sys.exit(why_unavailable('cuda'))"
+	cd $(LIKE)/tree && TRITON_INTERPRET=1 PYTHONPATH=.:kernels:tests:benchmarks ../bin/python -m pytest -q -p no:cacheprovider \
+		-k "90 or memory" tests/kernels/test_triton_compile.py
+	$(MAKE) -C $(LIKE)/tree gpu-dry PYTHON=$(LIKE)/bin/python
 
 lint: .venv/built
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

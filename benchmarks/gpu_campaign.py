@@ -17,8 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as ET
 
 from ejmp_kernels import availability
@@ -87,12 +88,10 @@ def run_test(setting) -> None:
     from gpu_step import Step
 
     step = Step("test", setting, triton_interpret="1" if setting.dry else "0")
-    folder = ROOT / "tests"
-    wanted = DRY_TESTS[:1] if setting.dry else TESTS
-    files = [str(file) for file in sorted({file for pattern in wanted for file in folder.glob(pattern)})]
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch, "report.xml")
         command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider"]
+        files = test_files(DRY_TESTS[:1] if setting.dry else TESTS)
         command += ["--continue-on-collection-errors", f"--junitxml={report}", *files]
         command += DRY_TESTS[1:] if setting.dry else []
         interpret = step.result["triton_interpret"]
@@ -105,6 +104,26 @@ def run_test(setting) -> None:
         step.add({"file": "what came after", "skipped": f"the step's {setting.seconds:.0f} s were used up"})
     elif not counts:
         step.add({"file": "all", "failed": f"pytest ended with {status}"})
+    if setting.dry:
+        step.add({"file": "what a GPU would run", **collected()})
+
+
+def test_files(patterns: Iterable[str]) -> list[str]:
+    """Return the test files that patterns below tests/ name."""
+    return [str(file) for file in sorted({file for pattern in patterns for file in (ROOT / "tests").glob(pattern)})]
+
+
+def collected() -> dict[str, Any]:
+    """Collect the tests that a GPU would run; a file may be left out for a package that is not there, and only so."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    command += ["--continue-on-collection-errors", *test_files(TESTS)]
+    _, log = run_command(command, HARD, TRITON_INTERPRET="1")
+    count = re.search(r"^(\d+)(?:/\d+)? tests collected", log, re.MULTILINE)
+    errors = re.findall(r"^ERROR (\S+)", log, re.MULTILINE)
+    lacking = re.findall(r"^E +ModuleNotFoundError: (?:No module named '|import of )(\w+)", log, re.MULTILINE)
+    row: dict[str, Any] = {"collected": int(count[1]) if count else 0}
+    row["left_out"] = {f"not collected: there is no {name}": lacking.count(name) for name in lacking}
+    return row if count and len(errors) == len(lacking) else row | {"failed": log[-2000:]}
 
 
 def count_lines(log: str) -> dict[str, dict]:

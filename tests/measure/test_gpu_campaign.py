@@ -72,6 +72,8 @@ def test_nothing_fails_and_what_is_left_out_has_its_reason(dry):
                 assert len(row["skipped"]) > 10
                 reasons.setdefault(step, set()).add(row["skipped"])
     assert rows(dry, "test")[0]["passed"] > 0
+    assert rows(dry, "test")[-1]["collected"] > 700
+    assert "not collected: there is no ase" in rows(dry, "test")[-1]["left_out"]
     assert reasons["build"] == {"a dry run leaves the tree as it is; nvcc was not called"}
     assert "there is no GPU to watch" in reasons["sanitize"]
     assert "CUDA graphs need a GPU" in reasons["compiled"]
@@ -241,6 +243,11 @@ def test_tests_that_lack_a_package_are_left_out_and_the_others_run(tmp_path, set
     assert found["test_c"]["left_out"] == {"not collected: there is no nosuchhelper": 1}
     assert (found["test_b"]["passed"], found["test_b"]["failures"]) == (1, ["test_y"])
     assert found["test_d"]["failed"] == "1 tests failed"
+    monkeypatch.setattr(gpu_campaign, "TESTS", ("test_[abc].py",))
+    left_out = {f"not collected: there is no nosuch{name}": 1 for name in ("helper", "package")}
+    assert gpu_campaign.collected() == {"collected": 2, "left_out": left_out}
+    monkeypatch.setattr(gpu_campaign, "TESTS", ("test_*.py",))
+    assert "SyntaxError" in gpu_campaign.collected()["failed"]
 
 
 def test_every_pattern_of_tests_names_a_file():
