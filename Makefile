@@ -101,7 +101,7 @@ gpu-like: $(LIKE)/installed
 		"import sys; from ejmp_kernels.availability import why_unavailable; sys.exit(why_unavailable('cuda'))"
 	cd $(LIKE)/tree && TRITON_INTERPRET=1 PYTHONPATH=.:kernels:tests:benchmarks ../bin/python -m pytest -q -p no:cacheprovider \
 		-k "90 or memory" tests/kernels/test_triton_compile.py
-	$(MAKE) -C $(LIKE)/tree gpu-dry PYTHON=$(LIKE)/bin/python
+	cd $(LIKE)/tree && $(subst $(PYTHON),../bin/python,$(GPU)) all --dry
 
 lint: .venv/built
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
