@@ -118,7 +118,7 @@ def collected() -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
     command += ["--continue-on-collection-errors", *test_files(TESTS)]
     _, log = run_command(command, HARD, TRITON_INTERPRET="1")
-    count = re.search(r"^(\d+)(?:/\d+)? tests collected", log, re.MULTILINE)
+    count = re.search(r"(\d+)(?:/\d+)? tests? collected", log)
     errors = re.findall(r"^ERROR (\S+)", log, re.MULTILINE)
     lacking = re.findall(r"^E +ModuleNotFoundError: (?:No module named '|import of )(\w+)", log, re.MULTILINE)
     row: dict[str, Any] = {"collected": int(count[1]) if count else 0}
