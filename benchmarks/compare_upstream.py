@@ -79,7 +79,7 @@ class Upstream:
     """
 
     def __init__(self, jmp: SimpleNamespace, model: ejmp.JMP) -> None:
-        self.jmp, self.config = jmp, model.config
+        self.jmp = jmp
         sizes = {theirs: getattr(model.config, ours) for theirs, ours in NAMES.items()}
         config = jmp.config.BackboneConfig(
             **sizes, **FIXED, direct_forces=True, regress_forces=True, dropout=None, edge_dropout=None

@@ -9,6 +9,12 @@ namespace {
 
 using namespace ejmp::bindings;
 
+// An op by its name, called through torch's dispatcher: what follows and counts calls sees it.
+template <class Signature>
+c10::TypedOperatorHandle<Signature> op_of(const char* name) {
+    return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
 // Matrix products. Small ones, and all that are not on the CPU, are torch's, without a detour through Python; for the
 // others, a provider is chosen there (ejmp_kernels/gemm.py).
 
@@ -24,9 +30,7 @@ void check_factor(const char* name, const Tensor& x) {
 }
 
 Tensor call_product(const Tensor& a, const Tensor& b) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("ejmp::product", "")
-                               .typed<Tensor(const Tensor&, const Tensor&)>();
+    static const auto op = op_of<Tensor(const Tensor&, const Tensor&)>("ejmp::product");
     return op.call(a, b);
 }
 
@@ -43,9 +47,7 @@ Tensor multiply(const Tensor& a, const Tensor& b, bool transpose_a, bool transpo
 }
 
 Tensor call_matmul(const Tensor& a, const Tensor& b, bool transpose_a, bool transpose_b) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("ejmp::matmul", "")
-                               .typed<Tensor(const Tensor&, const Tensor&, bool, bool)>();
+    static const auto op = op_of<Tensor(const Tensor&, const Tensor&, bool, bool)>("ejmp::matmul");
     return op.call(a, b, transpose_a, transpose_b);
 }
 
@@ -83,9 +85,8 @@ Tensor matmul(const Tensor& a, const Tensor& b, bool transpose_a, bool transpose
 std::tuple<Tensor, Tensor> call_activate_backward(const Tensor& grad, const Tensor& z, const OptionalTensor& factor,
                                                   double alpha) {
     static const auto op =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("ejmp::activate_backward", "")
-            .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, double)>();
+        op_of<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, double)>(
+            "ejmp::activate_backward");
     return op.call(grad, z, factor, alpha);
 }
 
@@ -93,19 +94,15 @@ std::tuple<Tensor, Tensor, Tensor> call_activate_double(const Tensor& u_z, const
                                                         const Tensor& grad, const Tensor& z,
                                                         const OptionalTensor& factor, double alpha) {
     static const auto op =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("ejmp::activate_double", "")
-            .typed<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const Tensor&,
-                                                      const Tensor&, const OptionalTensor&, double)>();
+        op_of<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+                                                 const OptionalTensor&, double)>("ejmp::activate_double");
     return op.call(u_z, u_factor, grad, z, factor, alpha);
 }
 
 Tensor call_activate(const Tensor& z, const OptionalTensor& factor, const OptionalTensor& add, double alpha,
                      double beta) {
     static const auto op =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("ejmp::activate", "")
-            .typed<Tensor(const Tensor&, const OptionalTensor&, const OptionalTensor&, double, double)>();
+        op_of<Tensor(const Tensor&, const OptionalTensor&, const OptionalTensor&, double, double)>("ejmp::activate");
     return op.call(z, factor, add, alpha, beta);
 }
 

@@ -48,7 +48,8 @@ def linear_activate(
     """
     dtype = x.dtype if add is None else add.dtype  # the atoms' residual stream stays in float32
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, factor, add))
-    if dtype == x.dtype and recorded == (backend == "native"):
+    one_op = recorded if backend == "native" else not recorded
+    if one_op and dtype == x.dtype:
         return ops_of(backend).linear_activate(x, weight, factor, add, scale * SCALED_SILU, add_scale)
     out = linear(x, weight, backend=backend).to(dtype)
     return activate(out, factor, add, scale=scale, add_scale=add_scale, in_place=True, backend=backend)
