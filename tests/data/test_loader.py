@@ -2,6 +2,7 @@
 
 import dataclasses
 import multiprocessing
+import multiprocessing.resource_sharer
 import os
 import signal
 import time
@@ -262,6 +263,18 @@ def test_a_worker_that_dies_is_an_error(kind):
     dataset = kind("deadly", [full(i) for i in range(30)])
     loader = Loader(datasets=[dataset], sampler=in_order([dataset], 2), num_workers=2)
     with pytest.raises(RuntimeError, match=r"worker .*(killed|exited)"):
+        list(loader.batches())
+
+
+def test_a_worker_that_dies_while_it_hands_over_is_an_error(monkeypatch, datasets):
+    """Seen once in a run of CI: the socket is reset before the process counts as ended."""
+
+    def reset(*_):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(type(multiprocessing.resource_sharer._resource_sharer), "get_connection", staticmethod(reset))
+    loader = Loader(datasets=datasets, sampler=in_order(datasets, 2), num_workers=1)
+    with pytest.raises(RuntimeError, match=r"worker exited.*ConnectionResetError.*reset by peer"):
         list(loader.batches())
 
 

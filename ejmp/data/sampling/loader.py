@@ -75,7 +75,7 @@ class Loader:
 
         Raises:
             ValueError: if start is negative, a dataset is damaged, or no graph can be built of a structure.
-            RuntimeError: if a worker dies.
+            RuntimeError: if a worker dies, also in the middle of handing over a batch.
         """
         size, step = self.sampler.epoch_size, self.sampler.step_size
         if start < 0:
@@ -94,13 +94,27 @@ class Loader:
             **workers if self.num_workers else {},
         )
         try:
-            for packed in loaded:
+            for packed in _handed_over(loaded):
                 yield packed.to(device).unpack()
         except Exception as error:
             # The traceback holds the workers' queues in a cycle. Garbage collection would close the queues before it
             # tells the workers to stop, and then wait 5 s for each.
             traceback.clear_frames(error.__traceback__)
             raise
+
+
+def _handed_over(loaded: DataLoader[Packed]) -> Iterator[Packed]:
+    """Yield what the workers make; a connection to one that breaks is a RuntimeError, as a worker's death is.
+
+    The memory of a batch is handed over through a socket. Where a worker dies while it does that, torch can meet the
+    broken socket before the system lists the process as ended, and then raises the socket's error as it is.
+    """
+    try:
+        yield from loaded
+    except (OSError, EOFError) as error:
+        if not loaded.num_workers or "in DataLoader worker" in str(error):  # raised by a dataset: its type stays
+            raise
+        raise RuntimeError(f"a data worker exited, or could not hand over its batch: {error!r}") from error
 
 
 class _Maker(TorchDataset[Packed]):
