@@ -101,36 +101,27 @@ inline Vec<T> exponential(Vec<T> x) {
     return given > high ? splat(std::numeric_limits<T>::infinity()) : sum * scale;
 }
 
-// 1 / x, to 7e-5 of it or better
-inline Vec<float> rough_inverse(Vec<float> x) {
+// 1 / (1 + exp(-x)) to 1.5e-4 of it, in few instructions; zero from -89 down. exp(-x) is 2^whole times 2^r, and 2^r the
+// cubic polynomial that is nearest to it for |r| <= 1/2, to 7.5e-5 of it.
+inline Vec<float> rough_sigmoid(Vec<float> x) {
 #if EJMP_BYTES == 64
-    return (Vec<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
-#else
-    return 1.0f / x;
-#endif
-}
-
-// exp(x) to 5e-5 of it; infinite from 89 on, and from -89 down less than exp(-87)
-inline Vec<float> rough_exponential(Vec<float> x) {
-#if EJMP_BYTES == 64
-    const __m512 power = _mm512_mul_ps((__m512)x, _mm512_set1_ps(1.44269504f));
+    const __m512 power = _mm512_mul_ps((__m512)x, _mm512_set1_ps(-1.44269504f));
     const __m512 whole = _mm512_maskz_roundscale_ps(0xffff, power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const Vec<float> r = (Vec<float>)_mm512_sub_ps(power, whole);
-    constexpr float ln2 = 0.69314718f;  // the terms of 2^r
-    Vec<float> sum = fma(r, splat(ln2 * ln2 * ln2 * ln2 / 24), splat(ln2 * ln2 * ln2 / 6));
-    sum = fma(fma(fma(sum, r, splat(ln2 * ln2 / 2)), r, splat(ln2)), r, splat(1.0f));
-    // where the power overflows, r is no number, and scaled by infinity or minus infinity it is infinity or zero
-    return (Vec<float>)_mm512_maskz_scalef_ps(0xffff, (__m512)sum, whole);
 #else
-    x = x > 89.0f ? splat(89.0f) : x < -87.0f ? splat(-87.0f) : x;
-    const Vec<float> n = fma(x, splat(1.44269504f), splat(12582912.0f)) - 12582912.0f;  // the nearest integer
-    const Vec<float> r = fma(n, splat(-0.69314718f), x);
-    Vec<float> sum = fma(r, splat(1.0f / 24), splat(1.0f / 6));
-    sum = fma(fma(fma(sum, r, splat(0.5f)), r, splat(1.0f)), r, splat(1.0f));
-    const Int<float> power = (__builtin_convertvector(n, Int<float>) + 127) << 23;
-    Vec<float> scale;
-    std::memcpy(&scale, &power, sizeof(scale));
-    return sum * scale;
+    x = x > 87.0f ? splat(87.0f) : x < -89.0f ? splat(-89.0f) : x;
+    const Vec<float> shifted = fma(x, splat(-1.44269504f), splat(12582912.0f));  // the nearest integer, in the low bits
+    const Vec<float> whole = shifted - 12582912.0f, r = fma(x, splat(-1.44269504f), -whole);
+#endif
+    Vec<float> sum = fma(r, splat(0.0551716703f), splat(0.242611125f));
+    sum = fma(fma(sum, r, splat(0.693260985f)), r, splat(0.999928073f));
+#if EJMP_BYTES == 64
+    // where the power overflows, r is no number, and scaled by infinity or minus infinity it is infinity or zero
+    const Vec<float> scaled = (Vec<float>)_mm512_maskz_scalef_ps(0xffff, (__m512)sum, whole);
+    return (Vec<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)(1.0f + scaled));
+#else
+    const Int<float> power = (__builtin_convertvector(whole, Int<float>) + 127) << 23;
+    return 1.0f / (1.0f + sum * (Vec<float>)power);
 #endif
 }
 

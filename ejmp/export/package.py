@@ -229,7 +229,8 @@ def write_package(
         )
     if not atoms or min(atoms) < 1:
         raise ValueError(f"atoms: expected positive numbers, got {tuple(atoms)}")
-    chosen = model.task(task)
+    model = model.for_task(task)
+    chosen = model.task()
     kind = choose_forces(model, chosen, forces)
     plain = copy.deepcopy(model.on(backend="reference")).requires_grad_(requires_grad=False).eval()
     graphs = [_example(plain, chosen, n, count) for n, count in zip(atoms, itertools.cycle((5, 1, 2)))]

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ejmp.graph.graph import AtomGraph
 from ejmp.model.bases import Bases
@@ -16,7 +16,7 @@ class Executor(ABC):
     """The steps of a forward pass on one graph.
 
     `ReferenceExecutor` takes them in plain torch, `FusedExecutor` on the kernels; both read the same parameters and
-    agree to rounding. `embed` comes before the blocks; `final_mlp` and `sum_by_target` stand alone.
+    agree to rounding. `embed` comes before the blocks; `final_mlp`, `head` and `sum_by_target` stand alone.
 
     Args:
         graph: a batch.
@@ -50,6 +50,10 @@ class Executor(ABC):
     @abstractmethod
     def final_mlp(self, mlp: FinalMLP, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Join the outputs of all blocks, blocks + 1 tensors [., size], and return what each layer makes of them."""
+
+    @abstractmethod
+    def head(self, layers: nn.Sequential, x: Tensor) -> Tensor:
+        """Apply a head to the last output of the final MLP in the parameters' type, [., size] to [., 1]."""
 
     @abstractmethod
     def sum_by_target(self, x: Tensor, target: Tensor, ptr: Tensor) -> Tensor:

@@ -284,6 +284,18 @@ class FusedExecutor(Executor):
         """Return the output of each layer of the final MLP, [., size]."""
         return self.dense_residuals(mlp.out_mlp, torch.cat(x, dim=-1))
 
+    def head(self, layers: nn.Sequential, x: Tensor) -> Tensor:
+        """Apply a head in the parameters' type, [., size] to [., 1]."""
+        for layer in layers:
+            if not isinstance(layer, nn.Linear):
+                x = activate(x, in_place=True, backend=self.backend)
+            elif self.backend == "triton":
+                x = layer(x)
+            else:
+                x = linear(x, layer.weight, backend=self.backend)
+                x = x if layer.bias is None else x + layer.bias
+        return x
+
     def sum_by_target(self, x: Tensor, target: Tensor, ptr: Tensor) -> Tensor:  # noqa: ARG002 - ptr says the same
         """Sum rows by target in a fixed order, [E, M] to [N, M]."""
         return edge_sum(x, ptr, backend=self.backend)

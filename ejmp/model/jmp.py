@@ -1,6 +1,7 @@
 """JMP: embed atoms and edges, run the blocks, read each block out, and turn that into energies and forces."""
 
 import copy
+import dataclasses
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,8 +17,9 @@ from ejmp.model.compiled import Compiled, Mode
 from ejmp.model.config import SIZES, JMPConfig, Precision
 from ejmp.model.executor import Executor
 from ejmp.model.fused_executor import FusedExecutor
+from ejmp.model.heads import Heads
 from ejmp.model.interactions import InteractionBlock, OutputBlock
-from ejmp.model.layers import FinalMLP, ScaledSiLU
+from ejmp.model.layers import FinalMLP
 from ejmp.model.outputs import Features, Output
 from ejmp.model.precision import LOW_PRECISION, check_name, check_precision, products
 from ejmp.model.quantized_executor import QuantizedExecutor
@@ -62,25 +64,6 @@ class Backbone(nn.Module):
         self.out_mlp_E = FinalMLP(num_outputs, config.emb_size_atom, num_layers)
         if config.direct_forces:
             self.out_mlp_F = FinalMLP(num_outputs, config.emb_size_edge, num_layers)
-
-
-def _head(size: int, kind: str) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    if kind == "linear":
-        return nn.Sequential(nn.Linear(size, 1, bias=False))
-    for _ in range(4):
-        layers += [nn.Linear(size, size, bias=kind == "mlp"), ScaledSiLU()]
-    return nn.Sequential(*layers, nn.Linear(size, 1, bias=False))
-
-
-class Heads(nn.Module):
-    """The heads: for each task one on atoms for energies and, with direct forces, one on edges."""
-
-    def __init__(self, config: JMPConfig) -> None:
-        super().__init__()
-        self.out_energy = nn.ModuleList(_head(config.emb_size_atom, config.head) for _ in range(config.num_tasks))
-        if config.direct_forces:
-            self.out_forces = nn.ModuleList(_head(config.emb_size_edge, config.head) for _ in range(config.num_tasks))
 
 
 class JMP(nn.Module):
@@ -144,6 +127,25 @@ class JMP(nn.Module):
             other.requested_backend = check_backend(backend)
         if precision is not None:
             other.precision = check_name(precision)
+        return other
+
+    def for_task(self, name: str | None = None) -> "JMP":
+        """Return this model with the heads of one task alone, its number 0; both share all parameters and buffers.
+
+        Of four tasks with direct forces, the other heads would take longer than an interaction block.
+
+        Args:
+            name: name of the task; None is enough if there is only one.
+
+        Raises:
+            ValueError: as `task`.
+        """
+        task = self.task(name)
+        other = self.on()
+        other.config = dataclasses.replace(self.config, num_tasks=1)
+        other.tasks = [dataclasses.replace(task, head=0)]
+        heads = self.output.alone(task.head)
+        other._modules = self._modules | {"output": heads}  # noqa: SLF001 - which a shallow copy would share
         return other
 
     def train(self, mode: bool = True) -> "JMP":
@@ -326,22 +328,22 @@ class JMP(nn.Module):
 
     def heads(self, features: Features, graph: AtomGraph) -> Output:
         """Turn the last layer of the final MLP into energies and direct forces, in the parameters' dtype."""
-        sum_by_target = self.executor(graph).sum_by_target
+        executor = self.executor(graph)
         with region("heads"):
             atoms = features.mlp_E[-1].to(self.dtype)
-            per_atom = torch.cat([head(atoms) for head in self.output.out_energy], dim=1)
-            energy = sum_by_target(per_atom, graph.batch, graph.ptr)
+            per_atom = torch.cat([executor.head(head, atoms) for head in self.output.out_energy], dim=1)
+            energy = executor.sum_by_target(per_atom, graph.batch, graph.ptr)
             if self.config.energy_reduction == "mean":
                 energy = energy / graph.ptr.diff()[:, None]
             if not features.mlp_F:
                 return Output(energy=energy, forces=None, energies=per_atom)
             edges = features.mlp_F[-1].to(self.dtype)
-            magnitude = torch.stack([head(edges) for head in self.output.out_forces], dim=1)
+            magnitude = torch.stack([executor.head(head, edges) for head in self.output.out_forces], dim=1)
             if self.config.forces_coupled:
                 assert graph.main.swap is not None
                 magnitude = 0.5 * (magnitude + magnitude.index_select(0, graph.main.swap))
             parts = (magnitude * graph.main.vector[:, None]).flatten(1)
-            forces = sum_by_target(parts, graph.main.target, graph.main.ptr).unflatten(1, (-1, 3))
+            forces = executor.sum_by_target(parts, graph.main.target, graph.main.ptr).unflatten(1, (-1, 3))
             return Output(energy=energy, forces=forces, energies=per_atom)
 
     def check_graph(self, graph: AtomGraph) -> None:

@@ -7,7 +7,7 @@ Source: GemNet-OC (arXiv 2204.02782), figure 1. Neighbour sums run over padded t
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ejmp.model.angle_tables import AngleTables, angle_tables
 from ejmp.model.bases import Bases, BasisValues
@@ -165,6 +165,10 @@ class ReferenceExecutor(Executor):
     def final_mlp(self, mlp: FinalMLP, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the output of each layer of the final MLP, [., size]."""
         return mlp(x)
+
+    def head(self, layers: nn.Sequential, x: Tensor) -> Tensor:
+        """Apply a head, [., size] to [., 1]."""
+        return layers(x)
 
     def sum_by_target(self, x: Tensor, target: Tensor, ptr: Tensor) -> Tensor:
         """Sum rows by target, [E, ...] to [N, ...]. index_add on CUDA is not deterministic."""

@@ -52,7 +52,7 @@ def prepare(
     device: torch.device | str | None,
     precision: Precision | Literal["fp64"] | None,
 ) -> tuple[JMP, Task]:
-    """Return a model that is ready to predict, and the task.
+    """Return a model that is ready to predict, with the heads of that task alone unless it is compiled, and the task.
 
     Args:
         model: a model, which is not changed, or what `ejmp.load` reads.
@@ -78,7 +78,11 @@ def prepare(
         model = copy.deepcopy(model).to(device, torch.float64 if other_type else None)
     if precision not in (None, "fp64"):
         model = model.on(precision=precision)
-    return model.eval() if model.training else model, chosen
+    model = model.eval() if model.training else model
+    if model.config.num_tasks == 1 or model.compiled is not None:
+        return model, chosen
+    model = model.for_task(chosen.name)
+    return model, model.task()
 
 
 class Predictor:

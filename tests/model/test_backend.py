@@ -139,6 +139,27 @@ def test_a_model_on_another_backend_shares_its_parameters(tiny_config):
     assert model.on().precision == "fp32"
 
 
+def test_a_model_for_one_task_shares_its_parameters(tiny, tmp_path):
+    tasks = [ejmp.Task(name=name, head=i, std=1.0 + i) for i, name in enumerate(("a", "b", "c", "d"))]
+    model = ejmp.prune(tiny, blocks=1)
+    model.tasks = tasks
+    other = model.for_task("c")
+    assert other.tasks == (dataclasses.replace(tasks[2], head=0),)
+    places = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    for name, value in other.state_dict().items():
+        assert value.data_ptr() == places[name.replace("_energy.0", "_energy.2").replace("_forces.0", "_forces.2")]
+    graph = ejmp.build_graph([molecule("CH3OH")], 8.0, dtype=torch.float64)
+    expected, found = model(graph), other(graph)
+    assert torch.equal(found.energy, expected.energy[:, 2:3])
+    assert torch.equal(found.forces, expected.forces[:, 2:3])
+    ejmp.save(other, tmp_path / "one")
+    saved = ejmp.load(tmp_path / "one")
+    assert saved.tasks == other.tasks
+    assert torch.equal(saved(graph).forces, found.forces)
+    with pytest.raises(ValueError, match="task: expected one of a, b, c, d, got 'e'"):
+        model.for_task("e")
+
+
 def test_there_is_no_other_backend_or_precision(tiny_config):
     with torch.device("meta"):
         model = ejmp.JMP(dataclasses.replace(tiny_config, blocks=1))

@@ -49,6 +49,27 @@ def test_units_by_hand(model, structures):
         assert (found.unit, found.stress) == ("eV", None)
 
 
+@pytest.mark.parametrize("task", ["direct", "gradient", "gap"])
+def test_only_the_heads_of_the_task_are_run(model, structures, task):
+    predict = ejmp.Predictor(model, task)
+    assert (predict.model.config.num_tasks, len(predict.model.output.out_forces)) == (1, 1)
+    assert (model.config.num_tasks, len(model.output.out_energy)) == (4, 4)
+    assert model.tasks == TASKS
+    graph = ejmp.build_graph(structures, settings=SHORT, dtype=torch.float64)
+    out, alone = model(graph), predict.model(graph)
+    number = model.task(task).head
+    assert torch.equal(alone.energy[:, 0], out.energy[:, number])
+    assert torch.equal(alone.energies[:, 0], out.energies[:, number])
+    assert torch.equal(alone.forces[:, 0], out.forces[:, number])
+
+
+def test_a_compiled_model_stays_compiled(model):
+    """Its heads are all of them: what was compiled is the whole model."""
+    whole = model.on()
+    whole.compile(compiler=None)
+    assert ejmp.Predictor(whole, "direct").model is whole
+
+
 def test_mean_of_atoms(tiny_config, structures):
     model = ejmp.JMP(dataclasses.replace(tiny_config, energy_reduction="mean"), tasks=[TASKS[2]]).double()
     found = ejmp.Predictor(model)(structures)
