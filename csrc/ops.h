@@ -156,9 +156,10 @@ struct DenseKernels {
     // u_x, u_factor: gradients of grad_x, grad_factor; to: grad, x, factor
     void (*activate_double)(int64_t n, const S* u_x, const S* u_factor, const S* grad, const S* x, const S* factor,
                             double alpha, S* to_grad, S* to_x, S* to_factor, int threads);
-    // out[e] = alpha (silu(x[e, 0]) + silu(x[swap[e], 1])) + add[e]; x [E, 2, M], add [E, M] or null
-    void (*swap_add)(int64_t num_edges, int64_t width, const S* x, const int64_t* swap, const S* add, double alpha,
-                     S* out, int threads);
+    // out[e] = alpha (silu(here[e]) + silu(there[swap[e]])) + add[e]; rows of `here` and `there` begin every `stride`
+    // numbers; without swap it is e itself; add [E, M] or null
+    void (*swap_add)(int64_t num_edges, int64_t width, const S* here, const S* there, int64_t stride,
+                     const int64_t* swap, const S* add, double alpha, S* out, int threads);
     void (*swap_add_backward)(int64_t num_edges, int64_t width, const S* grad, const S* x, const int64_t* swap,
                               double alpha, S* grad_x, int threads);
     void (*swap_add_double)(int64_t num_edges, int64_t width, const S* u, const S* grad, const S* x,

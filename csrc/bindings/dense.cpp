@@ -158,8 +158,10 @@ Tensor swap_add(const Tensor& x_, const Tensor& swap_, const OptionalTensor& add
     const Tensor out = at::empty({x.size(0), width}, x.options());
     with_stored("swap_add", x, [&](auto s) {
         using S = decltype(s);
-        dense_kernels<S>().swap_add(x.size(0), width, Array<S>(x).data(), swap.const_data_ptr<int64_t>(),
-                                    Array<S>(add).data(), alpha, data<S>(out), threads());
+        const S* const messages = Array<S>(x).data();
+        dense_kernels<S>().swap_add(x.size(0), width, messages, messages + width, 2 * width,
+                                    swap.const_data_ptr<int64_t>(), Array<S>(add).data(), alpha, data<S>(out),
+                                    threads());
     });
     return out;
 }

@@ -213,6 +213,36 @@ Tensor linear_activate(const Tensor& x, const Tensor& weight, const OptionalTens
     return LinearActivate::apply(x, weight, factor, add, alpha, beta)[0];
 }
 
+// swap_add of x weight^T, x [E, k], weight [2 M, k]. The product, [E, 2 M], is made some rows at a time, so that it is
+// read again while it is still in the caches; the part for counter-edges comes from the rows of these.
+Tensor linear_swap_add(const Tensor& x_, const Tensor& weight_, const Tensor& swap_, const OptionalTensor& add_,
+                       double alpha) {
+    const char* const op = "linear_swap_add";
+    const auto type = check_type(op, "x", x_, true);
+    check_axes(op, "x", x_, 2), check_memory(op, "x", x_), check_axes(op, "weight", weight_, 2);
+    TORCH_CHECK_VALUE(weight_.size(0) % 2 == 0, op, ": weight must be [2 M, k], got ", weight_.sizes());
+    check_like(op, "weight", weight_, type, {weight_.size(0), x_.size(1)});
+    const int64_t E = x_.size(0), width = weight_.size(0) / 2;
+    if (add_) check_like(op, "add", *add_, type, {E, width});
+    check_swap(op, swap_, E);
+    const Tensor x = x_.contiguous(), weight = weight_.contiguous(), swap = swap_.contiguous();
+    const OptionalTensor add = add_ ? OptionalTensor(add_->contiguous()) : OptionalTensor();
+    const Tensor out = at::empty({E, width}, x.options());
+    const int64_t rows = 512 * threads();
+    with_stored(op, x, [&](auto s) {
+        using S = decltype(s);
+        for (int64_t begin = 0; begin < E; begin += rows) {
+            const int64_t count = std::min(rows, E - begin), at = begin * width;
+            const Tensor here = multiply(x.narrow(0, begin, count), weight.narrow(0, 0, width), false, true);
+            const Tensor there =
+                multiply(x.index_select(0, swap.narrow(0, begin, count)), weight.narrow(0, width, width), false, true);
+            dense_kernels<S>().swap_add(count, width, Array<S>(here).data(), Array<S>(there).data(), width, nullptr,
+                                        add ? Array<S>(add).data() + at : nullptr, alpha, data<S>(out) + at, threads());
+        }
+    });
+    return out;
+}
+
 // [rows, columns] -> [columns, rows], copied; torch's own copy runs on one thread.
 Tensor transposed(const Tensor& x_) {
     const char* const op = "transposed";
@@ -233,6 +263,7 @@ TORCH_LIBRARY_FRAGMENT(ejmp, library) {
     library.def("matmul(Tensor a, Tensor b, bool transpose_a, bool transpose_b) -> Tensor");
     library.def(
         "linear_activate(Tensor x, Tensor weight, Tensor? factor, Tensor? add, float alpha, float beta) -> Tensor");
+    library.def("linear_swap_add(Tensor x, Tensor weight, Tensor swap, Tensor? add, float alpha) -> Tensor");
     library.def("product(Tensor a, Tensor b) -> Tensor");
     library.def("transposed(Tensor x) -> Tensor");
 }
@@ -244,4 +275,5 @@ TORCH_LIBRARY_IMPL(ejmp, CompositeImplicitAutograd, library) { library.impl("lin
 TORCH_LIBRARY_IMPL(ejmp, CompositeExplicitAutograd, library) {
     library.impl("matmul", &multiply);
     library.impl("transposed", &transposed);
+    library.impl("linear_swap_add", &linear_swap_add);
 }

@@ -187,13 +187,14 @@ void activate_double(int64_t n, const S* u_x, const S* u_factor, const S* grad, 
 }
 
 template <class S>
-void swap_add(int64_t num_edges, int64_t width, const S* x, const int64_t* swap, const S* add, double alpha, S* out,
-              int threads) {
+void swap_add(int64_t num_edges, int64_t width, const S* here, const S* there, int64_t stride, const int64_t* swap,
+              const S* add, double alpha, S* out, int threads) {
     using T = Compute<S>;
     using V = Vec<T>;
     const T a = T(alpha);
     parallel_for<Stateless>(num_edges, 8, threads, [&](int64_t e, Stateless&) {
-        const S* const in[3] = {x + 2 * e * width, x + (2 * swap[e] + 1) * width, add ? add + e * width : nullptr};
+        const S* const in[3] = {here + e * stride, there + (swap ? swap[e] : e) * stride,
+                                add ? add + e * width : nullptr};
         S* const to[1] = {out + e * width};
         map_row<S, 3, 1>(width, in, to,
                          [=](const V* v, V* o) { o[0] = a * (silu_of<S>(v[0]) + silu_of<S>(v[1])) + v[2]; });
@@ -272,14 +273,17 @@ void edge_sum(int64_t num_atoms, int64_t width, const S* x, const S* factor, con
         Vec<T> sum[8] = {};
         for (int64_t i = ptr[atom]; i < ptr[atom + 1]; ++i) {
             const int64_t row = (order ? order[i] : i) * width + begin;
+            const S *p = x + row, *f = factor ? factor + row : nullptr;
+            if (count == COLS) {
+                for (int j = 0; j < 8; ++j)
+                    sum[j] = f ? fma(read(p + j * W), read(f + j * W), sum[j]) : sum[j] + read(p + j * W);
+                continue;
+            }
             for (int64_t c = 0, j = 0; c < count; c += W, ++j) {
                 S buffer[2][W] = {};
-                const S *p = x + row + c, *f = factor ? factor + row + c : nullptr;
-                if (c + W > count) {
-                    std::copy_n(p, count - c, buffer[0]), p = buffer[0];
-                    if (f) std::copy_n(f, count - c, buffer[1]), f = buffer[1];
-                }
-                sum[j] = f ? fma(read(p), read(f), sum[j]) : sum[j] + read(p);
+                std::copy_n(p + c, std::min<int64_t>(W, count - c), buffer[0]);
+                if (f) std::copy_n(f + c, std::min<int64_t>(W, count - c), buffer[1]);
+                sum[j] = f ? fma(read(buffer[0]), read(buffer[1]), sum[j]) : sum[j] + read(buffer[0]);
             }
         }
         for (int64_t c = 0, j = 0; c < count; c += W, ++j) store(place + c, sum[j], std::min<int64_t>(W, count - c));

@@ -24,8 +24,8 @@ from ejmp.model.interactions import (
 )
 from ejmp.model.layers import INV_SQRT_2, INV_SQRT_3, Dense, FinalMLP, Linear, Residual, ScaleFactor
 from ejmp.model.regions import region
-from ejmp_kernels.activation import activate, swap_add
-from ejmp_kernels.dense import linear_activate
+from ejmp_kernels.activation import activate
+from ejmp_kernels.dense import linear_activate, linear_swap_add
 from ejmp_kernels.derived import lowered
 from ejmp_kernels.edge_embedding import gather_add
 from ejmp_kernels.linear import linear
@@ -186,13 +186,14 @@ class FusedExecutor(Executor):
 
     def mix(self, layer: Linear, x: Tensor, scale: ScaleFactor) -> Tensor:
         """Apply a linear layer to sums over neighbours, with a scale factor folded into its weight."""
-        return linear(x, self._folded(layer, scale).to(x.dtype), backend=self.backend)
+        return self.linear(x, self._folded(layer, scale))
 
     def to_edges(self, layer: TripletInteraction | QuadrupletInteraction, y: Tensor, add: Tensor) -> Tensor:
         """Up-project messages for edges and counter-edges and add half their sum / sqrt(2), [E, M]."""
         assert layer.up_projection_ac is not None
         weight = torch.cat([layer.up_projection_ca.linear.weight, layer.up_projection_ac.linear.weight])
-        return swap_add(self.linear(y, weight), self.swap, add, scale=0.5 * INV_SQRT_2, backend=self.backend)
+        y, weight = self._low(y, weight)
+        return linear_swap_add(y, weight, self.swap, add, scale=0.5 * INV_SQRT_2, backend=self.backend)
 
     def quadruplets(self, layer: QuadrupletInteraction, m: Tensor) -> Tensor:
         """Sum over quadruplets and mix, [E, quad_out]."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
-from ejmp_kernels.activation import SCALED_SILU, activate
+from ejmp_kernels.activation import SCALED_SILU, activate, swap_add
 from ejmp_kernels.linear import linear
 from ejmp_kernels.registry import NAMESPACES, Backend, ops_of, register_shape, when_loaded
 
@@ -55,8 +55,48 @@ def linear_activate(
     return activate(out, factor, add, scale=scale, add_scale=add_scale, in_place=True, backend=backend)
 
 
+def linear_swap_add(
+    x: Tensor,
+    weight: Tensor,
+    swap: Tensor,
+    add: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    backend: Backend = "native",
+) -> Tensor:
+    """Return `swap_add` of x weight^T: messages up-projected to edges and counter-edges, and added.
+
+    On a CPU, where no derivatives are asked for, the product [E, 2 M] is never a whole in memory.
+
+    Args:
+        x: [E, in].
+        weight: [2 M, in], the part for edges before that for counter-edges; of the same type.
+        swap: [E] int64, the counter-edge of each edge; it undoes itself.
+        add: [E, M] or None.
+        scale: factor of the sum of both activated messages.
+        backend: whose kernels to use.
+
+    Returns:
+        [E, M].
+
+    Raises:
+        ValueError: if shapes, types or devices do not fit together.
+    """
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, add))
+    if backend == "native" and x.device.type == "cpu" and not recorded and not torch.compiler.is_compiling():
+        return ops_of(backend).linear_swap_add(x, weight, swap, add, scale * SCALED_SILU)
+    return swap_add(linear(x, weight, backend=backend), swap, add, scale=scale, backend=backend)
+
+
+def _flops(x: torch.Size, weight: torch.Size, *_: Any, out_shape: Any = None) -> int:
+    return 2 * x[0] * x[1] * weight[0]
+
+
 @when_loaded
 def _register(namespace: str) -> None:
+    if namespace == NAMESPACES["native"]:
+        register_shape(f"{namespace}::linear_swap_add", lambda x, w, *_: x.new_empty(x.shape[0], w.shape[0] // 2))
+        register_flop_formula([torch.ops.ejmp.linear_swap_add])(_flops)
     if namespace != NAMESPACES["triton"]:
         return
     ops = getattr(torch.ops, namespace)
@@ -75,10 +115,7 @@ def _register(namespace: str) -> None:
         to_add = grad * ctx.beta if ctx.has_add and ctx.needs_input_grad[3] else None
         return to_x, to_weight, to_factor if factor else None, to_add, None, None
 
-    def flops(x: torch.Size, weight: torch.Size, *_: Any, out_shape: Any = None) -> int:
-        return 2 * x[0] * x[1] * weight[0]
-
     name = f"{namespace}::linear_activate"
     register_shape(name, lambda x, weight, factor, add, alpha, beta: x.new_empty(x.shape[0], weight.shape[0]))
     register_autograd(name, backward, setup_context=setup)
-    register_flop_formula([ops.linear_activate])(flops)
+    register_flop_formula([ops.linear_activate])(_flops)

@@ -10,9 +10,10 @@ from support.tolerances import relative_error, tolerance
 from torch.utils.flop_counter import FlopCounterMode
 
 from ejmp.measure.memory import StoragePeak
+from ejmp.model.initialisation import one_thread
 from ejmp_kernels import specification
 from ejmp_kernels.activation import activate
-from ejmp_kernels.dense import linear_activate
+from ejmp_kernels.dense import linear_activate, linear_swap_add
 from ejmp_kernels.linear import linear
 
 ROWS, IN, OUT = 7, 5, 6
@@ -118,6 +119,50 @@ def test_third_derivative_is_refused():
     second = torch.autograd.grad(first.square().sum(), given[0], create_graph=True)[0]
     with pytest.raises(NotImplementedError, match="first and second"):
         torch.autograd.grad(second.sum(), given[0])
+
+
+def messages(dtype, edges, width=21, size_in=5):
+    """Arrays for `linear_swap_add`, with counter-edges far from their edges."""
+    generator = torch.Generator().manual_seed(4)
+    x, weight, add = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        for shape in ((edges, size_in), (2 * width, size_in), (edges, width))
+    )
+    order = torch.randperm(edges, generator=generator)
+    swap = torch.empty_like(order)
+    swap[order] = order.view(-1, 2).flip(1).flatten() if edges else order
+    return x, weight, swap, add
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("edges", "has_add"), [(0, True), (2, False), (512, True), (1538, True), (1538, False)])
+def test_messages_to_edges_and_counter_edges(edges, has_add, dtype):
+    """Of more rows than are made at a time, and of as many."""
+    x, weight, swap, add = messages(dtype, edges)
+    add = add if has_add else None
+    with one_thread():
+        value = linear_swap_add(x, weight, swap, add, scale=0.7)
+    wide = x.double() @ weight.double().mT
+    exact = specification.swap_add(wide, swap, add if add is None else add.double(), scale=0.7)
+    assert value.dtype == dtype
+    limit = 2e-2 if dtype == torch.bfloat16 else tolerance("op", dtype, 0)
+    assert relative_error(value, exact) <= limit if edges else value.shape == (0, 21)
+
+
+def test_messages_have_derivatives():
+    x, weight, swap, add = messages(torch.float64, 6, width=3)
+    given = [t.requires_grad_() for t in (x, weight, add)]
+    assert torch.autograd.gradgradcheck(lambda x, weight, add: linear_swap_add(x, weight, swap, add), given)
+
+
+def test_messages_are_counted_and_traced():
+    given = messages(torch.float32, 6)
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.ejmp.linear_swap_add(*given, 0.7)
+    assert counter.get_total_flops() == 2 * 6 * 5 * 42
+    torch.library.opcheck(
+        torch.ops.ejmp.linear_swap_add.default, (*given, 0.7), test_utils=("test_schema", "test_faketensor")
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

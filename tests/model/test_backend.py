@@ -147,7 +147,8 @@ def test_a_model_for_one_task_shares_its_parameters(tiny, tmp_path):
     assert other.tasks == (dataclasses.replace(tasks[2], head=0),)
     places = {name: value.data_ptr() for name, value in model.state_dict().items()}
     for name, value in other.state_dict().items():
-        assert value.data_ptr() == places[name.replace("_energy.0", "_energy.2").replace("_forces.0", "_forces.2")]
+        whole = name.replace("out_energy.0.", "out_energy.2.").replace("out_forces.0.", "out_forces.2.")
+        assert value.data_ptr() == places[whole]
     graph = ejmp.build_graph([molecule("CH3OH")], 8.0, dtype=torch.float64)
     expected, found = model(graph), other(graph)
     assert torch.equal(found.energy, expected.energy[:, 2:3])

@@ -72,6 +72,7 @@ def calls(dtype=torch.float32):
         "activate": flat | scales,
         "swap_add": {"x": draw(E, 2 * M), "swap": swap, "u": draw(E, 2 * M), "add": draw(E, M), "grad": draw(E, M)}
         | scales,
+        "linear_swap_add": {"x": draw(E, 3), "weight": draw(2 * M, 3), "swap": swap, "add": draw(E, M)} | scales,
         "quantize_rows": {"x": draw(E, M)},
         "scale_rows": {"x": draw(E, M), "scale": torch.rand(E, generator=generator)},
         "activate_rows": flat | scales | {"scale": torch.rand(E, generator=generator), "keep": True, "quantize": True},
