@@ -214,7 +214,7 @@ def drop_residuals(model: JMP, numbers: Mapping[str, int], graphs: Iterable[Atom
     with _watched((layer for layer in every if isinstance(layer, Residual)), see):
         _run(model, graphs)
     sizes = {f"num_{place}": number for place, number in numbers.items()}
-    config = dataclasses.replace(model.config, **sizes, depths=None)
+    config = dataclasses.replace(model.config, **sizes, depths=None, bf16_layers=())
     with torch.device("meta"):
         small = JMP(config, model.requested_backend, model.precision, tasks=model.tasks)
     state = model.state_dict()

@@ -82,7 +82,11 @@ def _cut(model: JMP, kept: list[int], final_mlp: FinalMLPStart) -> JMP:
     have = model.config.blocks
     origin = model.config.kept_blocks or tuple(range(have))
     config = dataclasses.replace(
-        model.config, blocks=len(kept), kept_blocks=tuple(origin[i] for i in kept), depths=_depths(model, kept)
+        model.config,
+        blocks=len(kept),
+        kept_blocks=tuple(origin[i] for i in kept),
+        depths=_depths(model, kept),
+        bf16_layers=(),
     )
     with torch.device("meta"):
         small = JMP(config, model.requested_backend, model.precision, tasks=model.tasks)

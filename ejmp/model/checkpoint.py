@@ -34,7 +34,7 @@ SCALES = ".scales"
 """What the name of a weight in 8 bits is followed by in the name of its rows' scales."""
 ADDED = {
     "head", "forces_coupled", "rbf_cutoff_atom_edges", "rbf_cutoff_quad_edges", "rbf_cutoff_atom_pairs", "depths",
-    "kept_force_channels",
+    "kept_force_channels", "bf16_layers",
 }  # fmt: skip
 """Fields of the config that models saved by earlier versions lack; they have the defaults, which are JMP's."""
 State = dict[str, Tensor]
@@ -174,7 +174,9 @@ def write_files(model: JMP, directory: Path, weights: Literal["float", "int8"] =
 
 def _in_eight_bits(model: JMP, state: State) -> State:
     """Return the state with weights of dense layers in 8 bits, beside their scales, and others in half precision."""
-    dense = {id(layer.linear.weight) for layer in model.modules() if isinstance(layer, Dense)}
+    exact = model.config.bf16_layers
+    layers = [layer for name, layer in model.named_modules() if isinstance(layer, Dense) and name not in exact]
+    dense = {id(layer.linear.weight) for layer in layers}
     names = {name for name, value in model.named_parameters() if id(value) in dense}
     smaller = {}
     for name, value in state.items():
@@ -272,7 +274,7 @@ def _read_config(path: Path) -> JMPConfig:
         if not known - ADDED <= set(values) <= known:
             missing, unknown = sorted(known - ADDED - set(values)), sorted(set(values) - known)
             raise ValueError(f"missing {missing}, unknown {unknown}")  # noqa: TRY301
-        for name in ("kept_blocks", "kept_force_channels", "depths"):
+        for name in ("kept_blocks", "kept_force_channels", "depths", "bf16_layers"):
             if values.get(name) is not None:
                 values[name] = tuple(values[name])
         return JMPConfig(**values)

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from ejmp.limits import check_limit
 from ejmp.model.upstream import sizes_from_upstream
 
-Precision = Literal["fp32", "tf32", "bf16", "fp16", "int8"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16", "int8", "fp8"]
 """Type of the linear maps; see `ejmp.JMP`."""
 HEADS = ("mlp", "mlp-no-bias", "linear")
 """Kinds of heads; see `JMPConfig.head`."""
@@ -48,6 +48,10 @@ class JMPConfig:
     depths: tuple[int, ...] | None = None
     """Numbers of first blocks, ascending up to all of them, of which each was trained to do alone: `prune(blocks=b)`
     then gives a trained model. None: only all blocks together were trained."""
+
+    bf16_layers: tuple[str, ...] = ()
+    """Dense layers that stay in bfloat16 at the precisions in 8 bits, by their names among the model's modules, as
+    `ejmp quantize --keep` chooses them. A model with fewer blocks or layers has none of them."""
 
     emb_size_atom: int = 256
     """C, the channels of atoms."""

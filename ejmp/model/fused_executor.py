@@ -83,9 +83,19 @@ class FusedExecutor(Executor):
         weight = layer.linear.weight
         return weight * scale.scale_factor.to(weight.dtype)
 
-    def dense(self, layer: Dense, x: Tensor, factor: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
-        """Apply a linear layer and its activation, and multiply by a factor of the output's shape."""
-        return linear_activate(*self._low(x, layer.linear.weight), factor, scale=scale, backend=self.backend)
+    def dense(
+        self,
+        layer: Dense,
+        x: Tensor,
+        factor: Tensor | None = None,
+        add: Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        add_scale: float = 1.0,
+    ) -> Tensor:
+        """Apply a linear layer and its activation, multiply by a factor and add, both of the output's shape."""
+        x, weight = self._low(x, layer.linear.weight)
+        return linear_activate(x, weight, factor, add, scale=scale, add_scale=add_scale, backend=self.backend)
 
     def residual(self, layer: nn.Module, x: Tensor, scale: float = 1.0) -> Tensor:
         """Apply a residual layer and scale."""
@@ -93,9 +103,8 @@ class FusedExecutor(Executor):
         first, second = layer.dense_mlp
         assert isinstance(first, Dense)
         assert isinstance(second, Dense)
-        y, weight = self._low(self.dense(first, x), second.linear.weight)
         scale *= INV_SQRT_2
-        return linear_activate(y, weight, add=x, scale=scale, add_scale=scale, backend=self.backend)
+        return self.dense(second, self.dense(first, x), add=x, scale=scale, add_scale=scale)
 
     def residuals(self, layers: nn.Sequential, x: Tensor, scale: float = 1.0) -> Tensor:
         """Apply residual layers in a row and scale."""

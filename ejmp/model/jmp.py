@@ -21,8 +21,8 @@ from ejmp.model.heads import Heads
 from ejmp.model.interactions import InteractionBlock, OutputBlock
 from ejmp.model.layers import FinalMLP
 from ejmp.model.outputs import Features, Output
-from ejmp.model.precision import LOW_PRECISION, check_name, check_precision, products
-from ejmp.model.quantized_executor import QuantizedExecutor
+from ejmp.model.precision import EIGHT_BITS, LOW_PRECISION, check_name, check_precision, products
+from ejmp.model.quantized_executor import check_layers, in_eight_bits
 from ejmp.model.reference_executor import ReferenceExecutor
 from ejmp.model.regions import region
 from ejmp.model.task import Task, check_tasks
@@ -79,8 +79,9 @@ class JMP(nn.Module):
             "fp16" run the linear maps of embedding, blocks and final MLP in the low type and geometry, bases,
             neighbour sums, heads and the atoms' residual stream in float32 (the edges' stream is in the low type);
             "tf32" is float32 with TF32 products in the forward pass; "int8" is "bf16" with the dense layers' products
-            in 8-bit integers, for energies and direct forces on CPUs with VNNI, without derivatives. All but "fp32"
-            need float32 parameters.
+            in 8-bit integers on CPUs with VNNI, and "fp8" with these in e4m3 on GPUs, for energies and direct forces,
+            without derivatives; a model at "int8" in training mode rounds as these do and has derivatives. All but
+            "fp32" need float32 parameters.
         tasks: what the heads predict, in which units and of which graphs; `ejmp.save` keeps them with the weights.
 
     Raises:
@@ -110,6 +111,7 @@ class JMP(nn.Module):
         self.embedding = AtomEmbedding(config)
         self.backbone = Backbone(config)
         self.output = Heads(config)
+        check_layers(config.bf16_layers, self)
 
     def on(self, *, backend: Backend | None = None, precision: Precision | None = None) -> "JMP":
         """Return this model on another backend or at another precision; both share all parameters and buffers.
@@ -218,8 +220,8 @@ class JMP(nn.Module):
                 the buckets.
             RuntimeError: for "latency" without a GPU.
         """
-        if self.precision == "int8" and mode != "off":
-            raise ValueError('compile: a model at precision="int8" runs as it is, and cannot be compiled')
+        if self.precision in EIGHT_BITS and mode != "off":
+            raise ValueError(f'compile: a model at precision="{self.precision}" runs as it is, and cannot be compiled')
         # where nn.Module.compile puts what it made: a call takes it, `forward` does not, no copy and no pickle has it
         self._compiled_call_impl = None if mode == "off" else Compiled(self, mode, buckets, compiler)
 
@@ -263,22 +265,19 @@ class JMP(nn.Module):
 
     def executor(self, graph: AtomGraph) -> Executor:
         """Return what computes the steps of a forward pass on a graph: the one place that asks for the backend."""
-        if self.precision == "int8":
-            return self._quantized_executor(graph)
         backend, low = self.backend, LOW_PRECISION.get(self.precision)
+        if self.precision in EIGHT_BITS:
+            exact = [self.get_submodule(name) for name in self.config.bf16_layers]
+            recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (graph.positions, *self.parameters()))
+            kind = "int8 training" if self._trains_for_8_bits else self.precision
+            return in_eight_bits(graph, kind, backend, exact, recorded=recorded)
         if backend == "reference":
             return ReferenceExecutor(graph, low)
         return FusedExecutor(graph, low, backend, hold=not self.training)
 
-    def _quantized_executor(self, graph: AtomGraph) -> Executor:
-        if self.backend != "native":
-            raise RuntimeError(f'precision="int8" is computed by the native backend, this is {self.backend}')
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (graph.positions, *self.parameters())):
-            raise RuntimeError(
-                'precision="int8" has no derivatives: predict energies and direct forces under torch.no_grad(), and '
-                'gradient forces and training at precision="bf16"'
-            )
-        return QuantizedExecutor(graph)
+    @property
+    def _trains_for_8_bits(self) -> bool:
+        return self.precision == "int8" and self.training and torch.is_grad_enabled()
 
     def run(self, executor: Executor, *, direct_forces: bool = True) -> Features:
         """Take the steps of a forward pass, up to the heads, on an executor.
@@ -367,7 +366,7 @@ class JMP(nn.Module):
             return
         if self.dtype != torch.float32:
             raise ValueError(f"precision={self.precision!r} needs float32 parameters, the model has {self.dtype}")
-        check_precision(self.precision, graph.device)
+        check_precision("bf16" if self._trains_for_8_bits else self.precision, graph.device)
 
 
 def gradient_forces(model: JMP, graph: AtomGraph, task: int = 0, *, create_graph: bool = False) -> Tensor:

@@ -7,10 +7,12 @@ from typing import get_args
 import torch
 
 from ejmp.model.config import Precision
-from ejmp_kernels import availability, quantized
+from ejmp_kernels import availability, float8, quantized
 
-LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
-"""The 16-bit type of each precision that has one; of int8, of what is not in 8 bits."""
+EIGHT_BITS = ("int8", "fp8")
+"""Precisions that multiply the dense layers in 8 bits, without derivatives."""
+LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16} | dict.fromkeys(EIGHT_BITS, torch.bfloat16)
+"""The 16-bit type of each precision that has one; of those in 8 bits, of what is not in 8 bits."""
 
 
 def check_name(precision: Precision) -> Precision:
@@ -28,9 +30,14 @@ def check_precision(precision: Precision, device: torch.device) -> None:
     """Raise ValueError if a device does not have a precision.
 
     Raises:
-        ValueError: tf32 needs an NVIDIA GPU of compute capability 8.0 or newer, bf16 such a GPU or a CPU, and int8 a
-            CPU with VNNI.
+        ValueError: tf32 needs an NVIDIA GPU of compute capability 8.0 or newer, bf16 such a GPU or a CPU, int8 a CPU
+            with VNNI, and fp8 an NVIDIA GPU of compute capability 8.9 or newer.
     """
+    if precision == "fp8":
+        reason = float8.why_unavailable(device)
+        if reason is not None:
+            raise ValueError(f'precision="fp8" needs CUDA and compute capability 8.9: {reason}')
+        return
     if precision == "int8":
         reason = f"the model is on {device}" if device.type != "cpu" else quantized.why_unavailable()
         reason = reason or availability.why_unavailable()

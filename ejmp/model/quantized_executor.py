@@ -1,28 +1,30 @@
-"""The forward pass with linear maps in 8-bit integers: the fused one, whose dense layers multiply quantised rows.
+"""The forward pass with linear maps in 8 bits: the fused one, whose dense layers multiply quantised rows.
 
 What is only multiplied again, as between the two layers of a residual, is written in 8 bits by the activation before
 it; the edges' features, which five layers of a block read, are quantised once. Everything else is as in bfloat16:
-filters of the radial basis, up-projections to edges (whose inputs are narrow), sums over quadruplets, residual streams.
+filters of the radial basis, up-projections to edges (whose inputs are narrow), sums over quadruplets, residual streams,
+and the layers that the model's config names (`JMPConfig.bf16_layers`).
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ejmp.graph.graph import AtomGraph
+from ejmp.model.backend import Kernels
+from ejmp.model.config import Precision
 from ejmp.model.fused_executor import FusedExecutor
 from ejmp.model.interactions import QuadrupletInteraction, TripletInteraction
 from ejmp.model.layers import INV_SQRT_2, Dense, Linear, Residual, ScaleFactor
-from ejmp_kernels.quantized import (
-    QuantizedRows,
-    linear,
-    linear_activate,
-    linear_activate_rows,
-    packed,
-    quantize_rows,
-)
+from ejmp_kernels import float8, quantized
+from ejmp_kernels.activation import activate
+from ejmp_kernels.dense import linear_activate
+from ejmp_kernels.linear import linear
+from ejmp_kernels.quantized import QuantizedRows
+from ejmp_kernels.registry import Backend
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -32,26 +34,44 @@ LOW = torch.bfloat16
 
 
 class QuantizedExecutor(FusedExecutor):
-    """The steps of a forward pass on native kernels, in 8 bits where that pays; nothing here has a derivative.
+    """The steps of a forward pass on native kernels, in 8-bit integers where that pays; nothing has a derivative.
 
     Args:
         graph: a batch, on a CPU with VNNI.
+        exact: layers that stay in bfloat16.
+        low: the type of what is not in 8 bits: bfloat16, or None for float32, to see what 8 bits alone change.
     """
 
-    def __init__(self, graph: AtomGraph) -> None:
-        super().__init__(graph, LOW, "native", hold=True)
+    def __init__(self, graph: AtomGraph, exact: Collection[nn.Module] = (), low: torch.dtype | None = LOW) -> None:
+        super().__init__(graph, low, "native", hold=True)
+        self.exact = exact
+        self.dtype = low or torch.float32
         self._rows: MutableMapping[Tensor, QuantizedRows] = WeakTensorKeyDictionary()
 
     def rows(self, x: Tensor) -> QuantizedRows:
         """Return a tensor in 8 bits, which is made once as long as the tensor lives."""
         found = self._rows.get(x)
         if found is None:
-            found = self._rows[x] = quantize_rows(x)
+            found = self._rows[x] = quantized.quantize_rows(x)
         return found
 
-    def dense(self, layer: Dense, x: Tensor, factor: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
-        """Apply a linear layer and its activation, and multiply by a factor of the output's shape."""
-        return linear_activate(self.rows(x), packed(layer.linear.weight), factor, scale=scale, dtype=LOW)
+    def dense(
+        self,
+        layer: Dense,
+        x: Tensor,
+        factor: Tensor | None = None,
+        add: Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        add_scale: float = 1.0,
+    ) -> Tensor:
+        """Apply a linear layer and its activation, multiply by a factor and add, both of the output's shape."""
+        if layer in self.exact:
+            return super().dense(layer, x, factor, add, scale=scale, add_scale=add_scale)
+        weight, dtype = quantized.packed(layer.linear.weight), self.dtype if add is None else add.dtype
+        return quantized.linear_activate(
+            self.rows(x), weight, factor, add, scale=scale, add_scale=add_scale, dtype=dtype
+        )
 
     def residual(self, layer: nn.Module, x: Tensor, scale: float = 1.0) -> Tensor:
         """Apply a residual layer and scale."""
@@ -59,24 +79,181 @@ class QuantizedExecutor(FusedExecutor):
         first, second = layer.dense_mlp
         assert isinstance(first, Dense)
         assert isinstance(second, Dense)
-        y = linear_activate_rows(self.rows(x), packed(first.linear.weight), dtype=LOW)
+        if first in self.exact or second in self.exact:
+            return super().residual(layer, x, scale)
+        y = quantized.linear_activate_rows(self.rows(x), quantized.packed(first.linear.weight), dtype=self.dtype)
+        weight = quantized.packed(second.linear.weight)
         scale *= INV_SQRT_2
-        return linear_activate(y, packed(second.linear.weight), add=x, scale=scale, add_scale=scale, dtype=x.dtype)
+        return quantized.linear_activate(y, weight, add=x, scale=scale, add_scale=scale, dtype=x.dtype)
 
     def filtered(
         self, layer: TripletInteraction | QuadrupletInteraction, dense: Dense, m: Tensor, rbf: Tensor
     ) -> Tensor:
         """Apply a dense layer, filter by the radial basis and down-project: [E_in, .] to [E_in, C]."""
+        if dense in self.exact or layer.down_projection in self.exact:
+            return super().filtered(layer, dense, m, rbf)
         factor = self.linear_layer(layer.mlp_rbf, rbf, layer.scale_rbf)
-        y = linear_activate_rows(self.rows(m), packed(dense.linear.weight), factor, dtype=LOW)
-        return self._wide(linear_activate(y, packed(layer.down_projection.linear.weight), dtype=LOW))
+        y = quantized.linear_activate_rows(
+            self.rows(m), quantized.packed(dense.linear.weight), factor, dtype=self.dtype
+        )
+        weight = quantized.packed(layer.down_projection.linear.weight)
+        return self._wide(quantized.linear_activate(y, weight, dtype=self.dtype))
 
     def mix(self, layer: Linear, x: Tensor, scale: ScaleFactor) -> Tensor:
         """Apply a linear layer to sums over neighbours, with a scale factor folded into their scales."""
-        rows = quantize_rows(x)
+        if layer in self.exact:
+            return super().mix(layer, x, scale)
+        rows = quantized.quantize_rows(x)
         rows = QuantizedRows(rows.values, rows.scales * scale.scale_factor)
-        return linear(rows, packed(layer.linear.weight), x.dtype)
+        return quantized.linear(rows, quantized.packed(layer.linear.weight), x.dtype)
 
     def linear_of_edges(self, dense: Dense, m: Tensor, first: int) -> Tensor:
         """Return the product of edge features with the columns of a weight from `first` on."""
-        return linear(self.rows(m), packed(dense.linear.weight, first), LOW)
+        if dense in self.exact:
+            return super().linear_of_edges(dense, m, first)
+        return quantized.linear(self.rows(m), quantized.packed(dense.linear.weight, first), self.dtype)
+
+
+class Float8Executor(FusedExecutor):
+    """The steps of a forward pass with dense layers in 8-bit floating point; nothing has a derivative.
+
+    Args:
+        graph: a batch, on a GPU that multiplies it.
+        backend: whose kernels.
+        exact: layers that stay in bfloat16, and those whose widths 8-bit products do not have.
+    """
+
+    def __init__(self, graph: AtomGraph, backend: Backend, exact: Collection[nn.Module] = ()) -> None:
+        super().__init__(graph, LOW, backend, hold=True)
+        self.exact = exact
+        self._rows: MutableMapping[Tensor, QuantizedRows] = WeakTensorKeyDictionary()
+
+    def _exact(self, layer: Linear, first: int = 0) -> bool:
+        return layer in self.exact or not float8.fits(layer.linear.weight, first)
+
+    def _product(self, layer: Linear, x: Tensor, first: int = 0) -> Tensor:
+        rows = self._rows.get(x)
+        if rows is None:
+            rows = self._rows[x] = float8.quantize_rows(x)
+        return float8.linear(rows, float8.packed(layer.linear.weight, first), LOW)
+
+    def dense(
+        self,
+        layer: Dense,
+        x: Tensor,
+        factor: Tensor | None = None,
+        add: Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        add_scale: float = 1.0,
+    ) -> Tensor:
+        """Apply a linear layer and its activation, multiply by a factor and add, both of the output's shape."""
+        if self._exact(layer):
+            return super().dense(layer, x, factor, add, scale=scale, add_scale=add_scale)
+        z = self._product(layer, x).to(LOW if add is None else add.dtype)
+        return activate(z, factor, add, scale=scale, add_scale=add_scale, in_place=True, backend=self.backend)
+
+    def linear_of_edges(self, dense: Dense, m: Tensor, first: int) -> Tensor:
+        """Return the product of edge features with the columns of a weight from `first` on."""
+        return super().linear_of_edges(dense, m, first) if self._exact(dense, first) else self._product(dense, m, first)
+
+
+class FakeQuantizedExecutor(FusedExecutor):
+    """The steps of a forward pass as `QuantizedExecutor` rounds them, in bfloat16 and with derivatives: for training.
+
+    Features and weights of dense layers are rounded to what 8-bit integers can say and go on in bfloat16; derivatives
+    pass the rounding as if it were not there (straight-through, arXiv 1308.3432).
+
+    Args:
+        graph: a batch.
+        backend: whose kernels.
+        exact: layers that stay in bfloat16.
+    """
+
+    def __init__(self, graph: AtomGraph, backend: Backend, exact: Collection[nn.Module] = ()) -> None:
+        super().__init__(graph, LOW, backend, hold=False)
+        self.exact = exact
+        self._rounded: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+
+    def _rounded_weight(self, layer: Linear, first: int = 0) -> Tensor:
+        return quantized.straight_through(layer.linear.weight[:, first:]).to(LOW)
+
+    def _rounded_rows(self, x: Tensor) -> Tensor:
+        found = self._rounded.get(x)
+        if found is None:
+            found = self._rounded[x] = quantized.straight_through(x).to(LOW)
+        return found
+
+    def dense(
+        self,
+        layer: Dense,
+        x: Tensor,
+        factor: Tensor | None = None,
+        add: Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        add_scale: float = 1.0,
+    ) -> Tensor:
+        """Apply a linear layer and its activation, multiply by a factor and add, both of the output's shape."""
+        if layer in self.exact:
+            return super().dense(layer, x, factor, add, scale=scale, add_scale=add_scale)
+        x, weight = self._rounded_rows(x), self._rounded_weight(layer)
+        return linear_activate(x, weight, factor, add, scale=scale, add_scale=add_scale, backend=self.backend)
+
+    def mix(self, layer: Linear, x: Tensor, scale: ScaleFactor) -> Tensor:
+        """Apply a linear layer and a scale factor to sums over neighbours."""
+        if layer in self.exact:
+            return super().mix(layer, x, scale)
+        z = linear(self._rounded_rows(x), self._rounded_weight(layer), backend=self.backend)
+        return z * scale.scale_factor.to(z.dtype)
+
+    def linear_of_edges(self, dense: Dense, m: Tensor, first: int) -> Tensor:
+        """Return the product of edge features with the columns of a weight from `first` on."""
+        if dense in self.exact:
+            return super().linear_of_edges(dense, m, first)
+        return linear(self._rounded_rows(m), self._rounded_weight(dense, first), backend=self.backend)
+
+
+def check_layers(names: Sequence[str], model: nn.Module) -> None:
+    """Raise ValueError if a name among those of the layers that stay in bfloat16 is not that of a layer.
+
+    Raises:
+        ValueError: naming it.
+    """
+    known = {name for name, module in model.named_modules() if isinstance(module, Linear)}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"JMPConfig.bf16_layers: there is no linear layer {name!r}")
+
+
+def in_eight_bits(
+    graph: AtomGraph,
+    kind: Precision | Literal["int8 training"],
+    backend: Kernels,
+    exact: Collection[nn.Module],
+    *,
+    recorded: bool,
+) -> FusedExecutor:
+    """Return what computes a forward pass in 8 bits.
+
+    Args:
+        graph: a batch.
+        kind: "int8", "fp8", or "int8 training": rounded as in "int8", with derivatives.
+        backend: the model's.
+        exact: layers that stay in bfloat16.
+        recorded: whether derivatives are asked for.
+
+    Raises:
+        RuntimeError: if they are and there are none, or the backend has no such products.
+    """
+    if backend == "reference" or (kind == "int8" and backend != "native"):
+        wanted = "native backend" if kind == "int8" else "native and Triton backends"
+        raise RuntimeError(f'precision="{kind.split()[0]}" is computed by the {wanted}, this is {backend}')
+    if kind == "int8 training":
+        return FakeQuantizedExecutor(graph, backend, exact)
+    if recorded:
+        raise RuntimeError(
+            f'precision="{kind}" has no derivatives: predict energies and direct forces under torch.no_grad(), and '
+            'gradient forces at precision="bf16"; only a model at "int8" in training mode rounds and has derivatives'
+        )
+    return QuantizedExecutor(graph, exact) if kind == "int8" else Float8Executor(graph, backend, exact)

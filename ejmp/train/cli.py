@@ -15,6 +15,9 @@ from ejmp.compress.config import (
     parse_residuals,
 )
 
+CALIBRATION = 16
+"""How many training structures `ejmp quantize --keep` looks at."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PruneRequest:
@@ -202,13 +205,19 @@ class QuantizeRequest:
     """Record stores whose validation structures say what it costs; None: nothing is measured."""
     structures: int
     """Largest number of validation structures of each."""
+    keep: int
+    """How many layers stay in 16 bits: those whose rounding to 8 changes most on training structures of `data`."""
     overwrite: bool
     """Whether a model in the directory is replaced."""
 
     def __post_init__(self) -> None:
-        """Check the number."""
+        """Check the numbers, and that there is data where it is needed."""
         if self.structures < 1:
             raise ValueError(f"--structures: expected 1 or more, got {self.structures}")
+        if self.keep < 0:
+            raise ValueError(f"--keep: expected 0 or more, got {self.keep}")
+        if self.keep and self.data is None:
+            raise ValueError("--keep: needs --data, on which layers are chosen")
 
 
 def add_quantize(parser: argparse.ArgumentParser) -> None:
@@ -220,26 +229,35 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="NAME=FOLDER,...", help=text)
     text = "at most this many validation structures of each (default: 200)"
     parser.add_argument("--structures", type=int, metavar="N", default=200, help=text)
+    text = f"layers that stay in 16 bits: those that change most on {CALIBRATION} training structures (default: 0)"
+    parser.add_argument("--keep", type=int, metavar="N", default=0, help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace a model at OUT")
 
 
 def _quantize(options: argparse.Namespace) -> int:
     import ejmp  # noqa: PLC0415
+    from ejmp.compress.calibration import keep_in_bf16, layer_errors  # noqa: PLC0415
     from ejmp.train.evaluate import evaluate, table  # noqa: PLC0415
     from ejmp.train.faults import session  # noqa: PLC0415
-    from ejmp.train.sources import at_most, mix_of, with_tasks_of  # noqa: PLC0415
+    from ejmp.train.sources import at_most, graphs_of, mix_of, with_tasks_of  # noqa: PLC0415
 
     request = QuantizeRequest(
         model=options.model,
         out=options.out,
         data=options.data,
         structures=options.structures,
+        keep=options.keep,
         overwrite=options.overwrite,
     )
     model, chosen = ejmp.load(request.model), []
     if request.data is not None:
         sources = with_tasks_of(request.model, mix_of(request.data), model)
         chosen = [at_most(source, "val", request.structures, seed=0) for source in sources]
+        if request.keep:
+            errors = layer_errors(model, list(graphs_of(model, sources, CALIBRATION)))
+            model = keep_in_bf16(model, list(errors)[: request.keep])
+            print("layers that stay in 16 bits, and by how much each alone changes what the model says in 8:")
+            print("\n".join(f"    {name}  {errors[name]:.2e}" for name in model.config.bf16_layers))
     ejmp.save(model, request.out, overwrite=request.overwrite, weights="int8")
     size = (request.out / "model.safetensors").stat().st_size
     numbers = sum(parameter.numel() for parameter in model.parameters())

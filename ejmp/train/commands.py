@@ -19,6 +19,7 @@ from ejmp.data.store.writers import Writers
 from ejmp.model.checkpoint import load
 from ejmp.model.config import SIZES, JMPConfig, Precision
 from ejmp.model.jmp import JMP
+from ejmp.model.precision import check_precision
 from ejmp.train.demo import demo_config, demo_teacher
 from ejmp.train.distributed import Ranks
 from ejmp.train.evaluate import Errors, table
@@ -164,7 +165,7 @@ def _student(request: DistillRequest, teacher: JMP, sources: Sequence[TaskData])
 def fastest_precision(device: torch.device, otherwise: Precision) -> Precision:
     """Return the precision to evaluate a teacher in: the low type with tensor cores on a GPU, another on a CPU."""
     if device.type != "cuda":
-        return otherwise
+        return "bf16" if otherwise == "int8" else otherwise  # its 8 bits are for the student to learn
     return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
 
 
@@ -253,6 +254,7 @@ def _train(
     ranks: Ranks,
     factors: LayerFactors | None = None,
 ) -> Result:
+    _check_forces(sources, request.config.precision)
     if ranks.rank == 0:
         request.directory.mkdir(parents=True, exist_ok=True)
     dist.barrier()
@@ -270,8 +272,24 @@ def _train(
 
 
 def _ready(model: JMP, precision: Precision, ranks: Ranks) -> JMP:
-    """Return the model on this rank's device at a precision."""
+    """Return the model on this rank's device at a precision.
+
+    Raises:
+        ValueError: for 8-bit integers, in which validation predicts, on another device than a CPU with VNNI.
+    """
+    if precision == "int8":
+        check_precision(precision, ranks.device)
     return model.on(precision=precision).to(ranks.device)
+
+
+def _check_forces(sources: Sequence[TaskData], precision: Precision) -> None:
+    """Refuse tasks that training in 8 bits cannot validate: predictions in 8 bits have no gradient forces."""
+    for source in sources:
+        if precision == "int8" and source.task.forces == "gradient":
+            raise ValueError(
+                f"--precision int8: task {source.name} trains gradient forces, and predictions in 8 bits have none; "
+                "give it direct forces, or train at bf16"
+            )
 
 
 def _page(

@@ -107,7 +107,8 @@ class TrainConfig:
     edge_dropout: float = 0.0
     """Share of atom pairs that is left out of each training graph (JMP's pre-training: 0.1)."""
     precision: Precision = "fp32"
-    """Precision of the model's linear layers; see `ejmp.JMP`."""
+    """Precision of the model's linear layers; see `ejmp.JMP`. "int8" trains for predictions in 8 bits: rounded as
+    there, in bfloat16, while derivatives pass the rounding; validations predict in 8 bits."""
     zero_stage: Literal[0, 1, 2] = 1
     """What DeepSpeed divides among the ranks: nothing (0), optimiser states (1), or gradients as well (2)."""
     seed: int = 0
@@ -147,6 +148,8 @@ class TrainConfig:
             raise ValueError(f"TrainConfig.betas: expected two numbers in 0..1, got {self.betas!r}")
         if self.zero_stage not in (0, 1, 2) or self.clip_kind not in ("norm", "value"):
             raise ValueError(f"TrainConfig: no zero_stage {self.zero_stage!r} or clip_kind {self.clip_kind!r}")
+        if self.precision == "fp8":
+            raise ValueError('TrainConfig.precision: fp8 is for predictions; train at "int8" for 8 bits, or "bf16"')
 
     def in_steps(self, *, epoch_size: int, step_size: int) -> Self:
         """Return the settings with steps for all that counts epochs or structures; a part of a step counts as one.

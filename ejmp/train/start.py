@@ -51,6 +51,7 @@ def for_finetuning(
         direct_forces=direct_forces,
         energy_reduction=reduction,
         depths=None,
+        bf16_layers=(),
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -68,6 +68,17 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / steps[:, None]).round().clamp(-127, 127).to(torch.int8), scales
 
 
+def straight_through(x: Tensor) -> Tensor:
+    """Return a matrix with each row rounded to what `quantize_rows` keeps of it; its derivative is that of x itself.
+
+    Training with this is training for 8 bits (straight-through estimator, arXiv 1308.3432).
+    """
+    with torch.no_grad():
+        step = x.abs().amax(dim=1, keepdim=True).float() / 127
+        rounded = (x / torch.where(step > 0, step, 1.0)).round() * step
+    return x + (rounded - x.detach()).to(x.dtype)
+
+
 def packed(weight: Tensor, first: int = 0) -> QuantizedWeight:
     """Return a parameter's columns from `first` on, [out, in - first], in 8 bits; made again only when it has changed.
 

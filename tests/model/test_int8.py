@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from types import SimpleNamespace
 
 import ase.io
 import pytest
@@ -14,6 +15,9 @@ import ejmp
 from ejmp.data import convert, demo
 from ejmp.model import precision
 from ejmp.model.layers import Dense
+from ejmp.model.quantized_executor import FakeQuantizedExecutor, Float8Executor
+from ejmp.train.commands import _check_forces
+from ejmp.train.config import TrainConfig
 from ejmp.train.demo import demo_teacher
 from ejmp.train.evaluate import evaluate
 from ejmp.train.sources import at_most, demo_mix
@@ -31,6 +35,7 @@ def vnni():
 def models(tiny_config, tiny_weights):
     model = ejmp.JMP(tiny_config)
     model.load_state_dict(tiny_weights)
+    model.eval()
     return model, model.on(precision="int8")
 
 
@@ -96,11 +101,15 @@ def test_verb_with_data(tmp_path):
     for split in ("train", "val"):
         convert(tmp_path / "frames.xyz", tmp_path / "ani1x", format="ase", split=split)
     asked = ["ejmp", "quantize", demo_teacher(), tmp_path / "small", "--data", f"ani1x={tmp_path / 'ani1x'}"]
+    asked += ["--keep", "2"]
     variables = environment(DS_ACCELERATOR="cpu")
     done = subprocess.run(asked, capture_output=True, text=True, timeout=300, env=variables, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     said = done.stdout
-    assert "12.5 bits per parameter" in said
+    kept = re.findall(r"^    (backbone\.\S+)  \d\.\d\de-\d\d$", said, re.MULTILINE)
+    assert ejmp.load(tmp_path / "small").config.bf16_layers == tuple(kept)
+    assert len(kept) == 2
+    assert re.search(r"12\.[5-9] bits per parameter", said)
     rows = dict(re.findall(r"\| (fp32|bf16|int8) \|.*\| ([\d.]+) \|$", said, re.MULTILINE))
     assert rows.keys() == {"fp32", "bf16", "int8"}
     assert float(rows["int8"]) == pytest.approx(float(rows["fp32"]), rel=0.03)
@@ -130,6 +139,67 @@ def test_no_derivatives(models):
         models[1](graph)
     with pytest.raises(RuntimeError, match='precision="int8" has no derivatives'), torch.no_grad():
         ejmp.gradient_forces(models[1], graph)
+
+
+def rounding(case, model):
+    """The model's raw energies and forces at a golden structure, by its steps in real and in pretended 8 bits."""
+    graph = load_golden(case).graph(torch.float32)
+    with torch.no_grad():
+        return graph, model(graph), model.heads(model.run(FakeQuantizedExecutor(graph, "native")), graph)
+
+
+@pytest.mark.parametrize("case", ["ethanol", "oxide"])
+def test_training_rounds_as_predictions_do(models, case):
+    """Nearer to the predictions in 8 bits than these are to float32, but for what bfloat16 adds to both."""
+    graph, real, pretended = rounding(case, models[1])
+    with torch.no_grad():
+        exact, low = models[0](graph), models[0].on(precision="bf16")(graph)
+    for name in ("energy", "forces"):
+        x, y, z, b = (getattr(out, name) for out in (exact, real, pretended, low))
+        assert (y - z).norm() <= (x - y).norm() + 2 * (x - b).norm(), name
+        assert (x - z).norm() > (x - b).norm() / 2, name
+
+
+def test_derivatives_pass_the_rounding(models):
+    """In training mode, gradients are those of the model at rounded weights and features: near the model's own."""
+    graph = load_golden("ethanol").graph(torch.float32)
+    found = {}
+    for name, model in zip(("fp32", "int8"), models, strict=True):
+        model.train()
+        out = model(graph)
+        loss = out.energy.square().sum() + out.forces.square().sum()
+        found[name] = torch.autograd.grad(loss, list(model.backbone.int_blocks[0].parameters()), allow_unused=True)
+        model.eval()
+    pairs = [(x, y) for x, y in zip(*found.values(), strict=True) if x is not None]
+    assert all(y is not None and y.isfinite().all() for _, y in pairs)
+    x, y = (torch.cat([pair[i].flatten() for pair in pairs]) for i in (0, 1))
+    assert 0 < (x - y).norm() <= 0.1 * x.norm()
+
+
+@torch.no_grad()
+def test_float8_is_emulated_near_float32(models):
+    graph = load_golden("ethanol").graph(torch.float32)
+    exact = models[0](graph)
+    found = models[0].heads(models[0].run(Float8Executor(graph, "native")), graph)
+    for name in ("energy", "forces"):
+        x, y = getattr(exact, name), getattr(found, name)
+        assert 0 < (x - y).norm() <= 0.25 * x.norm(), name
+    with pytest.raises(ValueError, match=r'precision="fp8" needs CUDA and compute capability 8.9: the model is on cpu'):
+        models[0].on(precision="fp8")(graph)
+
+
+def test_training_in_8_bits(tmp_path):
+    """A run of `ejmp distill --precision int8`; gradient forces are refused before it begins."""
+    asked = ["ejmp", "distill", "--blocks", "2", "--steps", "3", "--batch-size", "2", "--val-structures", "2"]
+    variables = environment(DS_ACCELERATOR="cpu")
+    asked += ["--precision", "int8", "--run", tmp_path / "run"]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=300, env=variables, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert ejmp.load(tmp_path / "run" / "final").config.blocks == 2
+    with pytest.raises(ValueError, match="task a trains gradient forces, and predictions in 8 bits have none"):
+        _check_forces([SimpleNamespace(name="a", task=ejmp.Task(name="a", forces="gradient"))], "int8")
+    with pytest.raises(ValueError, match="precision: fp8 is for predictions"):
+        TrainConfig(precision="fp8")
 
 
 def test_refused(models, monkeypatch):
