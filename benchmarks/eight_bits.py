@@ -4,8 +4,9 @@
     ejmp distill --blocks 4 --steps 400 --batch-size 8 --precision int8 --run ROUNDED
     python benchmarks/eight_bits.py PLAIN ROUNDED OUT.json
 
-Errors are those of all validation structures of the demo mix: of the demo teacher with the N worst layers in bfloat16, as
-`ejmp quantize --keep N` chooses them, over its own in float32; and of both students in 8 bits over the first's in float32.
+Errors are those of all validation structures of the demo mix: of the demo teacher with the N worst layers in bfloat16,
+as `ejmp quantize --keep N` chooses them, over its own in float32; and of both students in 8 bits over the first's in
+float32.
 """
 
 import argparse

@@ -38,8 +38,8 @@ def layer_errors(model: JMP, graphs: Sequence[AtomGraph]) -> dict[str, float]:
         graphs: some structures such as the model will see. Each is run once per layer.
 
     Returns:
-        By the layer's name, as in `JMPConfig.bf16_layers`, the largest first: the norm of the change of direct forces,
-        or where there are none of energies, over the norm of what the model gives in float32.
+        By the layer's name, as in `JMPConfig.bf16_layers`, the largest first: the norm of the change over the norm of
+        what the model gives in float32, of energies and of direct forces together: the root of the sum of both squares.
 
     Raises:
         ValueError: if there are no graphs, or the processor has no 8-bit products.
@@ -52,16 +52,15 @@ def layer_errors(model: JMP, graphs: Sequence[AtomGraph]) -> dict[str, float]:
     for graph in graphs:
         eight.check_graph(graph)
         _outputs(eight, QuantizedExecutor(graph, asked))
-    changes = dict.fromkeys(asked, 0.0)
-    total = 0.0
+    totals, changes = _squares([]), {layer: _squares([]) for layer in asked}
     for graph in graphs:
         exact = _outputs(eight, QuantizedExecutor(graph, _AllBut(), low=None))
-        total += exact.double().square().sum().item()
+        totals += _squares(exact)
         for layer in asked:
             found = _outputs(eight, QuantizedExecutor(graph, _AllBut((layer,)), low=None))
-            changes[layer] += (found - exact).double().square().sum().item()
-    errors = {names[layer]: (change / max(total, 1e-300)) ** 0.5 for layer, change in changes.items()}
-    return dict(sorted(errors.items(), key=lambda item: -item[1]))
+            changes[layer] += _squares([x - y for x, y in zip(found, exact, strict=True)])
+    relative = {names[layer]: (change / totals.clamp_min(1e-300)).sum().sqrt() for layer, change in changes.items()}
+    return dict(sorted(((name, error.item()) for name, error in relative.items()), key=lambda item: -item[1]))
 
 
 def keep_in_bf16(model: JMP, layers: Iterable[str]) -> JMP:
@@ -77,7 +76,15 @@ def keep_in_bf16(model: JMP, layers: Iterable[str]) -> JMP:
     return other
 
 
-def _outputs(model: JMP, executor: QuantizedExecutor) -> Tensor:
-    """Return the model's direct forces, or where it has none its energies."""
+def _outputs(model: JMP, executor: QuantizedExecutor) -> list[Tensor]:
+    """Return the model's raw energies, and its direct forces if it has them."""
     out = model.heads(model.run(executor), executor.graph)
-    return out.energy if out.forces is None else out.forces
+    return [out.energy] if out.forces is None else [out.energy, out.forces]
+
+
+def _squares(outputs: Sequence[Tensor]) -> Tensor:
+    """Return the sum of squares of each, [2]."""
+    found = torch.zeros(2, dtype=torch.float64)
+    for i, x in enumerate(outputs):
+        found[i] = x.double().square().sum()
+    return found

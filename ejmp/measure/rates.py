@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ejmp.measure.timing import repeated_seconds
 from ejmp.model.config import Precision
-from ejmp.model.precision import LOW_PRECISION, check_precision, products
-from ejmp_kernels import gemm, quantized
+from ejmp.model.precision import EIGHT_BITS, LOW_PRECISION, check_precision, products
+from ejmp_kernels import float8, gemm, quantized
 
 
 def precisions_of(device: torch.device) -> list[Precision]:
@@ -53,8 +53,10 @@ def gemm_rates(
     width_out, width_in = sizes
     for precision in precisions:
         dtype = LOW_PRECISION.get(precision, torch.float32)
-        if precision == "int8":
-            rates["int8 onednn"] = _int8_rate(rows, sizes, repeats or 3)
+        if precision in EIGHT_BITS:
+            provider = "onednn" if precision == "int8" else "torch"
+            seconds = repeated_seconds(_eight_bits(precision, rows, sizes, device), device, repeats or 3)
+            rates[f"{precision} {provider}"] = 2e-9 * rows * width_out * width_in / statistics.median(seconds)
             continue
         x = torch.randn(rows, width_in, device=device, dtype=dtype)
         w = torch.randn(width_out, width_in, device=device, dtype=dtype)
@@ -69,13 +71,14 @@ def gemm_rates(
     return rates
 
 
-def _int8_rate(rows: int, sizes: tuple[int, int], repeats: int) -> float:
-    """Measure a product of 8-bit integers on the CPU, in billions of operations per second."""
-    width_out, width_in = sizes
-    x = quantized.QuantizedRows(torch.randint(256, (rows, width_in), dtype=torch.uint8), torch.ones(rows))
-    weight = quantized.packed(torch.randn(sizes))
-    call = functools.partial(quantized.unscaled_linear, x, weight, torch.bfloat16)
-    return 2e-9 * rows * width_out * width_in / statistics.median(repeated_seconds(call, torch.device("cpu"), repeats))
+def _eight_bits(precision: Precision, rows: int, sizes: tuple[int, int], device: torch.device) -> Callable[[], Tensor]:
+    """Return a function that multiplies in 8 bits."""
+    weight = torch.randn(sizes, device=device)
+    if precision == "fp8":
+        floats = float8.quantize_rows(torch.randn(rows, sizes[1], device=device))
+        return functools.partial(float8.linear, floats, float8.packed(weight))
+    integers = quantized.QuantizedRows(torch.randint(256, (rows, sizes[1]), dtype=torch.uint8), torch.ones(rows))
+    return functools.partial(quantized.unscaled_linear, integers, quantized.packed(weight), torch.bfloat16)
 
 
 def copy_rate(device: torch.device, size: int = 1 << 28, repeats: int = 5) -> float:

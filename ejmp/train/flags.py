@@ -124,7 +124,7 @@ def _add_distill(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher-precision",
         choices=("fp32", "tf32", "bf16", "fp16"),
-        help="default: bf16 on CUDA (fp16 before compute capability 8.0), the run's on a CPU",
+        help="default: bf16 on CUDA (fp16 before compute capability 8.0), on a CPU the run's, for int8 bf16",
     )
     parser.add_argument("--blocks", type=int, help="number of the teacher's blocks the student keeps, the first ones")
     parser.add_argument("--keep", help="or exactly these blocks, like 0,1,2,5")
