@@ -18,6 +18,7 @@ from ejmp.graph.padding import Buckets, GraphShape, pad_graph
 from ejmp.model.config import JMPConfig, Precision
 from ejmp.model.outputs import Features, Output
 from ejmp.model.precision import tf32_products
+from ejmp_kernels.derived import RecordedCopies
 
 Mode = Literal["throughput", "latency", "off"]
 Location = tuple[Mapping[str, Tensor | None], str]
@@ -114,6 +115,7 @@ class Compiled:
         self._seen: set[tuple] = set()
         self._frozen: Compilable | None = None
         self._replays: dict[tuple, Replay] = {}
+        self._copies = RecordedCopies()
         self._locations = list(_locations(model))
         self._addresses = self._where()
 
@@ -166,6 +168,7 @@ class Compiled:
             self._addresses = addresses
             self._frozen = None
             self._replays.clear()
+            self._copies = RecordedCopies()
 
     def _where(self) -> list[int]:
         """Return the addresses of all parameters and buffers, in some 0.1 ms."""
@@ -198,7 +201,9 @@ class Compiled:
         if self.record is None:
             return run(graph)
         if key not in self._replays:
-            self._replays[key] = Replay(run, graph, self.record)
+            with self._copies.used():
+                self._replays[key] = Replay(run, graph, self.record)
+        self._copies.refresh()
         return self._replays[key](graph)
 
 
@@ -251,10 +256,7 @@ class Replay:
         """Return the function's result for a graph, in new memory."""
         with torch.no_grad(), torch.cuda.device_of(graph.positions):
             given = _by_type(graph)
-            for (
-                dtype,
-                inputs,
-            ) in self._inputs.items():  # a launch per type; a copy each would take longer than the replay
+            for dtype, inputs in self._inputs.items():  # a launch per type: one each would take longer than the replay
                 torch._foreach_copy_(inputs, given[dtype])  # pyright: ignore[reportPrivateImportUsage]
             self._launch()
             return tuple(value.clone() for value in self._outputs)

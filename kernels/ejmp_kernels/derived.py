@@ -5,7 +5,9 @@ same memory, as DeepSpeed's do, changes neither; so what is held must be dropped
 (`forget`), which `JMP.train` and `JMP.eval` do.
 """
 
-from collections.abc import Callable, Hashable, Iterable, MutableMapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -37,17 +39,71 @@ def derived(parameter: Tensor, key: Hashable, make: Callable[[], Made]) -> Made:
     return held[1][key]
 
 
+_times_forgotten = 0
+"""How often something was dropped, which also says that recorded copies may be out of date."""
+
+
 def forget(parameters: Iterable[Tensor]) -> None:
-    """Drop what is held of parameters."""
+    """Drop what is held of parameters, and have recorded copies made anew."""
+    global _times_forgotten  # noqa: PLW0603
+    _times_forgotten += 1
     for parameter in parameters:
         _held.pop(parameter, None)
+
+
+class RecordedCopies:
+    """Copies of weights in a low type that recorded work, as a CUDA graph, reads at fixed places in memory.
+
+    They are made while the work warms up, in a `with` of `used()`, and brought up to date by `refresh()` before it is
+    replayed; so a replay does not cast the weights again.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._states: dict[tuple, tuple[int, int]] = {}
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Have `lowered` return these copies."""
+        token = _recorded_copies.set(self)
+        try:
+            yield
+        finally:
+            _recorded_copies.reset(token)
+
+    def of(self, parameter: Tensor, dtype: torch.dtype, first: int) -> Tensor:
+        """Return the copy of a weight's columns from `first` on, and make it if there is none."""
+        key = (parameter.data_ptr(), dtype, first)
+        if key not in self._copies:
+            with torch.inference_mode(mode=False):  # it is written to later
+                columns = parameter.detach()[:, first:]
+                self._copies[key] = (columns, columns.to(dtype))
+            self._states[key] = _state(columns)
+        return self._copies[key][1]
+
+    def refresh(self) -> None:
+        """Bring all copies up to date."""
+        for key, (columns, copy) in self._copies.items():
+            state = _state(columns)
+            if state != self._states[key]:
+                copy.copy_(columns)
+                self._states[key] = state
+
+
+def _state(columns: Tensor) -> tuple[int, int]:
+    version = 0 if columns.is_inference() else columns._version  # noqa: SLF001 - there is no public name
+    return version, _times_forgotten
+
+
+_recorded_copies: ContextVar[RecordedCopies | None] = ContextVar("recorded copies", default=None)
 
 
 def lowered(parameter: Tensor, dtype: torch.dtype, first: int = 0) -> Tensor:
     """Return a weight's columns from `first` on in a low type, as a copy that is held unless derivatives are recorded.
 
     A model in 16 bits thus needs half as much memory again for its weights, and saves to cast each of them in each
-    pass. Where gradients go to the weight, in `torch.compile` and in the capture of a CUDA graph, it is cast anew.
+    pass. Where gradients go to the weight, and in `torch.compile`, it is cast anew; so it is in the capture of a CUDA
+    graph, but for one that has `RecordedCopies`.
 
     Args:
         parameter: [out, in].
@@ -58,7 +114,11 @@ def lowered(parameter: Tensor, dtype: torch.dtype, first: int = 0) -> Tensor:
         [out, in - first].
     """
     recorded = torch.is_grad_enabled() and parameter.requires_grad
-    traced = torch.compiler.is_compiling() or (parameter.is_cuda and torch.cuda.is_current_stream_capturing())
+    compiling = torch.compiler.is_compiling()
+    copies = None if recorded or compiling else _recorded_copies.get()
+    if copies is not None:
+        return copies.of(parameter, dtype, first)
+    traced = compiling or (parameter.is_cuda and torch.cuda.is_current_stream_capturing())
     if recorded and not traced:
         forget([parameter])  # somebody trains it
     if recorded or traced:

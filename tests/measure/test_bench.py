@@ -152,7 +152,7 @@ def test_command_line_refuses_bad_input(tmp_path, capsys):
     assert cli.main(["bench", "--structures", str(tmp_path / "none.xyz")]) == 2
     assert "none.xyz" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        cli.main(["bench", "--precision", "fp8"])
+        cli.main(["bench", "--precision", "fp4"])
     for wrong in (["--batch", "2"], ["--cutoff", "3"], ["--structures", "x", "--workload", "slab"]):
         assert cli.main(["bench", *wrong]) == 2
     ase.io.write(tmp_path / "alone.xyz", ase.Atoms("He"))

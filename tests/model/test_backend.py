@@ -167,7 +167,7 @@ def test_there_is_no_other_backend_or_precision(tiny_config):
     with pytest.raises(ValueError, match="backend: expected one of"):
         model.on(backend="fast")
     with pytest.raises(ValueError, match="precision: expected one of"):
-        model.on(precision="fp8")
+        model.on(precision="fp4")
 
 
 @torch.no_grad()

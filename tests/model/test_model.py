@@ -194,7 +194,7 @@ def test_model_refuses(tiny, tiny_config):
     with pytest.raises(ValueError, match="backend"):
         ejmp.JMP(tiny_config, backend="magic")
     with pytest.raises(ValueError, match="precision"):
-        ejmp.JMP(tiny_config, precision="fp8")
+        ejmp.JMP(tiny_config, precision="fp4")
     with pytest.raises(ValueError, match="CUDA"):
         ejmp.JMP(tiny_config, precision="tf32")(ejmp.build_graph(water, 8.0))
     for precision in ("bf16", "fp16", "tf32"):

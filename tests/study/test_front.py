@@ -118,7 +118,7 @@ def test_table_and_picture(made, tmp_path):
         ({"blocks": ()}, "--blocks"),
         ({"channels": (0,)}, "--channels"),
         ({"steps": (-1,)}, "--steps"),
-        ({"precisions": ("fp8",)}, "--precisions"),
+        ({"precisions": ("fp4",)}, "--precisions"),
         ({"structures": 0}, "--structures"),
     ],
 )
