@@ -225,6 +225,15 @@ def test_training_figures():
             assert f"{info['energy_error']:.0e} and {info['gradient_force_error']:.0e} in {info['precision']}" in words
 
 
+def test_eight_bit_figures():
+    found, words = result("eight_bits_cpu"), WORDS["docs/benchmarks.md"]
+    kept, trained = found["kept"], found["trained"]
+    assert len({f"{kept[count]:.3f}" for count in ("4", "16", "64")}) == 1
+    assert f"are {kept['0']:.3f} times those in fp32, and {kept['4']:.3f} times with the 4, 16 or 64 layers" in words
+    assert f"has {trained['plain']:.3f} times its own errors in fp32" in words
+    assert f"(400 steps, one seed) {trained['rounded']:.3f} times these" in words
+
+
 def test_refitted_students_after_distillation():
     rows = result("refit_cpu")["distilled"]["rows"]
     means = [math.exp(np.mean([math.log(r["over_sliced"]) for r in rows if r["blocks"] == b])) for b in (5, 4, 3, 2)]

@@ -11,7 +11,7 @@ from ejmp.train.evaluate import table
 from ejmp.train.search import from_json, text_of
 from support.hessian_table import hessian_table
 from support.inputs import ROOT
-from support.precision_table import precision_table
+from support.precision_table import precision_table, share_table
 from support.track_table import faster_table, track_table
 from support.training_tables import (
     any_depth_table,
@@ -112,6 +112,7 @@ TABLES = {
     "any depth": ("docs/training.md", lambda: any_depth_table(result("any_depth_cpu"), result("study_cpu"))),
     "any depth, teacher": ("docs/training.md", lambda: any_depth_teacher_table(result("any_depth_teacher_cpu"))),
     "precisions": ("docs/benchmarks.md", lambda: precision_table(result("precisions_cpu"))),
+    "shares": ("docs/benchmarks.md", lambda: share_table(result("profile_bf16_cpu"))),
     "upstream": ("docs/benchmarks.md", lambda: upstream.text_of(result("upstream_cpu")["rows"])),
     "hessian": ("docs/training.md", lambda: hessian_table(result("hessian_cpu"))),
     "track": ("docs/tracking.md", lambda: track_table(result("track_cpu"))),

@@ -22,3 +22,13 @@ def precision_table(result):
     titles += [title for b in (most, least) for title in (f"ms, {b} blocks", "x of fp32", "x of floor")]
     titles += ["energy error", "forces error", "teacher meV/A", "of fp32", "MiB", "file MB"]
     return markdown_table(titles, rows, numbers=True)
+
+
+def share_table(profile):
+    """Where the time of a pass goes: the ops that take at least half a percent of it, and all others."""
+    ops = [op for op in profile["ops"] if op["share"] >= 0.005]
+    rest = [op for op in profile["ops"] if op["share"] < 0.005]
+    rows = [[f"`{op['op']}`", op["calls"], f"{op['ms']:.0f}", f"{100 * op['share']:.1f}"] for op in ops]
+    total = [sum(op[name] for op in rest) for name in ("calls", "ms", "share")]
+    rows.append([f"{len(rest)} others", total[0], f"{total[1]:.0f}", f"{100 * total[2]:.1f}"])
+    return markdown_table(["op", "calls", "ms", "% of time"], rows, numbers=True)
