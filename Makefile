@@ -30,7 +30,7 @@ CSRC := $(foreach kind,h cpp cu cuh,$(wildcard csrc/*.$(kind) csrc/*/*.$(kind)))
 
 # The GPU's targets take the python3 that has torch for it, not .venv, and install nothing.
 GPU := PYTHONPATH=.:kernels:benchmarks $(PYTHON) benchmarks/gpu_campaign.py
-GPU_STEPS := $(addprefix gpu-,build test sanitize ceilings ops chain blocks compare compiled train profile report)
+GPU_STEPS := $(addprefix gpu-,build test sanitize ceilings ops chain blocks compare compiled train tune profile report)
 GPU_OPTIONS = $(if $(RESULTS),--out $(RESULTS)) $(if $(BUDGET),--seconds $(BUDGET))
 
 QUICK := -k "not triton" tests/model/test_golden.py tests/kernels/test_ops.py tests/train/test_engine.py tests/data/test_convert.py

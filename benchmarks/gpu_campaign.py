@@ -27,7 +27,7 @@ from ejmp_kernels import availability
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = {
     "build": 240, "test": 90, "sanitize": 60, "ceilings": 20, "ops": 60, "chain": 25, "blocks": 60, "compare": 50,
-    "compiled": 100, "train": 40, "profile": 15, "report": 10,
+    "compiled": 100, "train": 40, "tune": 25, "profile": 15, "report": 10,
 }  # fmt: skip
 """Budget of each step, in s, after which it starts nothing new; the sanitizer's is for each of its tools."""
 HARD = 530
@@ -231,6 +231,7 @@ def steps() -> dict[str, Callable]:
         "compare": gpu_models.run_compare,
         "compiled": gpu_models.run_compiled,
         "train": gpu_train.run_train,
+        "tune": gpu_train.run_tune,
         "profile": gpu_train.run_profile,
         "report": run_report,
     }

@@ -8,7 +8,20 @@ from gpu_step import COUNTS, NAMES, WAYS, read_steps
 
 from ejmp.markdown import markdown_table
 
-STEPS = ("build", "test", "sanitize", "ceilings", "ops", "chain", "blocks", "compare", "compiled", "train", "profile")
+STEPS = (
+    "build",
+    "test",
+    "sanitize",
+    "ceilings",
+    "ops",
+    "chain",
+    "blocks",
+    "compare",
+    "compiled",
+    "train",
+    "tune",
+    "profile",
+)
 Row = dict[str, Any]
 
 
@@ -54,6 +67,7 @@ TITLES = {
     "compare": "Ways to run one model: backends",
     "compiled": "Ways to run one model: compiled and recorded",
     "train": "Training and distillation",
+    "tune": "Launch settings of Triton's kernels",
     "profile": "Profiles",
 }
 
@@ -161,6 +175,10 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("x of JMP as shipped", "x of as shipped", number), ("x of reference", "x of reference", number),
         ("x of torch.compile(reference)", "x of torch.compile(reference)", number), *SHARES,
         ("peak MiB", "peak_mib", number), ("first call s", "first_call_s", number), ("error", "error", error),
+    ),
+    "tune": (
+        ("kernel", "what", str), ("precision", "precision", str), ("faster settings", "settings", str),
+        ("time over committed", "ratio", number),
     ),
     "train": (
         ("step", "kind", str), ("precision", "precision", str), ("backend", "backend", str), ("ms", "ms", number),

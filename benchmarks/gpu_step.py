@@ -21,7 +21,7 @@ FILE = "campaign.json"
 """The one file of a campaign, whose "steps" are the results by name: few files come back from some machines."""
 LONG = ("log_tail", "text", "parameters")
 """Fields of rows that are not printed."""
-UNTIMED = ("build", "test", "sanitize")
+UNTIMED = ("build", "test", "sanitize", "tune")
 """Steps whose times are those of tools, and no benchmark's."""
 NAMES = ("what", "file", "tool", "op", "order", "kind")
 """Fields of rows that say what was measured; some have a shape besides."""

@@ -17,9 +17,15 @@ import ejmp
 from ejmp.compress.config import DistillConfig
 from ejmp.measure import profile, profile_report
 from ejmp.measure.timing import median_ratio
+from ejmp.model.precision import LOW_PRECISION
 from ejmp.train.objective import Distillation
 from ejmp.train.task import Task, Tasks
 
+TUNED = (
+    "linear_activate", "linear_activate_middle", "linear_activate_small", "quadruplet", "quadruplet_values", "triplet",
+    "activate", "swap_add", "edge_sum", "pair",
+)  # fmt: skip
+"""Kernels to tune, those that take most of a forward pass first."""
 LOSS_TOLERANCE = {"fp32": 1e-3, "tf32": 5e-2, "fp16": 5e-2, "bf16": 2e-1}
 """Largest allowed difference of a loss from that of the reference backend in fp32, over it."""
 
@@ -105,6 +111,31 @@ def distillation_step(student: ejmp.JMP, teacher: ejmp.JMP, graph: ejmp.AtomGrap
         return loss.item()
 
     return call
+
+
+def run_tune(setting: Setting) -> None:
+    """Try other launch settings of Triton's kernels; the faster ones go to a configs.json beside the results."""
+    step = Step("tune", setting)
+    why = backends(setting).get("triton", "there is no Triton")
+    if why is not None:
+        step.add({"what": "all", "skipped": why})
+        return
+    from ejmp_kernels.triton_kernels import launch, tune
+    from ejmp_kernels.triton_kernels.tune_calls import Sizes, calls_by_kernel
+
+    sizes = Sizes(rows=64, wide=32, atoms=2, degree=3, channels=16) if setting.dry else Sizes()
+    precision = next(p for p in ("bf16", "fp16", "fp32") if p in setting.precisions)
+    x = torch.empty(0, dtype=LOW_PRECISION.get(precision, torch.float32), device=setting.device)
+    end = time.perf_counter() + setting.seconds
+    for kernel in TUNED:
+        with step.row(what=kernel, precision=precision) as row, torch.no_grad():
+            step.require_time()
+            start = time.perf_counter()
+            calls = calls_by_kernel([kernel], sizes, x.dtype, setting.device)[kernel]
+            row["settings"], row["ratio"] = tune.tune(kernel, calls, x, dry=setting.dry, until=end)
+            row["ms"] = 1e3 * (time.perf_counter() - start)
+            section = f"{launch.architecture(setting.device)} {str(x.dtype).removeprefix('torch.')}"
+            tune.write(setting.out / "configs.json", section, {kernel: row["settings"]})
 
 
 def run_profile(setting: Setting) -> None:

@@ -27,7 +27,7 @@ def timed(monkeypatch):
 
 @pytest.mark.usefixtures("timed")
 def test_the_fastest_settings_are_kept():
-    assert tune.tune(KERNEL, [lambda: X], X, dry=False) == {"BLOCK": 2 * BLOCK}
+    assert tune.tune(KERNEL, [lambda: X], X, dry=False) == ({"BLOCK": 2 * BLOCK}, pytest.approx(0.5))
     assert not launch.OVERRIDES
 
 
@@ -36,7 +36,7 @@ def test_settings_with_other_results_are_refused():
     def call():
         return torch.full((3,), float(launch.config(KERNEL, X)["BLOCK"] <= BLOCK))
 
-    assert tune.tune(KERNEL, [call], X, dry=False) == {}
+    assert tune.tune(KERNEL, [call], X, dry=False) == ({}, 1.0)
 
 
 @pytest.mark.usefixtures("timed")
@@ -46,13 +46,18 @@ def test_settings_that_do_not_fit_are_left_out():
             raise RuntimeError("out of shared memory")
         return X
 
-    assert tune.tune(KERNEL, [call], X, dry=False) == {}
+    assert tune.tune(KERNEL, [call], X, dry=False) == ({}, 1.0)
     assert not launch.OVERRIDES
+
+
+@pytest.mark.usefixtures("timed")
+def test_nothing_more_is_tried_after_the_time_is_over():
+    assert tune.tune(KERNEL, [lambda: X], X, dry=False, until=0.0) == ({}, 1.0)
 
 
 def test_a_gain_within_noise_changes_nothing(monkeypatch):
     monkeypatch.setattr(tune, "seconds", lambda call, dry: 1 - 1e-5 * launch.config(KERNEL, X)["BLOCK"])
-    assert tune.tune(KERNEL, [lambda: X], X, dry=False) == {}
+    assert tune.tune(KERNEL, [lambda: X], X, dry=False) == ({}, 1.0)
 
 
 def test_not_a_number_is_not_the_same_result():

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import json
 import math
 import os
 import shutil
@@ -112,6 +113,16 @@ def test_a_history_takes_what_a_step_measured(dry, step):
             assert record.product_share == pytest.approx(row["gemm_share"])
         if row.get("x of reference"):
             assert record.speedup == pytest.approx(row["x of reference"])
+
+
+def test_launch_settings_are_tried(dry):
+    """Each kernel of a forward pass, and the tables have what the rows say."""
+    done = [row for row in rows(dry, "tune") if "skipped" not in row]
+    assert {"linear_activate", "quadruplet", "triplet"} <= {row["what"] for row in done}
+    assert all(0 < row["ratio"] <= 1 for row in done)
+    tables = json.loads((dry / "configs.json").read_text())
+    for row in done:
+        assert row["settings"].items() <= tables["interpreter float32"].get(row["what"], {}).items(), row
 
 
 def test_every_backend_is_measured(dry):

@@ -76,14 +76,20 @@ def agree(results: Any, expected: Any, dtype: torch.dtype) -> bool:
     )
 
 
-def tune(kernel: str, calls: list[Callable], x: Tensor, *, dry: bool) -> Settings:
-    """Return the settings of a kernel that are best for some calls, empty if they are the committed ones.
+def tune(
+    kernel: str, calls: list[Callable], x: Tensor, *, dry: bool, until: float = math.inf
+) -> tuple[Settings, float]:
+    """Find the settings of a kernel that are best for some calls.
 
     Args:
         kernel: name of the kernel in configs.json.
         calls: calls of ops that launch the kernel.
         x: a tensor of the type and device of the ops' features.
         dry: whether to try only two candidates, once each.
+        until: time by `time.perf_counter` after which no more candidate is tried.
+
+    Returns:
+        The settings, empty if they are the committed ones, and their time over that of the committed ones.
     """
     committed = launch.config(kernel, x)
     expected = [call() for call in calls]
@@ -91,6 +97,9 @@ def tune(kernel: str, calls: list[Callable], x: Tensor, *, dry: bool) -> Setting
     reference = [seconds(call, dry=dry) for call in calls]
     sys.stdout.write(f"{kernel} {committed}: {' '.join(f'{1e6 * t:.0f}' for t in reference)} us\n")
     for candidate in list(candidates(kernel, committed))[: 2 if dry else None]:
+        if time.perf_counter() > until:
+            sys.stdout.write("  there is no time for more\n")
+            break
         launch.OVERRIDES[kernel] = candidate
         try:
             if not all(agree(call(), e, x.dtype) for call, e in zip(calls, expected, strict=True)):
@@ -106,7 +115,7 @@ def tune(kernel: str, calls: list[Callable], x: Tensor, *, dry: bool) -> Setting
         sys.stdout.write(f"  {candidate}: {' '.join(f'{1e6 * t:.0f}' for t in times)} us, {ratio:.3f}\n")
         if ratio < min(shortest, WORTH_CHANGING):
             best, shortest = candidate, ratio
-    return best
+    return best, shortest
 
 
 def write(path: Path, section: str, winners: dict[str, Settings]) -> None:
@@ -140,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in options.types:
         x = torch.empty(0, dtype=getattr(torch, name), device=device)
         calls = calls_by_kernel(kernels, sizes, x.dtype, device)
-        winners = {kernel: tune(kernel, calls[kernel], x, dry=options.dry) for kernel in kernels}
+        winners = {kernel: tune(kernel, calls[kernel], x, dry=options.dry)[0] for kernel in kernels}
         if options.output:
             write(options.output, f"{launch.architecture(device)} {name}", winners)
 

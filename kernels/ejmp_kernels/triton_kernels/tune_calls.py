@@ -52,7 +52,7 @@ def products(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str
     k, rows = sizes.wide, (sizes.rows, sizes.rows // 2)
     return {
         "linear_activate": [call(m, n) for m in rows for n in (k, 4 * k)],
-        "linear_activate_middle": [call(max(1, sizes.rows // 16), k)],
+        "linear_activate_middle": [call(max(1, 3 * sizes.rows // 32), k)],
         "linear_activate_small": [call(max(1, sizes.rows // 64), k)],
     }
 
