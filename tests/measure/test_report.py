@@ -35,7 +35,7 @@ def test_short_table_is_the_long_one_with_fewer_columns(blocks):
     places = [long[0].index(t) for t in (*titles[:5], "x of reference", "peak MiB")]
     assert len(short) == len(long) == 2 + len(blocks["rows"])
     assert short[2:] == [[row[i] for i in places] for row in long[2:]]
-    assert short[2] == ["fp32", "6", "0.19", "1.00", "1.00", "1.62", "142"]
+    assert short[2] == ["fp32", "6", "0.434", "1.00", "1.00", "2.35", "142"]
 
 
 def test_what_was_not_measured(blocks):
