@@ -123,6 +123,9 @@ class JMPConfig:
         check_limit("JMPConfig", "tensors", tensors, "weights")
 
     def _check_what_was_kept(self) -> None:
+        layers = self.bf16_layers
+        if type(layers) is not tuple or not all(type(name) is str for name in layers):
+            raise ValueError(f"JMPConfig.bf16_layers: expected a tuple of names, got {str(layers)[:80]}")
         for name, count in {"kept_blocks": self.blocks, "kept_force_channels": self.emb_size_edge}.items():
             kept = getattr(self, name)
             if kept is not None and (

@@ -87,6 +87,9 @@ def test_from_upstream_refuses(change, message):
         {"emb_size_edge": -1},
         {"energy_reduction": "max"},
         {"kept_blocks": (0, 1)},
+        {"bf16_layers": None},
+        {"bf16_layers": "backbone.bases"},
+        {"bf16_layers": (3,)},
     ],
 )
 def test_config_refuses(change):
