@@ -8,20 +8,6 @@ from gpu_step import COUNTS, NAMES, WAYS, read_steps
 
 from ejmp.markdown import markdown_table
 
-STEPS = (
-    "build",
-    "test",
-    "sanitize",
-    "ceilings",
-    "ops",
-    "chain",
-    "blocks",
-    "compare",
-    "compiled",
-    "train",
-    "tune",
-    "profile",
-)
 Row = dict[str, Any]
 
 
@@ -32,7 +18,7 @@ def page(folder: Path) -> str:
         FileNotFoundError: if there are none.
     """
     steps = read_steps(folder)
-    found = {name: steps[name] for name in STEPS if name in steps}
+    found = {name: steps[name] for name in TITLES if name in steps}
     if not found:
         raise FileNotFoundError(f"{folder}: no step has written anything yet")
     dry = any(step["dry"] for step in found.values())
@@ -50,8 +36,8 @@ def page(folder: Path) -> str:
         "",
     ]
     lines += claims(found)
-    for name in STEPS:
-        lines += ["", f"## {TITLES[name]}", ""]
+    for name, title in TITLES.items():
+        lines += ["", f"## {title}", ""]
         lines += section(name, found[name]) if name in found else ["Not run."]
     return "\n".join(lines) + "\n"
 
@@ -70,6 +56,7 @@ TITLES = {
     "tune": "Launch settings of Triton's kernels",
     "profile": "Profiles",
 }
+"""Titles of the page's sections, by the steps in the page's order."""
 
 
 def machine(found: dict[str, Any]) -> str:

@@ -121,9 +121,9 @@ def run_tune(setting: Setting) -> None:
         step.add({"what": "all", "skipped": why})
         return
     from ejmp_kernels.triton_kernels import launch, tune
-    from ejmp_kernels.triton_kernels.tune_calls import Sizes, calls_by_kernel
+    from ejmp_kernels.triton_kernels.tune_calls import DRY, Sizes, calls_by_kernel
 
-    sizes = Sizes(rows=64, wide=32, atoms=2, degree=3, channels=16) if setting.dry else Sizes()
+    sizes = DRY if setting.dry else Sizes()
     precision = next(p for p in ("bf16", "fp16", "fp32") if p in setting.precisions)
     x = torch.empty(0, dtype=LOW_PRECISION.get(precision, torch.float32), device=setting.device)
     end = time.perf_counter() + setting.seconds

@@ -67,6 +67,10 @@ class FusedExecutor(Executor):
     def _low(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return (x, weight) if self.low is None else (x.to(self.low), self._low_weight(weight))
 
+    def operands(self, layer: Linear, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Return what is multiplied for a layer: its input, and its weight's columns from `first` on."""
+        return x if self.low is None else x.to(self.low), self._low_weight(layer.linear.weight, first)
+
     def _low_weight(self, weight: Tensor, first: int = 0) -> Tensor:
         """Return a weight's columns from `first` on in the low type, if there is one; a parameter's may be held."""
         if self.low is not None and self.hold and isinstance(weight, nn.Parameter):
@@ -94,7 +98,7 @@ class FusedExecutor(Executor):
         add_scale: float = 1.0,
     ) -> Tensor:
         """Apply a linear layer and its activation, multiply by a factor and add, both of the output's shape."""
-        x, weight = self._low(x, layer.linear.weight)
+        x, weight = self.operands(layer, x)
         return linear_activate(x, weight, factor, add, scale=scale, add_scale=add_scale, backend=self.backend)
 
     def residual(self, layer: nn.Module, x: Tensor, scale: float = 1.0) -> Tensor:
@@ -123,7 +127,7 @@ class FusedExecutor(Executor):
 
     def linear_of_edges(self, dense: Dense, m: Tensor, first: int) -> Tensor:
         """Return the product of edge features with the columns of a weight from `first` on."""
-        return self.linear(m, self._low_weight(dense.linear.weight, first))
+        return linear(*self.operands(dense, m, first), backend=self.backend)
 
     def embed_edges(self, dense: Dense, h: Tensor, x: Tensor) -> Tensor:
         """Apply a dense layer to [h_source, h_target, m], given the product of m with its part of the weight."""

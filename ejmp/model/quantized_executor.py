@@ -6,8 +6,8 @@ filters of the radial basis, up-projections to edges (whose inputs are narrow), 
 and the layers that the model's config names (`JMPConfig.bf16_layers`).
 """
 
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from ejmp.model.interactions import QuadrupletInteraction, TripletInteraction
 from ejmp.model.layers import INV_SQRT_2, Dense, Linear, Residual, ScaleFactor
 from ejmp_kernels import float8, quantized
 from ejmp_kernels.activation import activate
-from ejmp_kernels.dense import linear_activate
 from ejmp_kernels.linear import linear
 from ejmp_kernels.quantized import QuantizedRows
 from ejmp_kernels.registry import Backend
@@ -29,8 +28,28 @@ from ejmp_kernels.registry import Backend
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
+Made = TypeVar("Made")
 LOW = torch.bfloat16
 """The type of what is not in 8 bits."""
+
+
+class Once(Generic[Made]):
+    """What is made of tensors, once as long as each lives.
+
+    Args:
+        make: makes it.
+    """
+
+    def __init__(self, make: Callable[[Tensor], Made]) -> None:
+        self._make = make
+        self._made: MutableMapping[Tensor, Made] = WeakTensorKeyDictionary()
+
+    def __call__(self, x: Tensor) -> Made:
+        """Return what is made of a tensor."""
+        found = self._made.get(x)
+        if found is None:
+            found = self._made[x] = self._make(x)
+        return found
 
 
 class QuantizedExecutor(FusedExecutor):
@@ -46,32 +65,16 @@ class QuantizedExecutor(FusedExecutor):
         super().__init__(graph, low, "native", hold=True)
         self.exact = exact
         self.dtype = low or torch.float32
-        self._rows: MutableMapping[Tensor, QuantizedRows] = WeakTensorKeyDictionary()
-
-    def rows(self, x: Tensor) -> QuantizedRows:
-        """Return a tensor in 8 bits, which is made once as long as the tensor lives."""
-        found = self._rows.get(x)
-        if found is None:
-            found = self._rows[x] = quantized.quantize_rows(x)
-        return found
+        self.rows = Once(quantized.quantize_rows)
 
     def dense(
-        self,
-        layer: Dense,
-        x: Tensor,
-        factor: Tensor | None = None,
-        add: Tensor | None = None,
-        *,
-        scale: float = 1.0,
-        add_scale: float = 1.0,
+        self, layer: Dense, x: Tensor, factor: Tensor | None = None, add: Tensor | None = None, **scales: float
     ) -> Tensor:
         """Apply a linear layer and its activation, multiply by a factor and add, both of the output's shape."""
         if layer in self.exact:
-            return super().dense(layer, x, factor, add, scale=scale, add_scale=add_scale)
+            return super().dense(layer, x, factor, add, **scales)
         weight, dtype = quantized.packed(layer.linear.weight), self.dtype if add is None else add.dtype
-        return quantized.linear_activate(
-            self.rows(x), weight, factor, add, scale=scale, add_scale=add_scale, dtype=dtype
-        )
+        return quantized.linear_activate(self.rows(x), weight, factor, add, dtype=dtype, **scales)
 
     def residual(self, layer: nn.Module, x: Tensor, scale: float = 1.0) -> Tensor:
         """Apply a residual layer and scale."""
@@ -126,32 +129,22 @@ class Float8Executor(FusedExecutor):
     def __init__(self, graph: AtomGraph, backend: Backend, exact: Collection[nn.Module] = ()) -> None:
         super().__init__(graph, LOW, backend, hold=True)
         self.exact = exact
-        self._rows: MutableMapping[Tensor, QuantizedRows] = WeakTensorKeyDictionary()
+        self.rows = Once(float8.quantize_rows)
 
     def _exact(self, layer: Linear, first: int = 0) -> bool:
         return layer in self.exact or not float8.fits(layer.linear.weight, first)
 
     def _product(self, layer: Linear, x: Tensor, first: int = 0) -> Tensor:
-        rows = self._rows.get(x)
-        if rows is None:
-            rows = self._rows[x] = float8.quantize_rows(x)
-        return float8.linear(rows, float8.packed(layer.linear.weight, first), LOW)
+        return float8.linear(self.rows(x), float8.packed(layer.linear.weight, first), LOW)
 
     def dense(
-        self,
-        layer: Dense,
-        x: Tensor,
-        factor: Tensor | None = None,
-        add: Tensor | None = None,
-        *,
-        scale: float = 1.0,
-        add_scale: float = 1.0,
+        self, layer: Dense, x: Tensor, factor: Tensor | None = None, add: Tensor | None = None, **scales: float
     ) -> Tensor:
         """Apply a linear layer and its activation, multiply by a factor and add, both of the output's shape."""
         if self._exact(layer):
-            return super().dense(layer, x, factor, add, scale=scale, add_scale=add_scale)
+            return super().dense(layer, x, factor, add, **scales)
         z = self._product(layer, x).to(LOW if add is None else add.dtype)
-        return activate(z, factor, add, scale=scale, add_scale=add_scale, in_place=True, backend=self.backend)
+        return activate(z, factor, add, in_place=True, backend=self.backend, **scales)
 
     def linear_of_edges(self, dense: Dense, m: Tensor, first: int) -> Tensor:
         """Return the product of edge features with the columns of a weight from `first` on."""
@@ -168,50 +161,33 @@ class FakeQuantizedExecutor(FusedExecutor):
         graph: a batch.
         backend: whose kernels.
         exact: layers that stay in bfloat16.
+        low: the type of what is rounded and of all else that is not in float32: bfloat16, or None for float32.
     """
 
-    def __init__(self, graph: AtomGraph, backend: Backend, exact: Collection[nn.Module] = ()) -> None:
-        super().__init__(graph, LOW, backend, hold=False)
-        self.exact = exact
-        self._rounded: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
-
-    def _rounded_weight(self, layer: Linear, first: int = 0) -> Tensor:
-        return quantized.straight_through(layer.linear.weight[:, first:]).to(LOW)
-
-    def _rounded_rows(self, x: Tensor) -> Tensor:
-        found = self._rounded.get(x)
-        if found is None:
-            found = self._rounded[x] = quantized.straight_through(x).to(LOW)
-        return found
-
-    def dense(
+    def __init__(
         self,
-        layer: Dense,
-        x: Tensor,
-        factor: Tensor | None = None,
-        add: Tensor | None = None,
-        *,
-        scale: float = 1.0,
-        add_scale: float = 1.0,
-    ) -> Tensor:
-        """Apply a linear layer and its activation, multiply by a factor and add, both of the output's shape."""
+        graph: AtomGraph,
+        backend: Backend,
+        exact: Collection[nn.Module] = (),
+        low: torch.dtype | None = LOW,
+    ) -> None:
+        super().__init__(graph, low, backend, hold=False)
+        self.exact = exact
+        self.dtype = low or torch.float32
+        self.rounded = Once(lambda x: quantized.straight_through(x).to(self.dtype))
+
+    def operands(self, layer: Linear, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Return what is multiplied for a layer: its input, and its weight's columns from `first` on."""
         if layer in self.exact:
-            return super().dense(layer, x, factor, add, scale=scale, add_scale=add_scale)
-        x, weight = self._rounded_rows(x), self._rounded_weight(layer)
-        return linear_activate(x, weight, factor, add, scale=scale, add_scale=add_scale, backend=self.backend)
+            return super().operands(layer, x, first)
+        return self.rounded(x), self.rounded(layer.linear.weight[:, first:])
 
     def mix(self, layer: Linear, x: Tensor, scale: ScaleFactor) -> Tensor:
         """Apply a linear layer and a scale factor to sums over neighbours."""
         if layer in self.exact:
             return super().mix(layer, x, scale)
-        z = linear(self._rounded_rows(x), self._rounded_weight(layer), backend=self.backend)
+        z = linear(*self.operands(layer, x), backend=self.backend)
         return z * scale.scale_factor.to(z.dtype)
-
-    def linear_of_edges(self, dense: Dense, m: Tensor, first: int) -> Tensor:
-        """Return the product of edge features with the columns of a weight from `first` on."""
-        if dense in self.exact:
-            return super().linear_of_edges(dense, m, first)
-        return linear(self._rounded_rows(m), self._rounded_weight(dense, first), backend=self.backend)
 
 
 def check_layers(names: Sequence[str], model: nn.Module) -> None:
@@ -220,10 +196,13 @@ def check_layers(names: Sequence[str], model: nn.Module) -> None:
     Raises:
         ValueError: naming it.
     """
-    known = {name for name, module in model.named_modules() if isinstance(module, Linear)}
     for name in names:
-        if name not in known:
-            raise ValueError(f"JMPConfig.bf16_layers: there is no linear layer {name!r}")
+        try:
+            found = model.get_submodule(name)
+        except AttributeError:
+            found = None
+        if not isinstance(found, Linear):
+            raise ValueError(f"JMPConfig.bf16_layers: there is no linear layer {name!r}")  # noqa: TRY004
 
 
 def in_eight_bits(

@@ -29,8 +29,7 @@ def derived(parameter: Tensor, key: Hashable, make: Callable[[], Made]) -> Made:
         key: tells what is made of one parameter apart.
         make: makes it; its result must not be part of a graph of derivatives.
     """
-    version = 0 if parameter.is_inference() else parameter._version  # noqa: SLF001 - there is no public name
-    state = (version, parameter.data_ptr())
+    state = (_version(parameter), parameter.data_ptr())
     held = _held.get(parameter)
     if held is None or held[0] != state:
         held = _held[parameter] = (state, {})
@@ -91,8 +90,11 @@ class RecordedCopies:
 
 
 def _state(columns: Tensor) -> tuple[int, int]:
-    version = 0 if columns.is_inference() else columns._version  # noqa: SLF001 - there is no public name
-    return version, _times_forgotten
+    return _version(columns), _times_forgotten
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version  # noqa: SLF001 - there is no public name
 
 
 _recorded_copies: ContextVar[RecordedCopies | None] = ContextVar("recorded copies", default=None)

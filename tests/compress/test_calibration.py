@@ -5,18 +5,15 @@ import dataclasses
 
 import pytest
 import torch
-from support.inputs import load_golden, require_native
+from support.inputs import load_golden, require_8_bits
 
 import ejmp
 from ejmp.compress.calibration import keep_in_bf16, layer_errors
-from ejmp_kernels import quantized
 
 
 @pytest.fixture(autouse=True)
 def vnni():
-    require_native()
-    if quantized.why_unavailable():
-        pytest.skip(quantized.why_unavailable())
+    require_8_bits()
 
 
 @pytest.fixture

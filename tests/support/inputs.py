@@ -12,7 +12,7 @@ import torch
 
 import ejmp
 import ejmp_kernels
-from ejmp_kernels import availability, registry
+from ejmp_kernels import availability, quantized, registry
 
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
@@ -74,6 +74,12 @@ def require_native():
         if os.environ.get("CI") == "true" and any(map(shutil.which, ("c++", "g++", "clang++"))):
             pytest.fail(f"there is a compiler, but {reason}")
         pytest.skip(reason)
+
+
+def require_8_bits():
+    require_native()
+    if quantized.why_unavailable():
+        pytest.skip(quantized.why_unavailable())
 
 
 def require_triton():

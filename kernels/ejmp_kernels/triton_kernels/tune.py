@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ejmp_kernels import availability, registry
 from ejmp_kernels.triton_kernels import launch
-from ejmp_kernels.triton_kernels.tune_calls import Sizes, calls_by_kernel
+from ejmp_kernels.triton_kernels.tune_calls import DRY, Sizes, calls_by_kernel
 
 Settings = dict[str, Any]
 COMMITTED = Path(__file__).with_name("configs.json")
@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     registry.load_backend("triton")
     device = torch.device("cpu" if availability.interpreted() else "cuda")
-    sizes = Sizes(rows=64, wide=32, atoms=2, degree=3, channels=16) if options.dry else Sizes()
+    sizes = DRY if options.dry else Sizes()
     kernels = [k for k in json.loads(COMMITTED.read_text())["default"] if k.startswith(tuple(options.kernels))]
     for name in options.types:
         x = torch.empty(0, dtype=getattr(torch, name), device=device)

@@ -32,6 +32,10 @@ class Sizes:
     """Channels of the features on edges."""
 
 
+DRY = Sizes(rows=64, wide=32, atoms=2, degree=3, channels=16)
+"""Sizes of a dry run."""
+
+
 def random_edges(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return pointers, sources, images (all different) and unit vectors of edges from random atoms."""
     count = sizes.atoms * sizes.degree
