@@ -175,23 +175,44 @@ def sums(ops, graph):
     ops.atom_sum_backward(ops.atom_sum(m, m, main.ptr), m, m, main.ptr)
 
 
-def linear_activate(ops, _graph):
-    """Products of each size of tile, and rows that are not aligned; those of float32 are the vendor's without TF32."""
-    both, neither = (True, True), (False, False)
-    for m, n, k, given in (
-        (8192, 1024, 1024, neither),
-        (8192, 1024, 1024, both),
-        (2048, 1024, 1024, both),
-        (64, 1024, 1024, both),
-        (64, 30, 41, both),
-    ):
-        x, weight, out = ops.features(m, k), ops.features(n, k), ops.features(m, n)
+def linear_swap_add(ops, graph):
+    x, weight, swap = ops.features(graph.main.num_edges, 64), ops.features(2048, 64), graph.main.swap
+    for add in (None, ops.features(graph.main.num_edges, 1024)):
         with tf32_products():
-            ops.linear_activate(x, weight, *(out if there else None for there in given), ALPHA, 1.0)
+            ops.linear_swap_add(x, weight, swap, add, ALPHA)
+
+
+def linear_fused(ops, _graph):
+    """Products of each size of tile, rows that are not aligned, and what the steps of a block ask for after them.
+
+    Those of float32 are the vendor's without TF32.
+    """
+    n, r, atoms, none = 1024, 16, ops.wide(4, 1024), (None, None)
+
+    def call(m, n, k, *, factor=False, add=False, more=False, basis=False, rows=False, filter_sum=False):
+        x, weight, out = ops.features(m, k), ops.features(n, k), ops.features(m, n)
+        filters = (ops.features(m, r), ops.features(n, r)) if basis else none
+        who = torch.zeros(m, dtype=torch.long)
+        wide = (out if given else None for given in (add, more))
+        ops.linear_fused(
+            x, weight, out if factor else None, *filters, *wide, *((atoms, who) * 2 if rows else none * 2),
+            ALPHA, 1.0, 1.0, filter_sum,
+        )  # fmt: skip
+
+    with tf32_products():
+        call(8192, n, n)
+        for m in (8192, 2048, 64):
+            call(m, n, n, factor=True, add=True)
+        call(64, 30, 41, factor=True, add=True)
+        call(8192, n, n, basis=True)
+        call(8192, n, n, add=True, more=True)
+        call(8192, n, n, add=True, basis=True, filter_sum=True)
+        call(8192, n, n, rows=True)
 
 
 CASES = (
-    triplet, triplet_to_atoms, quadruplet, pair, radial, activate, swap_add, sums, linear_activate,
+    triplet, triplet_to_atoms, quadruplet, pair, radial, activate, swap_add, sums, linear_fused,
+    linear_swap_add,
 )  # fmt: skip
 
 

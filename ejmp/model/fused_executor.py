@@ -7,6 +7,7 @@ part of m runs on edges. Tested to give what the reference backend gives.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from ejmp.model.interactions import (
 from ejmp.model.layers import INV_SQRT_2, INV_SQRT_3, Dense, FinalMLP, Linear, Residual, ScaleFactor
 from ejmp.model.regions import region
 from ejmp_kernels.activation import activate
-from ejmp_kernels.dense import linear_activate, linear_swap_add
+from ejmp_kernels.dense import After, AtomRows, Filter, dense, finish, linear_swap_add
 from ejmp_kernels.derived import lowered
 from ejmp_kernels.edge_embedding import gather_add
 from ejmp_kernels.linear import linear
@@ -88,33 +89,29 @@ class FusedExecutor(Executor):
         return weight * scale.scale_factor.to(weight.dtype)
 
     def dense(
-        self,
-        layer: Dense,
-        x: Tensor,
-        factor: Tensor | None = None,
-        add: Tensor | None = None,
-        *,
-        scale: float = 1.0,
-        add_scale: float = 1.0,
+        self, layer: Dense, x: Tensor, factor: Tensor | Filter | None = None, add: Tensor | None = None, **rest: Any
     ) -> Tensor:
-        """Apply a linear layer and its activation, multiply by a factor and add, both of the output's shape."""
+        """Apply a linear layer and what `After` says, such as its activation."""
         x, weight = self.operands(layer, x)
-        return linear_activate(x, weight, factor, add, scale=scale, add_scale=add_scale, backend=self.backend)
+        return dense(x, weight, After(factor=factor, add=add, **rest), backend=self.backend)
 
-    def residual(self, layer: nn.Module, x: Tensor, scale: float = 1.0) -> Tensor:
-        """Apply a residual layer and scale."""
+    def residual(self, layer: nn.Module, x: Tensor, scale: float = 1.0, **rest: Any) -> Tensor:
+        """Apply a residual layer and scale, and what `After` can say of its sum."""
         assert isinstance(layer, Residual)
         first, second = layer.dense_mlp
         assert isinstance(first, Dense)
         assert isinstance(second, Dense)
         scale *= INV_SQRT_2
-        return self.dense(second, self.dense(first, x), add=x, scale=scale, add_scale=scale)
+        return self.dense(second, self.dense(first, x), add=x, scale=scale, add_scale=scale, **rest)
 
-    def residuals(self, layers: nn.Sequential, x: Tensor, scale: float = 1.0) -> Tensor:
-        """Apply residual layers in a row and scale."""
-        for i, layer in enumerate(layers):
-            x = self.residual(layer, x, scale if i == len(layers) - 1 else 1.0)
-        return x if len(layers) else x * scale
+    def residuals(self, layers: nn.Sequential, x: Tensor, scale: float = 1.0, **rest: Any) -> Tensor:
+        """Apply residual layers in a row and scale, and what `After` can say of the last sum."""
+        if not len(layers):
+            return finish(x * scale, After(**rest), backend=self.backend)
+        *before, last = layers
+        for layer in before:
+            x = self.residual(layer, x)
+        return self.residual(last, x, scale, **rest)
 
     def dense_residuals(self, layers: nn.Sequential | nn.ModuleList, x: Tensor) -> tuple[Tensor, ...]:
         """Apply a dense layer and residual layers after it; return the output of each."""
@@ -125,18 +122,23 @@ class FusedExecutor(Executor):
             outputs.append(self.residual(layer, outputs[-1]))
         return tuple(outputs)
 
-    def linear_of_edges(self, dense: Dense, m: Tensor, first: int) -> Tensor:
-        """Return the product of edge features with the columns of a weight from `first` on."""
-        return linear(*self.operands(dense, m, first), backend=self.backend)
-
-    def embed_edges(self, dense: Dense, h: Tensor, x: Tensor) -> Tensor:
-        """Apply a dense layer to [h_source, h_target, m], given the product of m with its part of the weight."""
-        main, weight, size = self.graph.main, dense.linear.weight, h.shape[1]
+    def atom_rows(self, layer: Dense, h: Tensor) -> AtomRows:
+        """Return what atoms add to the product of edges in a dense layer of [h_source, h_target, m]."""
+        main, weight, size = self.graph.main, layer.linear.weight, h.shape[1]
         both = torch.cat([weight[:, :size], weight[:, size : 2 * size]])
-        rows = linear(h, both, backend=self.backend)  # not in the low type: it is cheap
-        from_source, to_target = rows.chunk(2, dim=1)
-        rows = gather_add(x, from_source, to_target, main.source, self.swap, main.ptr, backend=self.backend)
-        return activate(rows, in_place=True, backend=self.backend)
+        from_source, to_target = linear(h, both, backend=self.backend).chunk(2, dim=1)  # cheap: not in the low type
+        return AtomRows(from_source, to_target, main.source, main.target, self.swap, main.ptr)
+
+    def embed_edges(self, layer: Dense, h: Tensor, m: Tensor) -> Tensor:
+        """Apply a dense layer to [h_source, h_target, m], of whose weight only the part of m runs on edges."""
+        x, weight = self.operands(layer, m, 2 * h.shape[1])
+        return dense(x, weight, After(rows=self.atom_rows(layer, h)), backend=self.backend)
+
+    def activate_edges(self, x: Tensor, rows: AtomRows) -> Tensor:
+        """Add what atoms add to the product of edges, and activate."""
+        source_rows, target_rows, source, _, swap, ptr = rows
+        x = gather_add(x, source_rows, target_rows, source, swap, ptr, backend=self.backend)
+        return activate(x, in_place=True, backend=self.backend)
 
     def _wide(self, x: Tensor) -> Tensor:
         """Give sums over neighbours the type of the geometry; Triton's kernels take low types and sum in float32."""
@@ -183,12 +185,16 @@ class FusedExecutor(Executor):
         offset, temps = (x.to(distance.dtype) for x in (basis.rbf.offset, basis.rbf.temps))
         return radial(distance, offset, temps, weight, basis.cutoffs[edges], basis.exponent, backend=self.backend)
 
+    def filter(self, layer: Linear, rbf: Tensor, scale: ScaleFactor) -> Filter:
+        """Return the filter that a linear layer makes of a radial basis, with a scale factor folded into its weight."""
+        return Filter(*self._low(rbf, self._folded(layer, scale)))
+
     def filtered(
-        self, layer: TripletInteraction | QuadrupletInteraction, dense: Dense, m: Tensor, rbf: Tensor
+        self, layer: TripletInteraction | QuadrupletInteraction, first: Dense, m: Tensor, rbf: Tensor
     ) -> Tensor:
         """Apply a dense layer, filter by the radial basis and down-project: [E_in, .] to [E_in, C]."""
-        factor = self.linear_layer(layer.mlp_rbf, rbf, layer.scale_rbf)
-        return self._wide(self.dense(layer.down_projection, self.dense(dense, m, factor)))
+        factor = self.filter(layer.mlp_rbf, rbf, layer.scale_rbf)
+        return self._wide(self.dense(layer.down_projection, self.dense(first, m, factor)))
 
     def triplets(
         self, layer: TripletInteraction, x: Tensor, cbf: Tensor, out: EdgeSet, into: EdgeSet, *, to_atoms: bool = False
@@ -259,9 +265,9 @@ class FusedExecutor(Executor):
     def embed(self, bases: Bases, h: Tensor) -> Tensor:
         """Evaluate the bases, and return the first edge features, [N, C] to [E, M]."""
         with region("edge_embedding"):
-            dense = bases.edge_emb.dense
-            x = self._radial_product(bases, "main", dense.linear.weight[:, 2 * h.shape[1] :].mT)
-            m = self.embed_edges(dense, h, x if self.low is None else x.to(self.low))
+            layer = bases.edge_emb.dense
+            x = self._radial_product(bases, "main", layer.linear.weight[:, 2 * h.shape[1] :].mT)
+            m = self.activate_edges(x if self.low is None else x.to(self.low), self.atom_rows(layer, h))
         with region("bases"):
             self.bases = self.project(bases)
         return m
@@ -274,15 +280,14 @@ class FusedExecutor(Executor):
         with region("atom_pairs"):
             from_atoms = self.pairs(block.atom_interaction, h)
         h = (h + from_edges + from_atoms) * INV_SQRT_3
-        new_m = self.residuals(block.layers_before_skip, new_m, scale=INV_SQRT_2)
-        m = self.residuals(block.layers_after_skip, torch.add(new_m, m, alpha=INV_SQRT_2))
+        m = self.residuals(block.layers_before_skip, new_m, scale=INV_SQRT_2, more=m, more_scale=INV_SQRT_2)
+        m = self.residuals(block.layers_after_skip, m)
         with region("atom_updates"):
             h = self.residuals(block.atom_emb_layers, h)
             update = self.atom_sum(block.atom_update, m, self.bases.rbf_atom_update)
             h = (h + self.dense_residuals(block.atom_update.layers, update)[-1]) * INV_SQRT_2
-        dense = block.concat_layer.dense
-        m2 = self.embed_edges(dense, h, self.linear_of_edges(dense, m, 2 * h.shape[1]))
-        return h, torch.add(self.residuals(block.residual_m, m2, scale=INV_SQRT_2), m, alpha=INV_SQRT_2)
+        m2 = self.embed_edges(block.concat_layer.dense, h, m)
+        return h, self.residuals(block.residual_m, m2, scale=INV_SQRT_2, more=m, more_scale=INV_SQRT_2)
 
     def energy(self, block: OutputBlock, h: Tensor, m: Tensor) -> Tensor:
         """Read out atoms and edges, x_E [N, C]."""
@@ -291,8 +296,8 @@ class FusedExecutor(Executor):
 
     def forces(self, block: OutputBlock, m: Tensor) -> Tensor:
         """Read out edges, x_F [E, M]."""
-        filters = self.linear_layer(block.dense_rbf_F, self.bases.rbf_out, block.scale_rbf_F)
-        return self.residuals(block.seq_forces, m) * filters
+        filters = self.filter(block.dense_rbf_F, self.bases.rbf_out, block.scale_rbf_F)
+        return self.residuals(block.seq_forces, m, outer=filters)
 
     def final_mlp(self, mlp: FinalMLP, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the output of each layer of the final MLP, [., size]."""

@@ -7,7 +7,7 @@ and the layers that the model's config names (`JMPConfig.bf16_layers`).
 """
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from ejmp.model.interactions import QuadrupletInteraction, TripletInteraction
 from ejmp.model.layers import INV_SQRT_2, Dense, Linear, Residual, ScaleFactor
 from ejmp_kernels import float8, quantized
 from ejmp_kernels.activation import activate
+from ejmp_kernels.dense import After, Filter, finish, made
 from ejmp_kernels.linear import linear
 from ejmp_kernels.quantized import QuantizedRows
 from ejmp_kernels.registry import Backend
@@ -68,36 +69,37 @@ class QuantizedExecutor(FusedExecutor):
         self.rows = Once(quantized.quantize_rows)
 
     def dense(
-        self, layer: Dense, x: Tensor, factor: Tensor | None = None, add: Tensor | None = None, **scales: float
+        self, layer: Dense, x: Tensor, factor: Tensor | Filter | None = None, add: Tensor | None = None, **rest: Any
     ) -> Tensor:
         """Apply a linear layer and its activation, multiply by a factor and add, both of the output's shape."""
         if layer in self.exact:
-            return super().dense(layer, x, factor, add, **scales)
+            return super().dense(layer, x, factor, add, **rest)
         weight, dtype = quantized.packed(layer.linear.weight), self.dtype if add is None else add.dtype
-        return quantized.linear_activate(self.rows(x), weight, factor, add, dtype=dtype, **scales)
+        return quantized.linear_activate(self.rows(x), weight, made(factor, self.backend), add, dtype=dtype, **rest)
 
-    def residual(self, layer: nn.Module, x: Tensor, scale: float = 1.0) -> Tensor:
-        """Apply a residual layer and scale."""
+    def residual(self, layer: nn.Module, x: Tensor, scale: float = 1.0, **rest: Any) -> Tensor:
+        """Apply a residual layer and scale, and what `After` can say of its sum."""
         assert isinstance(layer, Residual)
         first, second = layer.dense_mlp
         assert isinstance(first, Dense)
         assert isinstance(second, Dense)
         if first in self.exact or second in self.exact:
-            return super().residual(layer, x, scale)
+            return super().residual(layer, x, scale, **rest)
         y = quantized.linear_activate_rows(self.rows(x), quantized.packed(first.linear.weight), dtype=self.dtype)
         weight = quantized.packed(second.linear.weight)
         scale *= INV_SQRT_2
-        return quantized.linear_activate(y, weight, add=x, scale=scale, add_scale=scale, dtype=x.dtype)
+        out = quantized.linear_activate(y, weight, add=x, scale=scale, add_scale=scale, dtype=x.dtype)
+        return finish(out, After(**rest))
 
     def filtered(
-        self, layer: TripletInteraction | QuadrupletInteraction, dense: Dense, m: Tensor, rbf: Tensor
+        self, layer: TripletInteraction | QuadrupletInteraction, first: Dense, m: Tensor, rbf: Tensor
     ) -> Tensor:
         """Apply a dense layer, filter by the radial basis and down-project: [E_in, .] to [E_in, C]."""
-        if dense in self.exact or layer.down_projection in self.exact:
-            return super().filtered(layer, dense, m, rbf)
-        factor = self.linear_layer(layer.mlp_rbf, rbf, layer.scale_rbf)
+        if first in self.exact or layer.down_projection in self.exact:
+            return super().filtered(layer, first, m, rbf)
+        factor = made(self.filter(layer.mlp_rbf, rbf, layer.scale_rbf), self.backend)
         y = quantized.linear_activate_rows(
-            self.rows(m), quantized.packed(dense.linear.weight), factor, dtype=self.dtype
+            self.rows(m), quantized.packed(first.linear.weight), factor, dtype=self.dtype
         )
         weight = quantized.packed(layer.down_projection.linear.weight)
         return self._wide(quantized.linear_activate(y, weight, dtype=self.dtype))
@@ -110,11 +112,12 @@ class QuantizedExecutor(FusedExecutor):
         rows = QuantizedRows(rows.values, rows.scales * scale.scale_factor)
         return quantized.linear(rows, quantized.packed(layer.linear.weight), x.dtype)
 
-    def linear_of_edges(self, dense: Dense, m: Tensor, first: int) -> Tensor:
-        """Return the product of edge features with the columns of a weight from `first` on."""
-        if dense in self.exact:
-            return super().linear_of_edges(dense, m, first)
-        return quantized.linear(self.rows(m), quantized.packed(dense.linear.weight, first), self.dtype)
+    def embed_edges(self, layer: Dense, h: Tensor, m: Tensor) -> Tensor:
+        """Apply a dense layer to [h_source, h_target, m], of whose weight only the part of m runs on edges."""
+        if layer in self.exact:
+            return super().embed_edges(layer, h, m)
+        x = quantized.linear(self.rows(m), quantized.packed(layer.linear.weight, 2 * h.shape[1]), self.dtype)
+        return self.activate_edges(x, self.atom_rows(layer, h))
 
 
 class Float8Executor(FusedExecutor):
@@ -138,17 +141,23 @@ class Float8Executor(FusedExecutor):
         return float8.linear(self.rows(x), float8.packed(layer.linear.weight, first), LOW)
 
     def dense(
-        self, layer: Dense, x: Tensor, factor: Tensor | None = None, add: Tensor | None = None, **scales: float
+        self, layer: Dense, x: Tensor, factor: Tensor | Filter | None = None, add: Tensor | None = None, **rest: Any
     ) -> Tensor:
-        """Apply a linear layer and its activation, multiply by a factor and add, both of the output's shape."""
+        """Apply a linear layer and what `After` says, such as its activation."""
         if self._exact(layer):
-            return super().dense(layer, x, factor, add, **scales)
-        z = self._product(layer, x).to(LOW if add is None else add.dtype)
-        return activate(z, factor, add, in_place=True, backend=self.backend, **scales)
+            return super().dense(layer, x, factor, add, **rest)
+        after, z = After(**rest), self._product(layer, x).to(LOW if add is None else add.dtype)
+        factor, scales = made(factor, self.backend), {"scale": after.scale, "add_scale": after.add_scale}
+        return finish(
+            activate(z, factor, add, in_place=True, backend=self.backend, **scales), after, backend=self.backend
+        )
 
-    def linear_of_edges(self, dense: Dense, m: Tensor, first: int) -> Tensor:
-        """Return the product of edge features with the columns of a weight from `first` on."""
-        return super().linear_of_edges(dense, m, first) if self._exact(dense, first) else self._product(dense, m, first)
+    def embed_edges(self, layer: Dense, h: Tensor, m: Tensor) -> Tensor:
+        """Apply a dense layer to [h_source, h_target, m], of whose weight only the part of m runs on edges."""
+        first = 2 * h.shape[1]
+        if self._exact(layer, first):
+            return super().embed_edges(layer, h, m)
+        return self.activate_edges(self._product(layer, m, first), self.atom_rows(layer, h))
 
 
 class FakeQuantizedExecutor(FusedExecutor):

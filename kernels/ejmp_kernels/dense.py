@@ -1,22 +1,76 @@
-"""A linear map and what comes after it: activation, filter, residual and scalings in the product's epilogue.
+"""A linear map and what comes after it: activation, filter, residuals and scalings in the product's epilogue.
 
-out = scale ScaledSiLU(x weight^T) factor + add_scale add. The native backend makes the product and a pass after it, and
-where derivatives will be asked for they are one function to autograd, which keeps less for a second derivative
-(csrc/bindings/products.cpp). Triton's makes product and pass there, whose derivatives need the product itself;
-elsewhere it has one op, 2 m n k FLOP, that makes both at once where that is faster. Specification:
-`specification.activate` of torch.nn.functional.linear.
+out = scale ScaledSiLU(x weight^T + rows) factor + add_scale add + more_scale more. The native backend makes the product
+and a pass after it, and where derivatives will be asked for they are one function to autograd, which keeps less for a
+second derivative (csrc/bindings/products.cpp). Triton's makes product and passes there, whose derivatives need the
+product itself; elsewhere it has one op, 2 m n k FLOP, that makes all of it at once where that is faster, filters that
+are products themselves and rows of atoms too. Specification: `specification.activate` of torch.nn.functional.linear.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
 from ejmp_kernels.activation import SCALED_SILU, activate, swap_add
+from ejmp_kernels.edge_embedding import gather_add
 from ejmp_kernels.linear import linear
 from ejmp_kernels.registry import NAMESPACES, Backend, ops_of, register_shape, when_loaded
+
+LOW = (torch.float16, torch.bfloat16)
+"""The types in which Triton's op takes rows of atoms; in others its products are the vendor's."""
+
+
+class Filter(NamedTuple):
+    """A factor that is a product itself, basis weight^T, such as a filter of distances."""
+
+    basis: Tensor
+    """[rows, R]; R is at most 128 with Triton."""
+    weight: Tensor
+    """[out, R], of the same type."""
+
+
+def made(factor: Tensor | Filter | None, backend: Backend) -> Tensor | None:
+    """Return a factor [rows, out] that may have to be made."""
+    return linear(*factor, backend=backend) if isinstance(factor, Filter) else factor
+
+
+class AtomRows(NamedTuple):
+    """What atoms add to the product of an edge: the arguments of `edge_embedding.gather_add`, and target [E]."""
+
+    source_rows: Tensor
+    target_rows: Tensor
+    source: Tensor
+    target: Tensor
+    swap: Tensor
+    ptr: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class After:
+    """What follows a product: (scale ScaledSiLU(product + rows) factor + add_scale add + more_scale more) outer."""
+
+    factor: Tensor | Filter | None = None
+    """[rows, out], or what it is the product of, or None for one."""
+    add: Tensor | None = None
+    """[rows, out] or None for zero; the result has its type."""
+    more: Tensor | None = None
+    """[rows, out] or None for zero."""
+    outer: Filter | None = None
+    """A filter of the sum, or None for one."""
+    rows: AtomRows | None = None
+    """What atoms add to the products of edges, or None for nothing."""
+    scale: float = 1.0
+    add_scale: float = 1.0
+    more_scale: float = 1.0
+
+    def tensors(self) -> Iterator[Tensor | None]:
+        """Yield what could have derivatives."""
+        yield from (self.add, self.more, *(self.outer or ()), *(self.rows or ())[:2])
+        yield from self.factor if isinstance(self.factor, Filter) else (self.factor,)
 
 
 def linear_activate(
@@ -46,13 +100,64 @@ def linear_activate(
     Raises:
         ValueError: if shapes, types or devices do not fit together.
     """
-    dtype = x.dtype if add is None else add.dtype  # the atoms' residual stream stays in float32
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, factor, add))
-    one_op = recorded if backend == "native" else not recorded
-    if one_op and dtype == x.dtype:
-        return ops_of(backend).linear_activate(x, weight, factor, add, scale * SCALED_SILU, add_scale)
-    out = linear(x, weight, backend=backend).to(dtype)
-    return activate(out, factor, add, scale=scale, add_scale=add_scale, in_place=True, backend=backend)
+    return dense(x, weight, After(factor=factor, add=add, scale=scale, add_scale=add_scale), backend=backend)
+
+
+def dense(x: Tensor, weight: Tensor, after: After, *, backend: Backend = "native") -> Tensor:
+    """Return x weight^T and what follows it, see `After`.
+
+    Args:
+        x: [rows, in].
+        weight: [out, in], of the same type.
+        after: what follows the product.
+        backend: whose kernels to use.
+
+    Returns:
+        [rows, out].
+
+    Raises:
+        ValueError: if shapes, types or devices do not fit together.
+    """
+    dtype = x.dtype if after.add is None else after.add.dtype  # the atoms' residual stream stays in float32
+    recorded = is_recorded(x, weight, *after.tensors())
+    if backend == "triton" and not recorded and dtype == x.dtype and (after.rows is None or dtype in LOW):
+        return _fused(x, weight, after)
+    factor, scales = made(after.factor, backend), {"scale": after.scale, "add_scale": after.add_scale}
+    if backend == "native" and recorded and dtype == x.dtype and after.rows is None:
+        alpha = after.scale * SCALED_SILU
+        out = ops_of(backend).linear_activate(x, weight, factor, after.add, alpha, after.add_scale)
+    else:
+        out = linear(x, weight, backend=backend)
+        if after.rows is not None:
+            source_rows, target_rows, source, _, swap, ptr = after.rows
+            out = gather_add(out, source_rows, target_rows, source, swap, ptr, backend=backend)
+        out = activate(out.to(dtype), factor, after.add, in_place=True, backend=backend, **scales)
+    return finish(out, after, backend=backend)
+
+
+def finish(out: Tensor, after: After, *, backend: Backend = "native") -> Tensor:
+    """Return (out + more_scale more) outer, [rows, out], by passes of their own."""
+    out = out if after.more is None else torch.add(out, after.more, alpha=after.more_scale)
+    return out if after.outer is None else out * linear(*after.outer, backend=backend)
+
+
+def is_recorded(*tensors: Tensor | None) -> bool:
+    """Return whether derivatives will be asked for of what is computed of some tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _fused(x: Tensor, weight: Tensor, after: After) -> Tensor:
+    """Return all of it by one op of Triton, which has one filter."""
+    factor, outer = after.factor, after.outer
+    if outer is not None:
+        factor = made(factor, "triton")
+    inner, factor = (factor, None) if isinstance(factor, Filter) else (None, factor)
+    basis, filters = inner or outer or (None, None)
+    source_rows, target_rows, source, target, *_ = after.rows or (None,) * 4
+    atoms = (source_rows, source, target_rows, target)
+    scales = (after.scale * SCALED_SILU, after.add_scale, after.more_scale)
+    wide = (after.add, after.more)
+    return ops_of("triton").linear_fused(x, weight, factor, basis, filters, *wide, *atoms, *scales, outer is not None)
 
 
 def linear_swap_add(
@@ -66,7 +171,7 @@ def linear_swap_add(
 ) -> Tensor:
     """Return `swap_add` of x weight^T: messages up-projected to edges and counter-edges, and added.
 
-    On a CPU, where no derivatives are asked for, the product [E, 2 M] is never a whole in memory.
+    Where no derivatives are asked for, the product [E, 2 M] is never a whole in memory, on a CPU and with Triton.
 
     Args:
         x: [E, in].
@@ -82,8 +187,8 @@ def linear_swap_add(
     Raises:
         ValueError: if shapes, types or devices do not fit together.
     """
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, add))
-    if backend == "native" and x.device.type == "cpu" and not recorded and not torch.compiler.is_compiling():
+    in_parts = backend == "triton" or (x.device.type == "cpu" and not torch.compiler.is_compiling())
+    if in_parts and not is_recorded(x, weight, add):
         return ops_of(backend).linear_swap_add(x, weight, swap, add, scale * SCALED_SILU)
     return swap_add(linear(x, weight, backend=backend), swap, add, scale=scale, backend=backend)
 
@@ -92,30 +197,15 @@ def _flops(x: torch.Size, weight: torch.Size, *_: Any, out_shape: Any = None) ->
     return 2 * x[0] * x[1] * weight[0]
 
 
+def _fused_flops(x: torch.Size, weight: torch.Size, _: Any, basis: torch.Size | None, *rest: Any, **named: Any) -> int:
+    return _flops(x, weight) + (0 if basis is None else 2 * basis[0] * basis[1] * weight[0])
+
+
 @when_loaded
 def _register(namespace: str) -> None:
-    if namespace == NAMESPACES["native"]:
-        register_shape(f"{namespace}::linear_swap_add", lambda x, w, *_: x.new_empty(x.shape[0], w.shape[0] // 2))
-        register_flop_formula([torch.ops.ejmp.linear_swap_add])(_flops)
-    if namespace != NAMESPACES["triton"]:
-        return
     ops = getattr(torch.ops, namespace)
-
-    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
-        x, weight, factor, add, ctx.alpha, ctx.beta = inputs
-        ctx.has_add = add is not None
-        ctx.save_for_backward(x, weight, *([] if factor is None else [factor]))
-
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        x, weight, *factor = ctx.saved_tensors
-        z = torch.nn.functional.linear(x, weight)
-        to_z, to_factor = ops.activate_backward(grad.contiguous(), z, factor[0] if factor else None, ctx.alpha)
-        to_x = to_z @ weight if ctx.needs_input_grad[0] else None
-        to_weight = to_z.mT @ x if ctx.needs_input_grad[1] else None
-        to_add = grad * ctx.beta if ctx.has_add and ctx.needs_input_grad[3] else None
-        return to_x, to_weight, to_factor if factor else None, to_add, None, None
-
-    name = f"{namespace}::linear_activate"
-    register_shape(name, lambda x, weight, factor, add, alpha, beta: x.new_empty(x.shape[0], weight.shape[0]))
-    register_autograd(name, backward, setup_context=setup)
-    register_flop_formula([ops.linear_activate])(_flops)
+    register_shape(f"{namespace}::linear_swap_add", lambda x, w, *_: x.new_empty(x.shape[0], w.shape[0] // 2))
+    register_flop_formula([ops.linear_swap_add])(_flops)
+    if namespace == NAMESPACES["triton"]:
+        register_shape(f"{namespace}::linear_fused", lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]))
+        register_flop_formula([ops.linear_fused])(_fused_flops)

@@ -70,12 +70,12 @@ def test_kernels_keep_their_numbers_in_registers(compiled):
 
 def test_products_run_on_tensor_cores(compiled):
     architecture, rows = compiled
-    products = [row for row in rows if row["op"] == "linear_activate" and row["dtype"] != "float64"]
+    products = [row for row in rows if row["op"] == "linear_fused" and row["dtype"] != "float64"]
     instructions = {row["tensor_cores"] for row in products}
     assert instructions == {"wgmma" if architecture == 90 else "mma.sync"}
 
 
 def test_the_large_product_goes_through_the_memory_accelerator_of_sm_90(compiled):
     architecture, rows = compiled
-    kernels = {row["kernel"] for row in rows if row["op"] == "linear_activate" and row["dtype"] == "bfloat16"}
-    assert ("gemm._by_descriptors" in kernels) == (architecture == 90)
+    kernels = {row["kernel"] for row in rows if row["op"] == "linear_fused" and row["dtype"] == "bfloat16"}
+    assert ("gemm_kernels.by_descriptors" in kernels) == (architecture == 90)

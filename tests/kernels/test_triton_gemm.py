@@ -11,60 +11,33 @@ import pytest
 import torch
 import torch._dynamo.testing
 from support.inputs import environment
-from support.tolerances import relative_error, tolerance
-
-from ejmp_kernels import registry, specification
+from support.tolerances import relative_error
 
 pytest.importorskip("triton")
 
+from support.gemm_cases import (
+    ALPHA,
+    BETA,
+    DTYPES,
+    SIZES,
+    SMALL_TILES,
+    allowed,
+    kernel,
+    launches,
+    make,
+    op,
+    take_other_away,
+)
+
 from ejmp.model.precision import tf32_products
+from ejmp_kernels import specification
 from ejmp_kernels.availability import interpreted
 from ejmp_kernels.dense import linear_activate
+from ejmp_kernels.triton_kernels import gemm, launch
 
-registry.load_backend("triton")
-from ejmp_kernels.triton_kernels import gemm, launch  # noqa: E402 - defines ops, which the line above registers
+__all__ = ["kernel", "launches"]  # fixtures
 
-DEVICE = "cpu" if interpreted() else "cuda"
-OP = torch.ops.ejmp_triton.linear_activate
-ALPHA, BETA = 1.37, -0.73
-BFLOAT16 = pytest.param(
-    torch.bfloat16, marks=pytest.mark.skipif(interpreted(), reason="the interpreter's bfloat16 products are garbage")
-)
-DTYPES = (torch.float64, torch.float32, torch.float16, BFLOAT16)
-SIZES = ((150, 48, 80), (64, 32, 64), (5, 7, 3), (1, 1, 1), (33, 40, 136))
 MARGIN = 64
-SMALL_TILES = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2, "num_warps": 4}
-
-
-@pytest.fixture(params=["pointers", "descriptors"])
-def kernel(request, monkeypatch):
-    """Small tiles by one of the kernels; the other one is taken away."""
-    by_descriptors = request.param == "descriptors"
-    if by_descriptors and not interpreted() and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("descriptors need sm_90")
-    options = SMALL_TILES | {"TMA": by_descriptors}
-    sizes = ("linear_activate", "linear_activate_middle", "linear_activate_small")
-    monkeypatch.setattr(launch, "OVERRIDES", dict.fromkeys(sizes, options))
-    monkeypatch.setattr(gemm, "fuses", lambda x: True)
-    return request.param
-
-
-def allowed(dtype):
-    return tolerance("product with an epilogue", dtype)
-
-
-def randn(*shape, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(*shape, dtype=torch.float64, generator=generator).to(DEVICE, dtype)
-
-
-def make(m, k, n, dtype=torch.float64):
-    return [
-        randn(m, k, dtype=dtype),
-        randn(n, k, dtype=dtype),
-        randn(m, n, dtype=dtype, seed=1),
-        randn(m, n, dtype=dtype),
-    ]
 
 
 def spec(x, weight, factor, add, alpha=ALPHA, beta=BETA):
@@ -86,11 +59,8 @@ def bordered(x):
 def test_values(kernel, dtype, size, given, monkeypatch):
     x, weight, *optional = make(*size, dtype)
     inputs = [x, weight, *(t if there else None for t, there in zip(optional, given, strict=True))]
-    if kernel == "pointers":
-        monkeypatch.setattr(gemm, "_by_descriptors", None)
-    elif all((n * dtype.itemsize) % 16 == 0 for n in size[1:]):
-        monkeypatch.setattr(gemm, "_by_pointers", None)
-    out = OP(*inputs, ALPHA, BETA)
+    take_other_away(kernel, size, dtype, monkeypatch)
+    out = op(*inputs)
     assert out.dtype == dtype
     assert relative_error(out, spec(*inputs)) < allowed(dtype)
 
@@ -101,8 +71,9 @@ def test_values(kernel, dtype, size, given, monkeypatch):
 def test_nothing_beyond_the_borders_is_read_or_written(dtype, size):
     inputs = [bordered(t)[0] for t in make(*size, dtype)]
     out, memory = bordered(torch.zeros_like(inputs[2]))
-    aligned = all(map(gemm._aligned, inputs))
-    gemm._run([*inputs, out], ALPHA, BETA, gemm.settings(inputs[0], size[2], aligned=aligned))
+    x, weight, factor, add = inputs
+    epilogue = gemm.Epilogue(factor=factor, add=add, alpha=ALPHA, beta=BETA)
+    gemm._run(x, weight, epilogue, out, gemm.settings(x, size[2], aligned=gemm.aligned(x, weight, epilogue, out)))
     assert relative_error(out, spec(*inputs)) < allowed(dtype)
     assert memory[:MARGIN].isnan().all()
     assert memory[-MARGIN:].isnan().all()
@@ -114,9 +85,11 @@ def stay_inside():
 
     for side, size, dtype in itertools.product(("start", "end"), SIZES, (torch.float64, torch.float16)):
         arrays = [guarded(t, side) for t in [*make(*size, dtype), torch.zeros(size[0], size[2], dtype=dtype)]]
-        for by_descriptors in (False, True)[: 1 + all(map(gemm._aligned, arrays))]:
-            chosen = launch.config("linear_activate", arrays[0]) | SMALL_TILES | {"TMA": by_descriptors}
-            gemm._run(arrays, ALPHA, BETA, chosen)
+        x, weight, factor, add, out = arrays
+        epilogue = gemm.Epilogue(factor=factor, add=add, alpha=ALPHA, beta=BETA)
+        for by_descriptors in (False, True)[: 1 + gemm.aligned(x, weight, epilogue, out)]:
+            chosen = launch.config("linear_activate", x) | SMALL_TILES | {"TMA": by_descriptors}
+            gemm._run(x, weight, epilogue, out, chosen)
 
 
 @pytest.mark.skipif(not interpreted(), reason="guard pages are for the interpreter; on a GPU compute-sanitizer looks")
@@ -129,13 +102,13 @@ def test_nothing_beyond_the_ends_is_touched():
 @pytest.mark.parametrize("size", [(0, 16, 16), (16, 16, 0), (0, 0, 0)])
 def test_an_empty_result(size):
     x, weight, factor, add = make(*size)
-    assert OP(x, weight, factor, add, ALPHA, BETA).shape == (size[0], size[2])
+    assert op(x, weight, factor, add).shape == (size[0], size[2])
 
 
 @pytest.mark.usefixtures("kernel")
 def test_a_product_of_nothing_is_zero():
     inputs = make(16, 0, 32)
-    assert relative_error(OP(*inputs, ALPHA, BETA), BETA * inputs[3]) < 1e-13
+    assert relative_error(op(*inputs), BETA * inputs[3]) < 1e-13
 
 
 @pytest.mark.usefixtures("kernel")
@@ -143,33 +116,13 @@ def test_gaps_between_rows_and_columns():
     x, weight, factor, add = make(20, 24, 16)
     views = [torch.cat([x, x], 1)[:, :24], weight.mT.contiguous().mT, factor.repeat_interleave(2, 1)[:, ::2], add]
     assert not any(t.is_contiguous() for t in views[:3])
-    assert torch.equal(OP(*views, ALPHA, BETA), OP(x, weight, factor, add, ALPHA, BETA))
+    assert torch.equal(op(*views), op(x, weight, factor, add))
 
 
 @pytest.mark.usefixtures("kernel")
 def test_the_same_bits_twice():
     inputs = make(70, 33, 50, torch.float32)
-    assert torch.equal(OP(*inputs, ALPHA, BETA), OP(*inputs, ALPHA, BETA))
-
-
-@pytest.mark.usefixtures("kernel")
-@pytest.mark.parametrize("given", [(True, True), (False, False)])
-def test_derivatives(given):
-    x, weight, *optional = (t.requires_grad_() for t in make(4, 5, 3))
-    inputs = [x, weight, *(t for t, there in zip(optional, given, strict=True) if there)]
-
-    def call(x, weight, factor=None, add=None):
-        return OP(x, weight, factor, add, ALPHA, BETA)
-
-    assert torch.autograd.gradcheck(call, inputs)
-    assert torch.autograd.gradgradcheck(call, inputs)
-
-
-@pytest.mark.usefixtures("kernel")
-def test_registration():
-    x, weight, factor, add = (t.requires_grad_() for t in make(4, 5, 3))
-    for arguments in ((x, weight, factor, add), (x, weight, None, None), (x.detach(), weight.detach(), None, add)):
-        torch.library.opcheck(OP, (*arguments, ALPHA, BETA))
+    assert torch.equal(op(*inputs), op(*inputs))
 
 
 @pytest.mark.usefixtures("kernel")
@@ -178,7 +131,7 @@ def test_flops():
 
     inputs = make(9, 5, 7)
     with FlopCounterMode(display=False) as counter:
-        OP(*inputs, ALPHA, BETA)
+        op(*inputs)
     assert counter.get_total_flops() == 2 * 9 * 5 * 7
 
 
@@ -198,15 +151,7 @@ def test_misfits_are_refused(index, wrong, message):
     arguments = make(4, 5, 3)
     arguments[index] = wrong(arguments[index])
     with pytest.raises((ValueError, NotImplementedError), match=message):
-        gemm.linear_activate(*arguments, ALPHA, BETA)
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    """The arguments of every launch of a fused product."""
-    seen, run = [], gemm._run
-    monkeypatch.setattr(gemm, "_run", lambda *arguments: (seen.append(arguments), run(*arguments)))
-    return seen
+        op(*arguments)
 
 
 @pytest.mark.parametrize(("dtype", "fused"), [(torch.float16, 1), (torch.float32, 0), (torch.float64, 0)])

@@ -72,7 +72,7 @@ def test_the_vendors_product_is_a_candidate():
 
 def test_a_dry_run_writes_a_table(tmp_path):
     products = ("linear_activate", "linear_activate_middle", "linear_activate_small")
-    output, kernels = tmp_path / "configs.json", {*products, "pair", "pair_backward"}
+    output, kernels = tmp_path / "configs.json", {*products, "linear_swap_add", "pair", "pair_backward"}
     tune.main(["--dry", "--types", "float16", "--kernels", "linear", "pair", "--output", str(output)])
     written = json.loads(output.read_text())
     section = written.pop(f"{launch.architecture(torch.device('cpu'))} float16")

@@ -1,133 +1,62 @@
-"""A matrix product with an activation, a filter, a residual and scalings in its epilogue, by persistent programs.
+"""A matrix product and all that follows it in a dense layer, written once; its kernels are in `gemm_kernels`.
 
-out[i, j] = alpha silu(z[i, j]) factor[i, j] + beta add[i, j],  z[i, j] = sum_k x[i, k] weight[j, k]
+out = alpha silu(z) factor (basis filter^T) + beta add + gamma more
+z[i, j] = sum_k x[i, k] weight[j, k] + source_rows[source[i], j] + target_rows[target[i], j]
 
-x [m, k], weight [n, k], factor and add [m, n] or absent, out [m, n], all of one type and row-major; sums and epilogue
-are in float32 (float64 for float64), rounded once. 2 m n k FLOP; reads x, weight, factor and add once and writes out,
-(m k + n k + 3 m n) numbers, where a product and a pass after it move 2 m n more.
-
-As many programs run as fit on the GPU at once, and each takes every so many-th tile of out; tiles follow each other in
-groups of GROUP_M rows, so that their rows of x and weight are still in the L2 cache. There are two kernels: one loads
-by pointers (asynchronous copies from sm_80 on), one by the tensor memory accelerator of sm_90, which wants rows of a
-multiple of 16 bytes.
+x [m, k], weight [n, k], basis [m, r], filter [n, r], the other arrays [m, n], all of one type and row-major; rows of
+atoms [N, n] in the type of sums; each of them may be absent, and the filter may multiply the whole sum instead. Sums
+and epilogue are in float32 (float64 for float64), rounded once. 2 m n (k + r) FLOP; reads what is there once and writes
+out, where a product and passes after it move 2 m n numbers more for the product and as many for the filter, 3 m n for
+`more` and 4 m n for the rows.
 """
 
 import functools
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ejmp_kernels.triton_kernels import launch
+from ejmp_kernels.triton_kernels.gemm_kernels import by_descriptors, by_pointers
 
 
-@triton.jit
-def _origin(tile, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Return the first row and column of a tile: down the rows of a group, then to its next column."""
-    rows, columns = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
-    group = tile // (GROUP_M * columns)
-    within = tile % (GROUP_M * columns)
-    height = tl.minimum(rows - group * GROUP_M, GROUP_M)
-    return (group * GROUP_M + within % height) * BLOCK_M, within // height * BLOCK_N
+@dataclass(frozen=True, kw_only=True)
+class Epilogue:
+    """What follows a product; see the top of this file."""
 
+    factor: Tensor | None = None
+    basis: Tensor | None = None
+    filter: Tensor | None = None
+    add: Tensor | None = None
+    more: Tensor | None = None
+    source_rows: Tensor | None = None
+    source: Tensor | None = None
+    target_rows: Tensor | None = None
+    target: Tensor | None = None
+    alpha: float
+    beta: float
+    gamma: float = 1.0
+    filter_sum: bool = False
+    """Whether the filter multiplies the sum, and not the activation alone."""
 
-@triton.jit
-def _halves(z):
-    """Cut a tile into its left and right half: an epilogue on halves needs half the registers and half the memory."""
-    M: tl.constexpr = z.shape[0]
-    N: tl.constexpr = z.shape[1]
-    return tl.split(tl.permute(tl.reshape(z, (M, 2, N // 2)), (0, 2, 1)))
+    @property
+    def arrays(self) -> tuple[Tensor | None, ...]:
+        """What tiles of the result are read of."""
+        return self.factor, self.basis, self.filter, self.add, self.more
 
-
-@triton.jit
-def _silu(z, alpha):
-    """Return alpha z sigmoid(z); alpha comes in float64 and is rounded to the type of z."""
-    return tl.full((1, 1), alpha, z.dtype) * z * tl.sigmoid(z)
-
-
-@triton.jit
-def _finish(z, factor, add, out, at, inside, alpha, beta):
-    """Take half a tile through the epilogue and store it."""
-    z = _silu(z, alpha)
-    if factor is not None:
-        z *= tl.load(factor + at, mask=inside).to(z.dtype)
-    if add is not None:
-        z += tl.full((1, 1), beta, z.dtype) * tl.load(add + at, mask=inside).to(z.dtype)
-    tl.store(out + at, z.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["m"])  # one kernel for every number of edges
-def _by_pointers(
-    x, weight, factor, add, out, m, n, k,
-    alpha: tl.float64, beta: tl.float64,
-    SUM: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-):  # fmt: skip
-    tiles = tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
-        first_row, first_column = _origin(tile, m, n, BLOCK_M, BLOCK_N, GROUP_M)
-        inner = tl.arange(0, BLOCK_K)
-        # rows past the end are read as the last one, and what becomes of them is not stored
-        x_row = tl.minimum(tl.arange(0, BLOCK_M), m - 1 - first_row)
-        weight_row = tl.minimum(tl.arange(0, BLOCK_N), n - 1 - first_column)
-        x_at = x + first_row.to(tl.int64) * k + (x_row[:, None] * k + inner[None, :])
-        weight_at = weight + first_column.to(tl.int64) * k + (weight_row[None, :] * k + inner[:, None])
-        z = tl.zeros((BLOCK_M, BLOCK_N), SUM)
-        for start in tl.range(0, k, BLOCK_K):
-            if EVEN_K:
-                a, b = tl.load(x_at), tl.load(weight_at)
-            else:
-                a = tl.load(x_at, mask=start + inner[None, :] < k, other=0.0)
-                b = tl.load(weight_at, mask=start + inner[:, None] < k, other=0.0)
-            z = tl.dot(a, b, z, input_precision=PRECISION, out_dtype=SUM)
-            x_at += BLOCK_K
-            weight_at += BLOCK_K
-
-        left, right = _halves(z)
-        row = tl.arange(0, BLOCK_M)[:, None]
-        for half in tl.static_range(2):
-            column = half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)[None, :]
-            at = first_row.to(tl.int64) * n + first_column + (row * n + column)
-            inside = (row < m - first_row) & (column < n - first_column)
-            _finish(left if half == 0 else right, factor, add, out, at, inside, alpha, beta)
-
-
-@triton.jit
-def _finish_by_descriptors(z, factor, add, out, row, column, alpha, beta):
-    """Take half a tile through the epilogue and store it."""
-    z = _silu(z, alpha)
-    if factor is not None:
-        z *= factor.load([row, column]).to(z.dtype)
-    if add is not None:
-        z += tl.full((1, 1), beta, z.dtype) * add.load([row, column]).to(z.dtype)
-    out.store([row, column], z.to(out.dtype))
-
-
-@triton.jit(do_not_specialize=["m"])  # one kernel for every number of edges
-def _by_descriptors(
-    x, weight, factor, add, out, m, n, k,
-    alpha: tl.float64, beta: tl.float64,
-    SUM: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, FLATTEN: tl.constexpr,
-):  # fmt: skip
-    tiles = tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
-        row, column = _origin(tile, m, n, BLOCK_M, BLOCK_N, GROUP_M)
-        z = tl.zeros((BLOCK_M, BLOCK_N), SUM)
-        for start in tl.range(0, k, BLOCK_K):
-            # what lies past an end comes as zeros
-            a, b = x.load([row, start]), weight.load([column, start])
-            z = tl.dot(a, b.T, z, input_precision=PRECISION, out_dtype=SUM)
-        left, right = _halves(z)
-        _finish_by_descriptors(left, factor, add, out, row, column, alpha, beta)
-        _finish_by_descriptors(right, factor, add, out, row, column + BLOCK_N // 2, alpha, beta)
+    @property
+    def rows(self) -> tuple[Tensor | None, ...]:
+        """The rows of atoms, and which atoms."""
+        return self.source_rows, self.source, self.target_rows, self.target
 
 
 NO_OPTIONS = ("fused", "TMA", "FLATTEN", "PROGRAMS", "RATE")
 """Names of settings that are not handed to both kernels as they are."""
+MOST_BASIS = 128
+"""The largest number of columns of a basis, whose product is one step."""
 
 
 def precision(x: Tensor) -> str:
@@ -186,57 +115,159 @@ def _choose(x: Tensor, n: int, *, aligned: bool) -> dict[str, Any]:
 
 
 @launch.define(
-    "linear_activate(Tensor x, Tensor weight, Tensor? factor, Tensor? add, float alpha, float beta) -> Tensor"
+    "linear_fused(Tensor x, Tensor weight, Tensor? factor, Tensor? basis, Tensor? filter, Tensor? add, Tensor? more, "
+    "Tensor? source_rows, Tensor? source, Tensor? target_rows, Tensor? target, float alpha, float beta, float gamma, "
+    "bool filter_sum) -> Tensor"
 )
-def linear_activate(
-    x: Tensor, weight: Tensor, factor: Tensor | None, add: Tensor | None, alpha: float, beta: float
+def linear_fused(
+    x: Tensor,
+    weight: Tensor,
+    factor: Tensor | None,
+    basis: Tensor | None,
+    filter: Tensor | None,  # noqa: A002 - its name in the formula
+    add: Tensor | None,
+    more: Tensor | None,
+    source_rows: Tensor | None,
+    source: Tensor | None,
+    target_rows: Tensor | None,
+    target: Tensor | None,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    filter_sum: bool,
 ) -> Tensor:
-    """Return alpha silu(x weight^T) factor + beta add."""
-    launch.check_rows("linear_activate", "x", x, 2)
-    launch.check_rows("linear_activate", "weight", weight, 2)
+    """Return a product and all that follows it, see the top of this file; it has no derivative."""
+    epilogue = Epilogue(
+        factor=factor, basis=basis, filter=filter, add=add, more=more, source_rows=source_rows, source=source,
+        target_rows=target_rows, target=target, alpha=alpha, beta=beta, gamma=gamma, filter_sum=filter_sum,
+    )  # fmt: skip
+    _check(x, weight, factor=factor, add=add, more=more)
+    _check_filter(x, weight, basis, filter)
+    _check_atoms(x, weight, *epilogue.rows)
+    return _product(x, weight, epilogue)
+
+
+def _check(x: Tensor, weight: Tensor, **whole: Tensor | None) -> None:
+    launch.check_rows("linear_fused", "x", x, 2)
+    launch.check_rows("linear_fused", "weight", weight, 2)
     (m, k), n, like = x.shape, weight.shape[0], (x.dtype,)
-    given = {name: (t, like, (m, n)) for name, t in (("factor", factor), ("add", add)) if t is not None}
+    given = {name: (t, like, (m, n)) for name, t in whole.items() if t is not None}
+    expected = {"x": (x, launch.REAL, (m, k)), "weight": (weight, like, (n, k)), **given}
+    launch.check_arguments("linear_fused", x.device, **expected)
+
+
+def _check_filter(x: Tensor, weight: Tensor, basis: Tensor | None, filter_weight: Tensor | None) -> None:
+    if (basis is None) != (filter_weight is None):
+        raise ValueError("linear_fused: filter must be given where basis is")
+    if basis is None or filter_weight is None:
+        return
+    launch.check_rows("linear_fused", "basis", basis, 2)
+    width = basis.shape[1]
+    if not 0 < width <= MOST_BASIS:
+        raise ValueError(f"linear_fused: basis must have 1..{MOST_BASIS} columns, got {width}")
     launch.check_arguments(
-        "linear_activate", x.device, x=(x, launch.REAL, (m, k)), weight=(weight, like, (n, k)), **given
+        "linear_fused",
+        x.device,
+        basis=(basis, (x.dtype,), (x.shape[0], width)),
+        filter=(filter_weight, (x.dtype,), (weight.shape[0], width)),
     )
+
+
+def _check_atoms(x: Tensor, weight: Tensor, *rows: Tensor | None) -> None:
+    if all(t is None for t in rows):
+        return
+    if any(t is None for t in rows):
+        raise ValueError("linear_fused: source_rows, source, target_rows and target must be given together")
+    source_rows, source, target_rows, target = rows
+    num_atoms = launch.check_rows("linear_fused", "source_rows", source_rows, 2)
+    real, shape, ids = (launch.sums_dtype(x),), (num_atoms, weight.shape[0]), ((torch.int64,), (x.shape[0],))
+    launch.check_arguments(
+        "linear_fused",
+        x.device,
+        source_rows=(source_rows, real, shape),
+        target_rows=(target_rows, real, shape),
+        source=(source, *ids),
+        target=(target, *ids),
+    )
+    for name, numbers in (("source", source), ("target", target)):
+        launch.check_ids("linear_fused", name, numbers, num_atoms)
+
+
+def _product(x: Tensor, weight: Tensor, epilogue: Epilogue) -> Tensor:
+    """Return the product and its epilogue, by a kernel or, where that is faster, by the vendor's product and passes."""
     if not fuses(x):
-        z = torch.nn.functional.linear(x, weight)
-        return torch.ops.ejmp_triton.activate_(z, factor, add, alpha, beta)
-    out = x.new_empty(m, n)
+        return _by_passes(x, weight, epilogue)
+    out = x.new_empty(x.shape[0], weight.shape[0])
     if out.numel():
-        arrays = [t if t is None else t.contiguous() for t in (x, weight, factor, add, out)]
-        _run(arrays, alpha, beta, settings(x, n, aligned=all(map(_aligned, arrays))))
+        packed = {name: value.contiguous() for name, value in vars(epilogue).items() if isinstance(value, Tensor)}
+        epilogue, x, weight = replace(epilogue, **packed), x.contiguous(), weight.contiguous()
+        _run(x, weight, epilogue, out, settings(x, len(weight), aligned=aligned(x, weight, epilogue, out)))
     return out
 
 
+def _by_passes(x: Tensor, weight: Tensor, epilogue: Epilogue) -> Tensor:
+    z, product = torch.nn.functional.linear(x, weight), epilogue.factor
+    if epilogue.source_rows is not None:
+        rows = epilogue.source_rows.index_select(0, epilogue.source)
+        z = (rows + epilogue.target_rows.index_select(0, epilogue.target) + z).to(x.dtype)
+    if epilogue.basis is not None:
+        filters = torch.nn.functional.linear(epilogue.basis, epilogue.filter)
+        if not epilogue.filter_sum:
+            product = filters if product is None else product * filters
+    out = torch.ops.ejmp_triton.activate_(z, product, epilogue.add, epilogue.alpha, epilogue.beta)
+    if epilogue.more is not None:
+        out.add_(epilogue.more, alpha=epilogue.gamma)
+    return out.mul_(filters) if epilogue.filter_sum else out
+
+
+def aligned(x: Tensor, weight: Tensor, epilogue: Epilogue, out: Tensor) -> bool:
+    """Return whether no array is empty and the rows of all begin at multiples of 16 bytes."""
+    return all(map(_aligned, (x, weight, *epilogue.arrays, out)))
+
+
 def _aligned(x: Tensor | None) -> bool:
-    """Return whether an array, if there is one, is not empty and its rows begin at multiples of 16 bytes."""
     return x is None or (x.numel() > 0 and x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0)
 
 
-def _run(arrays: list[Any], alpha: float, beta: float, chosen: dict[str, Any]) -> None:
-    """Launch one of the kernels.
+def _run(x: Tensor, weight: Tensor, epilogue: Epilogue, out: Tensor, chosen: dict[str, Any]) -> None:
+    """Launch one of the kernels on contiguous arrays.
 
     Args:
-        arrays: x, weight, factor or None, add or None, out; contiguous.
-        alpha: scale of the activation.
-        beta: scale of what is added.
+        x: [m, k].
+        weight: [n, k].
+        epilogue: what follows the product.
+        out: [m, n], written.
         chosen: block sizes and options of the launch; also PROGRAMS for each processor, and TMA where there is one.
     """
-    x, *_, out = arrays
     (m, n), k = out.shape, x.shape[1]
+    width = 1 if epilogue.basis is None else epilogue.basis.shape[1]
     options = {name: value for name, value in chosen.items() if name not in NO_OPTIONS}
-    options |= {"SUM": launch.accumulator(x), "PRECISION": precision(x)}
-    block_m, block_n, block_k = (options[f"BLOCK_{letter}"] for letter in "MNK")
+    options |= {"SUM": launch.accumulator(x), "PRECISION": precision(x), "FILTER_SUM": epilogue.filter_sum}
+    options["BLOCK_R"] = launch.power_of_2(width, 16)
+    options["PARTS"] = 2 if epilogue.source is None else 4  # rows of atoms are in the type of sums
+    block_m, block_n, block_k, block_r = (options[f"BLOCK_{letter}"] for letter in "MNKR")
     tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
-    programs = min(tiles, launch.processors(x.device) * chosen["PROGRAMS"])
+    grid = (min(tiles, launch.processors(x.device) * chosen["PROGRAMS"]),)
+    arrays: Any = (x, weight, *epilogue.arrays, out)
+    scalars = (m, n, k, width, float(epilogue.alpha), float(epilogue.beta), float(epilogue.gamma))
     with launch.on_device(x):
         if chosen["TMA"]:
-            blocks = ([block_m, block_k], [block_n, block_k], *[[block_m, block_n // 2]] * 3)
-            described = [
-                t if t is None else TensorDescriptor.from_tensor(t, block)
+            part = block_n // options["PARTS"]
+            tile = (block_m, part)
+            blocks = (
+                (block_m, block_k),
+                (block_n, block_k),
+                tile,
+                (block_m, block_r),
+                (part, block_r),
+                tile,
+                tile,
+                tile,
+            )
+            arrays = (
+                t if t is None else TensorDescriptor.from_tensor(t, list(block))
                 for t, block in zip(arrays, blocks, strict=True)
-            ]
-            _by_descriptors[(programs,)](*described, m, n, k, alpha, beta, FLATTEN=chosen["FLATTEN"], **options)
+            )
+            by_descriptors[grid](*arrays, *epilogue.rows, *scalars, FLATTEN=chosen["FLATTEN"], **options)
         else:
-            _by_pointers[(programs,)](*arrays, m, n, k, alpha, beta, EVEN_K=k % block_k == 0, **options)
+            by_pointers[grid](*arrays, *epilogue.rows, *scalars, EVEN_K=k % block_k == 0, **options)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ejmp_kernels.activation import SCALED_SILU
+from ejmp_kernels.dense import linear_activate
 
 ELSEWHERE = {
     "quadruplet_sums": "quadruplet_backward",
@@ -51,7 +52,7 @@ def products(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str
     def call(m: int, n: int) -> Callable[[], Tensor]:
         x, weight, out = (torch.randn(*s, dtype=dtype, device=device) for s in ((m, k), (n, k), (m, n)))
         weight /= k**0.5
-        return lambda: torch.ops.ejmp_triton.linear_activate(x, weight, out, out, SCALED_SILU, 0.7)
+        return lambda: linear_activate(x, weight, out, out, add_scale=0.7, backend="triton")
 
     k, rows = sizes.wide, (sizes.rows, sizes.rows // 2)
     return {
@@ -94,6 +95,8 @@ def graph_ops(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[st
     calls["radial_transposed"] = lambda: ops.radial_transposed(distance, centres, centres, m[:, : 6 * c], 12.0, 5, 0)
     calls["activate"] = lambda: ops.activate(m, m, m, SCALED_SILU, 1.0)
     calls["swap_add"] = lambda: ops.swap_add(pairs, swap, m, SCALED_SILU)
+    narrow, up = features(count, c), features(2 * sizes.wide, c)
+    calls["linear_swap_add"] = lambda: ops.linear_swap_add(narrow, up, swap, m, SCALED_SILU)
     calls["gather_add"] = lambda: ops.gather_add(m, rows, rows, source, swap, ptr)
     calls["edge_sum"] = lambda: ops.edge_sum(m, swap, ptr)
     return calls
