@@ -6,6 +6,7 @@ scalings are one pass after each product (in Triton its epilogue), and of a laye
 part of m runs on edges. Tested to give what the reference backend gives.
 """
 
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -27,7 +28,7 @@ from ejmp.model.layers import INV_SQRT_2, INV_SQRT_3, Dense, FinalMLP, Linear, R
 from ejmp.model.regions import region
 from ejmp_kernels.activation import activate
 from ejmp_kernels.dense import After, AtomRows, Filter, dense, finish, linear_swap_add
-from ejmp_kernels.derived import lowered
+from ejmp_kernels.derived import columns, held
 from ejmp_kernels.edge_embedding import gather_add
 from ejmp_kernels.linear import linear
 from ejmp_kernels.pair import pair
@@ -38,6 +39,21 @@ from ejmp_kernels.sums import atom_sum, edge_sum
 from ejmp_kernels.triplet import triplet
 
 
+def scaled(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a weight times a number, in a type."""
+    return (weight * scale.to(weight.dtype)).to(dtype)
+
+
+def stacked(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the rows of two weights in a type."""
+    return torch.cat([first, second]).to(dtype)
+
+
+def of_atoms(weight: Tensor, size: int) -> Tensor:
+    """Return the rows for sources and for targets, [2 out, size], of a weight for [h_source, h_target, m]."""
+    return torch.cat([weight[:, :size], weight[:, size : 2 * size]])
+
+
 class FusedExecutor(Executor):
     """The steps of a forward pass on kernels; see `Executor`. Linear maps take their type from their operands.
 
@@ -45,7 +61,7 @@ class FusedExecutor(Executor):
         graph: a batch.
         low: the 16-bit type of the linear maps; None for the parameters' own.
         backend: whose kernels.
-        hold: whether copies of parameters in the low type are held for later passes.
+        hold: whether what is made of parameters, such as copies in the low type, is held for later passes.
     """
 
     bases: ProjectedBases
@@ -61,32 +77,31 @@ class FusedExecutor(Executor):
         """Return an empty context: the methods below cast operands themselves."""
         return nullcontext()
 
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Map [rows, in] to [rows, out] in the low type, if there is one."""
-        return linear(*self._low(x, weight), backend=self.backend)
+    def low_features(self, x: Tensor) -> Tensor:
+        """Return features in the low type, if there is one."""
+        return x if self.low is None else x.to(self.low)
 
-    def _low(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return (x, weight) if self.low is None else (x.to(self.low), self._low_weight(weight))
+    def made(self, make: Callable[..., Tensor], *sources: Tensor, options: tuple[Hashable, ...]) -> Tensor:
+        """Return what a function makes of weights; what is made of parameters may be held."""
+        if self.hold and isinstance(sources[0], nn.Parameter):
+            return held(make, sources, *options)
+        return make(*sources, *options)
 
     def operands(self, layer: Linear, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
         """Return what is multiplied for a layer: its input, and its weight's columns from `first` on."""
-        return x if self.low is None else x.to(self.low), self._low_weight(layer.linear.weight, first)
-
-    def _low_weight(self, weight: Tensor, first: int = 0) -> Tensor:
-        """Return a weight's columns from `first` on in the low type, if there is one; a parameter's may be held."""
-        if self.low is not None and self.hold and isinstance(weight, nn.Parameter):
-            return lowered(weight, self.low, first)
-        part = weight[:, first:] if first else weight
-        return part if self.low is None else part.to(self.low)
-
-    def linear_layer(self, layer: Linear, x: Tensor, scale: ScaleFactor | None = None) -> Tensor:
-        """Apply a linear layer, with a scale factor folded into its weight."""
-        return self.linear(x, layer.linear.weight if scale is None else self._folded(layer, scale))
-
-    @staticmethod
-    def _folded(layer: Linear, scale: ScaleFactor) -> Tensor:
         weight = layer.linear.weight
-        return weight * scale.scale_factor.to(weight.dtype)
+        if self.low is None:
+            return x, weight[:, first:] if first else weight
+        return x.to(self.low), self.made(columns, weight, options=(self.low, first))
+
+    def folded(self, layer: Linear, scale: ScaleFactor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a layer's weight times a scale factor, in a type (default: that of linear maps)."""
+        weight = layer.linear.weight
+        return self.made(scaled, weight, scale.scale_factor, options=(dtype or self.low or weight.dtype,))
+
+    def filter(self, layer: Linear, rbf: Tensor, scale: ScaleFactor) -> Filter:
+        """Return the filter that a linear layer makes of a radial basis, with a scale factor folded into its weight."""
+        return Filter(self.low_features(rbf), self.folded(layer, scale))
 
     def dense(
         self, layer: Dense, x: Tensor, factor: Tensor | Filter | None = None, add: Tensor | None = None, **rest: Any
@@ -125,7 +140,7 @@ class FusedExecutor(Executor):
     def atom_rows(self, layer: Dense, h: Tensor) -> AtomRows:
         """Return what atoms add to the product of edges in a dense layer of [h_source, h_target, m]."""
         main, weight, size = self.graph.main, layer.linear.weight, h.shape[1]
-        both = torch.cat([weight[:, :size], weight[:, size : 2 * size]])
+        both = self.made(of_atoms, weight, options=(size,))
         from_source, to_target = linear(h, both, backend=self.backend).chunk(2, dim=1)  # cheap: not in the low type
         return AtomRows(from_source, to_target, main.source, main.target, self.swap, main.ptr)
 
@@ -173,10 +188,13 @@ class FusedExecutor(Executor):
         """Return one tensor per projection: [E, rbf], or [E, A, S] of a `BasisProjection`."""
         weights = [p.weight.flatten(1) if isinstance(p, BasisProjection) else p.linear.weight.mT for p in projections]
         together = self._radial_product(bases, edges, torch.cat(weights, dim=1))
-        parts = [part.contiguous() for part in together.split([weight.shape[1] for weight in weights], dim=1)]
+        # only linear maps read them, in every block; but gradients of all blocks are summed in the type they have here
+        narrow = None if torch.is_grad_enabled() else self.low
         return [
-            part.view(len(part), p.weight.shape[2], p.weight.shape[1]) if isinstance(p, BasisProjection) else part
-            for part, p in zip(parts, projections, strict=True)
+            part.contiguous().view(len(part), p.weight.shape[2], p.weight.shape[1])
+            if isinstance(p, BasisProjection)
+            else part.to(narrow or part.dtype, memory_format=torch.contiguous_format)
+            for part, p in zip(together.split([w.shape[1] for w in weights], dim=1), projections, strict=True)
         ]
 
     def _radial_product(self, bases: Bases, edges: str, weight: Tensor) -> Tensor:
@@ -184,10 +202,6 @@ class FusedExecutor(Executor):
         basis, distance = bases.radial_basis, getattr(self.graph, edges).distance
         offset, temps = (x.to(distance.dtype) for x in (basis.rbf.offset, basis.rbf.temps))
         return radial(distance, offset, temps, weight, basis.cutoffs[edges], basis.exponent, backend=self.backend)
-
-    def filter(self, layer: Linear, rbf: Tensor, scale: ScaleFactor) -> Filter:
-        """Return the filter that a linear layer makes of a radial basis, with a scale factor folded into its weight."""
-        return Filter(*self._low(rbf, self._folded(layer, scale)))
 
     def filtered(
         self, layer: TripletInteraction | QuadrupletInteraction, first: Dense, m: Tensor, rbf: Tensor
@@ -205,23 +219,25 @@ class FusedExecutor(Executor):
 
     def mix(self, layer: Linear, x: Tensor, scale: ScaleFactor) -> Tensor:
         """Apply a linear layer to sums over neighbours, with a scale factor folded into its weight."""
-        return self.linear(x, self._folded(layer, scale))
+        return linear(self.low_features(x), self.folded(layer, scale), backend=self.backend)
 
     def to_edges(self, layer: TripletInteraction | QuadrupletInteraction, y: Tensor, add: Tensor) -> Tensor:
         """Up-project messages for edges and counter-edges and add half their sum / sqrt(2), [E, M]."""
         assert layer.up_projection_ac is not None
-        weight = torch.cat([layer.up_projection_ca.linear.weight, layer.up_projection_ac.linear.weight])
-        y, weight = self._low(y, weight)
-        return linear_swap_add(y, weight, self.swap, add, scale=0.5 * INV_SQRT_2, backend=self.backend)
+        weights = layer.up_projection_ca.linear.weight, layer.up_projection_ac.linear.weight
+        weight = self.made(stacked, *weights, options=(self.low or y.dtype,))
+        return linear_swap_add(
+            self.low_features(y), weight, self.swap, add, scale=0.5 * INV_SQRT_2, backend=self.backend
+        )
 
     def quadruplets(self, layer: QuadrupletInteraction, m: Tensor) -> Tensor:
         """Sum over quadruplets and mix, [E, quad_out]."""
         graph, bases = self.graph, self.bases
         x = self.filtered(layer, layer.dense_db, m, bases.rbf_quad)
         cbf = bases.cbf_quad.mT
-        weight = self._folded(layer.mlp_cbf, layer.scale_cbf)
+        weight = self.folded(layer.mlp_cbf, layer.scale_cbf, cbf.dtype)
         filters = linear(cbf.flatten(0, 1), weight, backend=self.backend).view(*cbf.shape[:2], x.shape[1])
-        mix = self._folded(layer.mlp_sbf.bilinear, layer.scale_sbf_sum).to(x.dtype)
+        mix = self.folded(layer.mlp_sbf.bilinear, layer.scale_sbf_sum, x.dtype)
         edges = graph.main, graph.quad_edges
         return quadruplet_linear(x, filters, bases.sbf_quad, *edges, mix, backend=self.backend)
 
@@ -238,7 +254,7 @@ class FusedExecutor(Executor):
         with region("atom_to_edge"):
             # atoms are activated before they are gathered onto edges
             x = self.dense(near.dense_ba, h).index_select(0, graph.atom_edges.source)
-            x = x * self.linear_layer(near.mlp_rbf, bases.rbf_atom_edge, near.scale_rbf)
+            x = x * linear(*self.filter(near.mlp_rbf, bases.rbf_atom_edge, near.scale_rbf), backend=self.backend)
             x = self._wide(self.dense(near.down_projection, x))
             y = self.triplets(near, x, bases.cbf_atom_edge, graph.main, graph.atom_edges)
             return self.to_edges(near, y, out)
@@ -259,8 +275,8 @@ class FusedExecutor(Executor):
 
     def atom_sum(self, layer: AtomUpdate, m: Tensor, rbf: Tensor) -> Tensor:
         """Sum edges into atoms through a filter of the radial basis and scale, [E, M] to [N, M]."""
-        summed = atom_sum(m, self.linear_layer(layer.dense_rbf, rbf), self.graph.main.ptr, backend=self.backend)
-        return summed * layer.scale_sum.scale_factor.to(summed.dtype)
+        filters = linear(*self.filter(layer.dense_rbf, rbf, layer.scale_sum), backend=self.backend)
+        return atom_sum(m, filters, self.graph.main.ptr, backend=self.backend)
 
     def embed(self, bases: Bases, h: Tensor) -> Tensor:
         """Evaluate the bases, and return the first edge features, [N, C] to [E, M]."""

@@ -120,7 +120,7 @@ def dense(x: Tensor, weight: Tensor, after: After, *, backend: Backend = "native
     """
     dtype = x.dtype if after.add is None else after.add.dtype  # the atoms' residual stream stays in float32
     recorded = is_recorded(x, weight, *after.tensors())
-    if backend == "triton" and not recorded and dtype == x.dtype and (after.rows is None or dtype in LOW):
+    if backend == "triton" and not recorded and (x.dtype in LOW or after.rows is None):
         return _fused(x, weight, after)
     factor, scales = made(after.factor, backend), {"scale": after.scale, "add_scale": after.add_scale}
     if backend == "native" and recorded and dtype == x.dtype and after.rows is None:
@@ -197,6 +197,12 @@ def _flops(x: torch.Size, weight: torch.Size, *_: Any, out_shape: Any = None) ->
     return 2 * x[0] * x[1] * weight[0]
 
 
+def _fake_fused(
+    x: Tensor, weight: Tensor, _factor: Any, _basis: Any, _filter: Any, add: Tensor | None, *_: Any
+) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=x.dtype if add is None else add.dtype)
+
+
 def _fused_flops(x: torch.Size, weight: torch.Size, _: Any, basis: torch.Size | None, *rest: Any, **named: Any) -> int:
     return _flops(x, weight) + (0 if basis is None else 2 * basis[0] * basis[1] * weight[0])
 
@@ -207,5 +213,5 @@ def _register(namespace: str) -> None:
     register_shape(f"{namespace}::linear_swap_add", lambda x, w, *_: x.new_empty(x.shape[0], w.shape[0] // 2))
     register_flop_formula([ops.linear_swap_add])(_flops)
     if namespace == NAMESPACES["triton"]:
-        register_shape(f"{namespace}::linear_fused", lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]))
+        register_shape(f"{namespace}::linear_fused", _fake_fused)
         register_flop_formula([ops.linear_fused])(_fused_flops)

@@ -5,22 +5,22 @@ same memory, as DeepSpeed's do, changes neither; so what is held must be dropped
 (`forget`), which `JMP.train` and `JMP.eval` do.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 Made = TypeVar("Made")
 
-_held: MutableMapping[Tensor, tuple[tuple[int, int], dict[Hashable, Any]]] = WeakTensorKeyDictionary()
-"""By parameter: its version and place in memory, and by key what was made of it."""
+_held: MutableMapping[Tensor, dict[Hashable, tuple[Hashable, Any]]] = WeakTensorKeyDictionary()
+"""By parameter and key: versions and places in memory of what something was made of, and what was made."""
 
 
-def derived(parameter: Tensor, key: Hashable, make: Callable[[], Made]) -> Made:
+def derived(parameter: Tensor, key: Hashable, make: Callable[[], Made], *others: Tensor) -> Made:
     """Return what `make` makes of a parameter, which is called again only when the parameter has changed.
 
     Args:
@@ -28,14 +28,18 @@ def derived(parameter: Tensor, key: Hashable, make: Callable[[], Made]) -> Made:
             their values is noticed, because they do not count them.
         key: tells what is made of one parameter apart.
         make: makes it; its result must not be part of a graph of derivatives.
+        others: what it is made of too, whose changes are noticed in the same way.
     """
-    state = (_version(parameter), parameter.data_ptr())
-    held = _held.get(parameter)
-    if held is None or held[0] != state:
-        held = _held[parameter] = (state, {})
-    if key not in held[1]:
-        held[1][key] = make()
-    return held[1][key]
+    state = _places((parameter, *others))
+    held = _held.setdefault(parameter, {})
+    found = held.get(key)
+    if found is None or found[0] != state:
+        found = held[key] = (state, make())
+    return found[1]
+
+
+def _places(sources: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+    return tuple((_version(x), x.data_ptr()) for x in sources)
 
 
 _times_forgotten = 0
@@ -51,46 +55,52 @@ def forget(parameters: Iterable[Tensor]) -> None:
 
 
 class RecordedCopies:
-    """Copies of weights in a low type that recorded work, as a CUDA graph, reads at fixed places in memory.
+    """What is made of weights and read by recorded work, as a CUDA graph, at fixed places in memory.
 
-    They are made while the work warms up, in a `with` of `used()`, and brought up to date by `refresh()` before it is
-    replayed; so a replay does not cast the weights again.
+    It is made while the work warms up, in a `with` of `used()`, and brought up to date by `refresh()` before it is
+    replayed; so a replay does not cast or scale the weights again.
     """
 
     def __init__(self) -> None:
-        self._copies: dict[tuple, tuple[Tensor, Tensor]] = {}
-        self._states: dict[tuple, tuple[int, int]] = {}
+        self._copies: dict[Hashable, tuple[Callable[[], Tensor], tuple[Tensor, ...], Tensor]] = {}
+        self._states: dict[Hashable, Hashable] = {}
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """Have `lowered` return these copies."""
+        """Have `held` return these copies."""
         token = _recorded_copies.set(self)
         try:
             yield
         finally:
             _recorded_copies.reset(token)
 
-    def of(self, parameter: Tensor, dtype: torch.dtype, first: int) -> Tensor:
-        """Return the copy of a weight's columns from `first` on, and make it if there is none."""
-        key = (parameter.data_ptr(), dtype, first)
+    def of(self, make: Callable[..., Tensor], sources: tuple[Tensor, ...], options: tuple[Hashable, ...]) -> Tensor:
+        """Return what is made, and make it if there is none."""
+        key = (make, options, *(x.data_ptr() for x in sources))
         if key not in self._copies:
-            with torch.inference_mode(mode=False):  # it is written to later
-                columns = parameter.detach()[:, first:]
-                self._copies[key] = (columns, columns.to(dtype))
-            self._states[key] = _state(columns)
-        return self._copies[key][1]
+            sources = tuple(x.detach() for x in sources)
+
+            def again() -> Tensor:
+                with torch.inference_mode(mode=False):  # it is written to later
+                    return make(*sources, *options)
+
+            made = again()
+            shared = any(made.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for x in sources)
+            self._copies[key] = (again, sources, made.clone() if shared else made)
+            self._states[key] = _state(sources)
+        return self._copies[key][2]
 
     def refresh(self) -> None:
         """Bring all copies up to date."""
-        for key, (columns, copy) in self._copies.items():
-            state = _state(columns)
+        for key, (again, sources, copy) in self._copies.items():
+            state = _state(sources)
             if state != self._states[key]:
-                copy.copy_(columns)
+                copy.copy_(again())
                 self._states[key] = state
 
 
-def _state(columns: Tensor) -> tuple[int, int]:
-    return _version(columns), _times_forgotten
+def _state(sources: Sequence[Tensor]) -> Hashable:
+    return (*map(_version, sources), _times_forgotten)
 
 
 def _version(x: Tensor) -> int:
@@ -100,34 +110,36 @@ def _version(x: Tensor) -> int:
 _recorded_copies: ContextVar[RecordedCopies | None] = ContextVar("recorded copies", default=None)
 
 
-def lowered(parameter: Tensor, dtype: torch.dtype, first: int = 0) -> Tensor:
-    """Return a weight's columns from `first` on in a low type, as a copy that is held unless derivatives are recorded.
+def held(make: Callable[..., Tensor], sources: tuple[nn.Parameter | Tensor, ...], *options: Hashable) -> Tensor:
+    """Return what is made of weights, which is held unless derivatives are recorded, until one of them changes.
 
-    A model in 16 bits thus needs half as much memory again for its weights, and saves to cast each of them in each
-    pass. Where gradients go to the weight, and in `torch.compile`, it is cast anew; so it is in the capture of a CUDA
-    graph, but for one that has `RecordedCopies`.
+    So a model in 16 bits needs half as much memory again for its weights, and saves to cast each of them in each pass.
+    Where gradients go to a weight, and in `torch.compile`, it is made anew; so it is in the capture of a CUDA graph,
+    but for one that has `RecordedCopies`.
 
     Args:
-        parameter: [out, in].
-        dtype: float16 or bfloat16.
-        first: number of columns to leave out.
-
-    Returns:
-        [out, in - first].
+        make: function of the sources and the options, known by its name alone: it has no other state.
+        sources: parameters, or buffers after the first.
+        options: what else it takes.
     """
-    recorded = torch.is_grad_enabled() and parameter.requires_grad
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in sources)
     compiling = torch.compiler.is_compiling()
     copies = None if recorded or compiling else _recorded_copies.get()
     if copies is not None:
-        return copies.of(parameter, dtype, first)
-    traced = compiling or (parameter.is_cuda and torch.cuda.is_current_stream_capturing())
+        return copies.of(make, sources, options)
+    traced = compiling or (sources[0].is_cuda and torch.cuda.is_current_stream_capturing())
     if recorded and not traced:
-        forget([parameter])  # somebody trains it
+        forget(sources)  # somebody trains it
     if recorded or traced:
-        return parameter[:, first:].to(dtype)
+        return make(*sources, *options)
 
-    def make() -> Tensor:
+    def anew() -> Tensor:
         with torch.inference_mode(mode=False):  # it may be used later where derivatives are recorded
-            return parameter.detach()[:, first:].to(dtype)
+            return make(*(x.detach() for x in sources), *options)
 
-    return derived(parameter, (dtype, first), make)
+    return derived(sources[0], (make, options), anew, *sources[1:])
+
+
+def columns(weight: Tensor, dtype: torch.dtype, first: int = 0) -> Tensor:
+    """Return a weight's columns from `first` on in a type, [out, in] to [out, in - first]."""
+    return (weight[:, first:] if first else weight).to(dtype)

@@ -11,11 +11,15 @@ import torch
 from torch import nn
 
 from ejmp_kernels.allocator import keep_freed_memory
-from ejmp_kernels.derived import derived, lowered
+from ejmp_kernels.derived import columns, derived, held
 
 
 def draw(rows, columns):
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+
+
+def lowered(weight, *options):
+    return held(columns, (weight,), *options)
 
 
 def test_a_copy_is_held_until_its_parameter_changes():

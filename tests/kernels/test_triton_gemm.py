@@ -38,6 +38,7 @@ from ejmp_kernels.triton_kernels import gemm, launch
 __all__ = ["kernel", "launches"]  # fixtures
 
 MARGIN = 64
+NO_ROWS = (None,) * 4
 
 
 def spec(x, weight, factor, add, alpha=ALPHA, beta=BETA):
@@ -72,8 +73,7 @@ def test_nothing_beyond_the_borders_is_read_or_written(dtype, size):
     inputs = [bordered(t)[0] for t in make(*size, dtype)]
     out, memory = bordered(torch.zeros_like(inputs[2]))
     x, weight, factor, add = inputs
-    epilogue = gemm.Epilogue(factor=factor, add=add, alpha=ALPHA, beta=BETA)
-    gemm._run(x, weight, epilogue, out, gemm.settings(x, size[2], aligned=gemm.aligned(x, weight, epilogue, out)))
+    gemm.run([x, weight, factor, None, None, add, None, out], NO_ROWS, (ALPHA, BETA, 1.0), filter_sum=False)
     assert relative_error(out, spec(*inputs)) < allowed(dtype)
     assert memory[:MARGIN].isnan().all()
     assert memory[-MARGIN:].isnan().all()
@@ -86,10 +86,9 @@ def stay_inside():
     for side, size, dtype in itertools.product(("start", "end"), SIZES, (torch.float64, torch.float16)):
         arrays = [guarded(t, side) for t in [*make(*size, dtype), torch.zeros(size[0], size[2], dtype=dtype)]]
         x, weight, factor, add, out = arrays
-        epilogue = gemm.Epilogue(factor=factor, add=add, alpha=ALPHA, beta=BETA)
-        for by_descriptors in (False, True)[: 1 + gemm.aligned(x, weight, epilogue, out)]:
-            chosen = launch.config("linear_activate", x) | SMALL_TILES | {"TMA": by_descriptors}
-            gemm._run(x, weight, epilogue, out, chosen)
+        for by_descriptors in (False, True):
+            launch.OVERRIDES["linear_activate"] = SMALL_TILES | {"TMA": by_descriptors}
+            gemm.run([x, weight, factor, None, None, add, None, out], NO_ROWS, (ALPHA, BETA, 1.0), filter_sum=False)
 
 
 @pytest.mark.skipif(not interpreted(), reason="guard pages are for the interpreter; on a GPU compute-sanitizer looks")
@@ -145,6 +144,7 @@ def test_flops():
         (2, lambda t: t[:1], r"factor must have shape \[4, 3\], got \[1, 3\]"),
         (3, lambda t: t.mT, r"add must have shape \[4, 3\], got \[3, 4\]"),
         (3, lambda t: t.to("meta"), "add must be on"),
+        (3, lambda t: t.half(), "add must be float64, got float16"),
     ],
 )
 def test_misfits_are_refused(index, wrong, message):
@@ -186,11 +186,17 @@ def test_recorded_products_are_not_fused(launches):
     assert weight.grad is not None
 
 
-def test_a_residual_in_float32_stays_in_float32():
+def test_a_residual_in_float32_stays_in_float32(launches):
     x, weight, _, add = make(6, 8, 16, torch.float16)
     out = linear_activate(x, weight, add=add.float(), scale=0.6, backend="triton")
     assert out.dtype == torch.float32
-    assert relative_error(out, spec(x, weight, None, add, 1.0, 1.0)) < allowed(torch.float16)
+    assert len(launches) == 1
+    assert relative_error(out, spec(x, weight, None, add, 1.0, 1.0)) < allowed(torch.float32) * 100
+
+
+def kind(m, n, dtype, *, aligned=True):
+    options = {"r": 1, "rows": False, "filter_sum": False, "aligned": aligned, "tf32": False}
+    return gemm.Kind(torch.device("cpu"), dtype, dtype, m, n, 1024, **options)
 
 
 @pytest.mark.parametrize(
@@ -209,17 +215,26 @@ def test_tiles_are_chosen_by_what_the_busiest_processor_computes(monkeypatch, m,
     """On a card with 132 multiprocessors."""
     monkeypatch.setattr(launch, "architecture", lambda _: "sm_90")
     monkeypatch.setattr(launch, "processors", lambda _: 132)
-    x = torch.zeros(1, dtype=torch.bfloat16).expand(m, 1024)
-    gemm._chosen.cache_clear()
-    chosen = gemm.settings(x, n)
-    gemm._chosen.cache_clear()
+    chosen = gemm.settings(kind(m, n, torch.bfloat16))
     assert (chosen["BLOCK_M"], chosen["BLOCK_N"]) == tile
 
 
 def test_rows_that_are_not_aligned_take_small_tiles_and_pointers():
-    chosen = gemm.settings(torch.zeros(1, dtype=torch.float16).expand(10**7, 16), 64, aligned=False)
+    chosen = gemm.settings(kind(10**7, 64, torch.float16, aligned=False))
     assert chosen["BLOCK_M"] == 64
     assert not chosen["TMA"]
+
+
+def test_a_launch_is_prepared_once_for_each_kind(monkeypatch):
+    prepared, prepare = [], gemm.prepare
+    monkeypatch.setattr(gemm, "prepare", lambda kind: prepared.append(kind) or prepare(kind))
+    monkeypatch.setattr(launch, "OVERRIDES", {})
+    gemm._prepared.cache_clear()
+    for size in ((64, 16, 32), (64, 16, 32), (66, 16, 32), (64, 16, 32)):
+        x, weight, factor, add = make(*size, torch.float16)
+        op(x, weight, factor, add)
+    op(x, weight)
+    assert [found.m for found in prepared] == [64, 66]
 
 
 def test_one_graph_without_breaks_for_every_number_of_rows():

@@ -87,7 +87,7 @@ def test_every_kernel_with_settings_has_a_call(monkeypatch):
     for kernel, calls in tune.calls_by_kernel(TABLES["default"], sizes, torch.float16, X.device).items():
         if calls[0] not in kernels_of:
             asked.clear()
-            gemm._chosen.cache_clear()
+            gemm._prepared.cache_clear()
             calls[0]()
             kernels_of[calls[0]] = set(asked)
         assert kernel in kernels_of[calls[0]]

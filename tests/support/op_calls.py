@@ -61,6 +61,11 @@ def calls(dtype=torch.float32):
         fields |= {f"u_{name}": torch.randn_like(fields[name]) for name in inputs}
     radial = {"distance": torch.linspace(0.5, 7, E).to(dtype), "offset": torch.linspace(0, 1, R).to(dtype)}
     radial |= {"temps": torch.full((R,), 9.0, dtype=dtype), "weight": draw(R, M), "x": draw(E, M)} | basis
+    fused = {"x": draw(E, 3), "weight": draw(M, 3), "basis": draw(E, 2), "filter": draw(M, 2), "factor": draw(E, M)}
+    fused |= {name: rows[name] for name in ("source_rows", "target_rows", "source")} | {
+        "target": rows["source"].flip(0)
+    }
+    fused |= {"add": draw(E, M), "more": draw(E, M), "gamma": 0.5, "filter_sum": False} | scales
     return {
         "triplet": triplet | {"to_atoms": False},
         "quadruplet": quadruplet | {"eps": 1e-4, "max_degree": 3, "mix": draw(2, A * C)},
@@ -81,6 +86,7 @@ def calls(dtype=torch.float32):
         "product": {"a": draw(4, 3), "b": draw(3, 5)},
         "matmul": {"a": draw(4, 3), "b": draw(3, 5), "transpose_a": False, "transpose_b": False},
         "linear_activate": {"x": draw(4, 3), "weight": draw(5, 3), "factor": draw(4, 5), "add": draw(4, 5)} | scales,
+        "linear_fused": fused,
         "find_neighbors": neighbor_query(),
         "isa": {},
     }

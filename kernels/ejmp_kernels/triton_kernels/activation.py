@@ -151,14 +151,10 @@ def _check_like(op: str, x: Tensor, **others: Tensor | None) -> None:
     launch.check_arguments(op, x.device, x=(x, launch.REAL, tuple(x.shape)), **same)
 
 
-def _packed(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x.contiguous() for x in tensors]
-
-
 def _activate_into(
     x: Tensor, factor: Tensor | None, add: Tensor | None, alpha: float, beta: float, out: Tensor
 ) -> Tensor:
-    factor, add = _packed(factor, add)
+    factor, add = launch.packed((factor, add))
     options = {"HAS_FACTOR": factor is not None, "HAS_ADD": add is not None}
     _run(_activate_kernel, x, factor, add, out, float(alpha), float(beta), size=x.numel(), like=x, **options)
     return out
@@ -190,7 +186,7 @@ def activate_backward(grad: Tensor, x: Tensor, factor: Tensor | None, alpha: flo
     """Return the gradients of x and factor; the second is empty without a factor."""
     _check_like("activate_backward", x, grad=grad, factor=factor)
     to_x, to_factor = x.new_empty(x.shape), x.new_empty(0 if factor is None else x.shape)
-    arguments = [*_packed(grad, x, factor), to_x, to_factor, float(alpha)]
+    arguments = [*launch.packed((grad, x, factor)), to_x, to_factor, float(alpha)]
     _run(_activate_backward_kernel, *arguments, size=x.numel(), like=x, HAS_FACTOR=factor is not None)
     return to_x, to_factor
 
@@ -208,7 +204,7 @@ def activate_double(
     _check_like("activate_double", x, u_x=u_x, u_factor=u_factor, grad=grad, factor=factor)
     to_factor = x.new_empty(0 if factor is None else x.shape)
     results = (x.new_empty(x.shape), x.new_empty(x.shape), to_factor)
-    arguments = [*_packed(u_x, u_factor, grad, x, factor), *results, float(alpha)]
+    arguments = [*launch.packed((u_x, u_factor, grad, x, factor)), *results, float(alpha)]
     _run(_activate_double_kernel, *arguments, size=x.numel(), like=x, HAS_FACTOR=factor is not None)
     return results
 

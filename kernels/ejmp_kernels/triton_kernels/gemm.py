@@ -3,15 +3,15 @@
 out = alpha silu(z) factor (basis filter^T) + beta add + gamma more
 z[i, j] = sum_k x[i, k] weight[j, k] + source_rows[source[i], j] + target_rows[target[i], j]
 
-x [m, k], weight [n, k], basis [m, r], filter [n, r], the other arrays [m, n], all of one type and row-major; rows of
-atoms [N, n] in the type of sums; each of them may be absent, and the filter may multiply the whole sum instead. Sums
-and epilogue are in float32 (float64 for float64), rounded once. 2 m n (k + r) FLOP; reads what is there once and writes
-out, where a product and passes after it move 2 m n numbers more for the product and as many for the filter, 3 m n for
-`more` and 4 m n for the rows.
+x [m, k], weight [n, k], basis [m, r], filter [n, r], the other arrays [m, n], all of one type and row-major; only add
+and more may be in the type of sums, and out is in the type of add. Rows of atoms [N, n] are in the type of sums. Each
+of them may be absent, and the filter may multiply the whole sum instead. Sums and epilogue are in float32 (float64 for
+float64), rounded once. 2 m n (k + r) FLOP; reads what is there once and writes out, where a product and passes after it
+move 2 m n numbers more for the product and as many for the filter, 3 m n for `more` and 4 m n for the rows.
 """
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,37 +21,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ejmp_kernels.triton_kernels import launch
 from ejmp_kernels.triton_kernels.gemm_kernels import by_descriptors, by_pointers
-
-
-@dataclass(frozen=True, kw_only=True)
-class Epilogue:
-    """What follows a product; see the top of this file."""
-
-    factor: Tensor | None = None
-    basis: Tensor | None = None
-    filter: Tensor | None = None
-    add: Tensor | None = None
-    more: Tensor | None = None
-    source_rows: Tensor | None = None
-    source: Tensor | None = None
-    target_rows: Tensor | None = None
-    target: Tensor | None = None
-    alpha: float
-    beta: float
-    gamma: float = 1.0
-    filter_sum: bool = False
-    """Whether the filter multiplies the sum, and not the activation alone."""
-
-    @property
-    def arrays(self) -> tuple[Tensor | None, ...]:
-        """What tiles of the result are read of."""
-        return self.factor, self.basis, self.filter, self.add, self.more
-
-    @property
-    def rows(self) -> tuple[Tensor | None, ...]:
-        """The rows of atoms, and which atoms."""
-        return self.source_rows, self.source, self.target_rows, self.target
-
 
 NO_OPTIONS = ("fused", "TMA", "FLATTEN", "PROGRAMS", "RATE")
 """Names of settings that are not handed to both kernels as they are."""
@@ -75,43 +44,84 @@ def fuses(x: Tensor) -> bool:
     return launch.config("linear_activate", x)["fused"] and precision(x) != "tf32x3"
 
 
-def settings(x: Tensor, n: int, *, aligned: bool = True) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Kind:
+    """What the launch of a product depends on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    m: int
+    n: int
+    k: int
+    r: int
+    """Columns of the basis, 1 without one."""
+    rows: bool
+    """Whether there are rows of atoms."""
+    filter_sum: bool
+    aligned: bool
+    """Whether the rows of all arrays begin at multiples of 16 bytes."""
+    tf32: bool
+    """Whether torch would multiply float32 in TF32."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a product is launched; made once for every `Kind`, as making it takes longer than the launch itself."""
+
+    grid: tuple[int]
+    blocks: tuple[list[int], ...] | None
+    """Blocks of the descriptors of x, weight, factor, basis, filter, add, more, out; None for pointers."""
+    scalars: tuple[int, ...]
+    options: dict[str, Any]
+
+
+def settings(kind: Kind) -> dict[str, Any]:
     """Return the launch settings of a product: of large, middle and small tiles those that take the least time.
 
     That is the number of tiles that the busiest processor makes, times their area, over the rate of such tiles relative
     to large ones (RATE). Large tiles would leave processors idle where there are few rows, and compute what nobody
     needs where there are few columns. Rows that are not aligned are read number by number, which wants many registers,
     so they take small tiles.
-
-    Args:
-        x: [m, k].
-        n: number of rows of the weight.
-        aligned: whether all arrays are aligned.
     """
-    if launch.OVERRIDES:
-        return _choose(x, n, aligned=aligned)
-    return _chosen(launch.architecture(x.device), x.device, x.dtype, x.shape[0], n, aligned)
-
-
-@functools.lru_cache(maxsize=4096)
-def _chosen(
-    _architecture: str, device: torch.device, dtype: torch.dtype, m: int, n: int, aligned: bool
-) -> dict[str, Any]:
-    return _choose(torch.empty(1, dtype=dtype, device=device).expand(m, 1), n, aligned=aligned)
-
-
-def _choose(x: Tensor, n: int, *, aligned: bool) -> dict[str, Any]:
-    large = launch.config("linear_activate", x)
-    middle, small = (large | launch.config(f"linear_activate_{size}", x) for size in ("middle", "small"))
-    if not aligned:
+    like = torch.empty(0, dtype=kind.dtype, device=kind.device)
+    large = launch.config("linear_activate", like)
+    middle, small = (large | launch.config(f"linear_activate_{size}", like) for size in ("middle", "small"))
+    if not kind.aligned:
         return small | {"TMA": False}
 
     def seconds(chosen: dict[str, Any]) -> float:
-        tiles = triton.cdiv(x.shape[0], chosen["BLOCK_M"]) * triton.cdiv(n, chosen["BLOCK_N"])
-        rounds = triton.cdiv(tiles, launch.processors(x.device))
+        tiles = triton.cdiv(kind.m, chosen["BLOCK_M"]) * triton.cdiv(kind.n, chosen["BLOCK_N"])
+        rounds = triton.cdiv(tiles, launch.processors(kind.device))
         return rounds * chosen["BLOCK_M"] * chosen["BLOCK_N"] / chosen["RATE"]
 
     return min((large, middle, small), key=seconds)
+
+
+def prepare(kind: Kind) -> Launch:
+    """Return how a product is launched."""
+    chosen, like = settings(kind), torch.empty(0, dtype=kind.dtype, device=kind.device)
+    options = {name: value for name, value in chosen.items() if name not in NO_OPTIONS}
+    # numbers in the type of sums need twice the memory in the epilogue
+    parts = 4 if kind.rows or kind.out_dtype != kind.dtype else 2
+    options |= {"SUM": launch.accumulator(like), "PRECISION": precision(like), "FILTER_SUM": kind.filter_sum}
+    options |= {"BLOCK_R": launch.power_of_2(kind.r, 16), "PARTS": parts}
+    block_m, block_n, block_k, block_r = (options[f"BLOCK_{letter}"] for letter in "MNKR")
+    tiles = triton.cdiv(kind.m, block_m) * triton.cdiv(kind.n, block_n)
+    grid = (min(tiles, launch.processors(kind.device) * chosen["PROGRAMS"]),)
+    blocks, part = None, block_n // parts
+    if chosen["TMA"]:
+        tile, narrow = [block_m, part], ([block_m, block_r], [part, block_r])
+        blocks = ([block_m, block_k], [block_n, block_k], tile, *narrow, tile, tile, tile)
+        options["FLATTEN"] = chosen["FLATTEN"]
+    else:
+        options["EVEN_K"] = kind.k % block_k == 0
+    return Launch(grid, blocks, (kind.m, kind.n, kind.k, kind.r), options)
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepared(_architecture: str, kind: Kind) -> Launch:
+    return prepare(kind)
 
 
 @launch.define(
@@ -137,22 +147,27 @@ def linear_fused(
     filter_sum: bool,
 ) -> Tensor:
     """Return a product and all that follows it, see the top of this file; it has no derivative."""
-    epilogue = Epilogue(
-        factor=factor, basis=basis, filter=filter, add=add, more=more, source_rows=source_rows, source=source,
-        target_rows=target_rows, target=target, alpha=alpha, beta=beta, gamma=gamma, filter_sum=filter_sum,
-    )  # fmt: skip
-    _check(x, weight, factor=factor, add=add, more=more)
+    _check(x, weight, factor, add, more)
     _check_filter(x, weight, basis, filter)
-    _check_atoms(x, weight, *epilogue.rows)
-    return _product(x, weight, epilogue)
+    rows = (source_rows, source, target_rows, target)
+    _check_atoms(x, weight, *rows)
+    arrays, scales = (x, weight, factor, basis, filter, add, more), (float(alpha), float(beta), float(gamma))
+    if not fuses(x):
+        return _by_passes(*arrays, *rows, *scales, filter_sum)
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype if add is None else add.dtype, device=x.device)
+    if out.numel():
+        run([*arrays, out], rows, scales, filter_sum=filter_sum)
+    return out
 
 
-def _check(x: Tensor, weight: Tensor, **whole: Tensor | None) -> None:
+def _check(x: Tensor, weight: Tensor, factor: Tensor | None, add: Tensor | None, more: Tensor | None) -> None:
     launch.check_rows("linear_fused", "x", x, 2)
     launch.check_rows("linear_fused", "weight", weight, 2)
     (m, k), n, like = x.shape, weight.shape[0], (x.dtype,)
-    given = {name: (t, like, (m, n)) for name, t in whole.items() if t is not None}
-    expected = {"x": (x, launch.REAL, (m, k)), "weight": (weight, like, (n, k)), **given}
+    or_sums = like if x.dtype in (torch.float32, torch.float64) else (x.dtype, torch.float32)
+    given = {"factor": (factor, like), "add": (add, or_sums), "more": (more, or_sums)}
+    whole = {name: (t, types, (m, n)) for name, (t, types) in given.items() if t is not None}
+    expected = {"x": (x, launch.REAL, (m, k)), "weight": (weight, like, (n, k)), **whole}
     launch.check_arguments("linear_fused", x.device, **expected)
 
 
@@ -193,81 +208,67 @@ def _check_atoms(x: Tensor, weight: Tensor, *rows: Tensor | None) -> None:
         launch.check_ids("linear_fused", name, numbers, num_atoms)
 
 
-def _product(x: Tensor, weight: Tensor, epilogue: Epilogue) -> Tensor:
-    """Return the product and its epilogue, by a kernel or, where that is faster, by the vendor's product and passes."""
-    if not fuses(x):
-        return _by_passes(x, weight, epilogue)
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    if out.numel():
-        packed = {name: value.contiguous() for name, value in vars(epilogue).items() if isinstance(value, Tensor)}
-        epilogue, x, weight = replace(epilogue, **packed), x.contiguous(), weight.contiguous()
-        _run(x, weight, epilogue, out, settings(x, len(weight), aligned=aligned(x, weight, epilogue, out)))
-    return out
+def _by_passes(
+    x: Tensor,
+    weight: Tensor,
+    factor: Tensor | None,
+    basis: Tensor | None,
+    filter_weight: Tensor | None,
+    add: Tensor | None,
+    more: Tensor | None,
+    source_rows: Tensor | None,
+    source: Tensor | None,
+    target_rows: Tensor | None,
+    target: Tensor | None,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    filter_sum: bool,
+) -> Tensor:
+    """Return it by the vendor's product and passes after it, where those are faster."""
+    z = torch.nn.functional.linear(x, weight)
+    if source_rows is not None:
+        z = (source_rows.index_select(0, source) + target_rows.index_select(0, target) + z).to(z.dtype)
+    filters = None if basis is None else torch.nn.functional.linear(basis, filter_weight)
+    if filters is not None and not filter_sum:
+        factor = filters if factor is None else factor * filters
+    z, factor = (t if t is None or add is None else t.to(add.dtype) for t in (z, factor))
+    out = torch.ops.ejmp_triton.activate_(z, factor, add, alpha, beta)
+    if more is not None:
+        out.add_(more, alpha=gamma)
+    return out.mul_(filters) if filter_sum else out
 
 
-def _by_passes(x: Tensor, weight: Tensor, epilogue: Epilogue) -> Tensor:
-    z, product = torch.nn.functional.linear(x, weight), epilogue.factor
-    if epilogue.source_rows is not None:
-        rows = epilogue.source_rows.index_select(0, epilogue.source)
-        z = (rows + epilogue.target_rows.index_select(0, epilogue.target) + z).to(x.dtype)
-    if epilogue.basis is not None:
-        filters = torch.nn.functional.linear(epilogue.basis, epilogue.filter)
-        if not epilogue.filter_sum:
-            product = filters if product is None else product * filters
-    out = torch.ops.ejmp_triton.activate_(z, product, epilogue.add, epilogue.alpha, epilogue.beta)
-    if epilogue.more is not None:
-        out.add_(epilogue.more, alpha=epilogue.gamma)
-    return out.mul_(filters) if epilogue.filter_sum else out
+def run(
+    arrays: list[Tensor | None],
+    rows: tuple[Tensor | None, ...],
+    scales: tuple[float, float, float],
+    *,
+    filter_sum: bool,
+) -> None:
+    """Launch one of the kernels.
 
-
-def aligned(x: Tensor, weight: Tensor, epilogue: Epilogue, out: Tensor) -> bool:
-    """Return whether no array is empty and the rows of all begin at multiples of 16 bytes."""
-    return all(map(_aligned, (x, weight, *epilogue.arrays, out)))
+    Args:
+        arrays: x, weight, factor, basis, filter, add, more, out, of which the last is written.
+        rows: source_rows, source, target_rows, target.
+        scales: alpha, beta, gamma.
+        filter_sum: whether the filter multiplies the sum.
+    """
+    arrays, rows = launch.packed(arrays), launch.packed(rows)
+    x, _, _, basis, *_, out = arrays
+    r, tf32 = 1 if basis is None else basis.shape[1], precision(x) == "tf32"
+    aligned = all(map(_aligned, arrays))
+    kind = Kind(x.device, x.dtype, out.dtype, *out.shape, x.shape[1], r, rows[0] is not None, filter_sum, aligned, tf32)
+    how = prepare(kind) if launch.OVERRIDES else _prepared(launch.architecture(x.device), kind)
+    with launch.on_device(x):
+        if how.blocks is None:
+            by_pointers[how.grid](*arrays, *rows, *how.scalars, *scales, **how.options)
+        else:
+            described = [
+                t if t is None else TensorDescriptor.from_tensor(t, b) for t, b in zip(arrays, how.blocks, strict=True)
+            ]
+            by_descriptors[how.grid](*described, *rows, *how.scalars, *scales, **how.options)
 
 
 def _aligned(x: Tensor | None) -> bool:
     return x is None or (x.numel() > 0 and x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0)
-
-
-def _run(x: Tensor, weight: Tensor, epilogue: Epilogue, out: Tensor, chosen: dict[str, Any]) -> None:
-    """Launch one of the kernels on contiguous arrays.
-
-    Args:
-        x: [m, k].
-        weight: [n, k].
-        epilogue: what follows the product.
-        out: [m, n], written.
-        chosen: block sizes and options of the launch; also PROGRAMS for each processor, and TMA where there is one.
-    """
-    (m, n), k = out.shape, x.shape[1]
-    width = 1 if epilogue.basis is None else epilogue.basis.shape[1]
-    options = {name: value for name, value in chosen.items() if name not in NO_OPTIONS}
-    options |= {"SUM": launch.accumulator(x), "PRECISION": precision(x), "FILTER_SUM": epilogue.filter_sum}
-    options["BLOCK_R"] = launch.power_of_2(width, 16)
-    options["PARTS"] = 2 if epilogue.source is None else 4  # rows of atoms are in the type of sums
-    block_m, block_n, block_k, block_r = (options[f"BLOCK_{letter}"] for letter in "MNKR")
-    tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
-    grid = (min(tiles, launch.processors(x.device) * chosen["PROGRAMS"]),)
-    arrays: Any = (x, weight, *epilogue.arrays, out)
-    scalars = (m, n, k, width, float(epilogue.alpha), float(epilogue.beta), float(epilogue.gamma))
-    with launch.on_device(x):
-        if chosen["TMA"]:
-            part = block_n // options["PARTS"]
-            tile = (block_m, part)
-            blocks = (
-                (block_m, block_k),
-                (block_n, block_k),
-                tile,
-                (block_m, block_r),
-                (part, block_r),
-                tile,
-                tile,
-                tile,
-            )
-            arrays = (
-                t if t is None else TensorDescriptor.from_tensor(t, list(block))
-                for t, block in zip(arrays, blocks, strict=True)
-            )
-            by_descriptors[grid](*arrays, *epilogue.rows, *scalars, FLATTEN=chosen["FLATTEN"], **options)
-        else:
-            by_pointers[grid](*arrays, *epilogue.rows, *scalars, EVEN_K=k % block_k == 0, **options)

@@ -3,7 +3,7 @@
 import functools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,15 @@ def define(schema: str) -> Callable[[Callable], Callable]:
 
 
 def on_device(x: Tensor) -> AbstractContextManager:
-    """Return a context that launches on a tensor's device."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    """Return a context that launches on a tensor's device; entering one takes longer than to ask whether it must."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def packed(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Return tensors, of which those that are not contiguous are copied."""
+    return [x if x is None or x.is_contiguous() else x.contiguous() for x in tensors]
 
 
 def check_arguments(
