@@ -131,6 +131,7 @@ def quadruplet(ops, graph):
     inputs = (ops.features(main.num_edges, 64), filters, weight, main.vector, middle.vector)
     ids = (main.ptr, main.source, main.image, middle.ptr, middle.source, middle.image, 1e-4, main.max_degree)
     grad = ops.quadruplet(*inputs, *ids)
+    ops.quadruplet(*inputs[:2], weight.to(ops.dtype), *inputs[3:], *ids)
     ops.quadruplet_backward(grad, *inputs, *ids)
     ops.quadruplet_double(*inputs, grad, *inputs, *ids)
 

@@ -169,6 +169,7 @@ class FusedExecutor(Executor):
         )
         rbf_atom_edge, cbf_edge_atom = self._radial(bases, "atom_edges", bases.mlp_rbf_aeint, bases.mlp_cbf_eaint)
         (cbf_quad,) = self._radial(bases, "quad_edges", bases.mlp_cbf_qint)
+        (sbf_quad,) = self._radial(bases, "main", bases.mlp_sbf_qint)
         return ProjectedBases(
             rbf_quad=quad,
             rbf_trip=trip,
@@ -181,21 +182,27 @@ class FusedExecutor(Executor):
             cbf_atom_edge=cbf_atom_edge,
             cbf_edge_atom=cbf_edge_atom,
             cbf_quad=cbf_quad,
-            sbf_quad=self._radial(bases, "main", bases.mlp_sbf_qint)[0],
+            sbf_quad=self._narrow(sbf_quad) if self.backend == "triton" else sbf_quad,
         )
 
     def _radial(self, bases: Bases, edges: str, *projections: Linear | BasisProjection) -> list[Tensor]:
         """Return one tensor per projection: [E, rbf], or [E, A, S] of a `BasisProjection`."""
         weights = [p.weight.flatten(1) if isinstance(p, BasisProjection) else p.linear.weight.mT for p in projections]
         together = self._radial_product(bases, edges, torch.cat(weights, dim=1))
-        # only linear maps read them, in every block; but gradients of all blocks are summed in the type they have here
-        narrow = None if torch.is_grad_enabled() else self.low
         return [
             part.contiguous().view(len(part), p.weight.shape[2], p.weight.shape[1])
             if isinstance(p, BasisProjection)
-            else part.to(narrow or part.dtype, memory_format=torch.contiguous_format)
+            else self._narrow(part)
             for part, p in zip(together.split([w.shape[1] for w in weights], dim=1), projections, strict=True)
         ]
+
+    def _narrow(self, x: Tensor) -> Tensor:
+        """Return what all blocks read of a basis, contiguous, in the low type if there is one and no derivatives are.
+
+        Derivatives by all blocks are summed in the type that it has here.
+        """
+        dtype = x.dtype if self.low is None or torch.is_grad_enabled() else self.low
+        return x.to(dtype, memory_format=torch.contiguous_format)
 
     def _radial_product(self, bases: Bases, edges: str, weight: Tensor) -> Tensor:
         """Return the radial basis of an edge set times a weight, [E, R] x [R, out]."""

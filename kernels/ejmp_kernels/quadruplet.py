@@ -43,7 +43,7 @@ def quadruplet(
     Args:
         x: [E, C], float32 or float64.
         filters: [Q, S, C], of the middle edges: how the angle between input and middle edge scales each channel.
-        weight: [E, A, S * S].
+        weight: [E, A, S * S]; with Triton it may be in the 16-bit type of x, but then has no derivatives.
         main: the edges that send and receive.
         middle: the Q edges between them, over the same atoms.
         eps: |sin(angle)| under which three atoms are on a line; default: `collinear_eps`.

@@ -213,6 +213,17 @@ def test_registration_in_place(ops):
     assert torch.equal(x, namespace.activate(before, y, before, 0.7, 0.3))
 
 
+def test_quadruplets_take_weights_in_the_low_type():
+    """In Triton's forward, where the weights of all blocks are half of what is read; derivatives want them whole."""
+    case = Make("triton", "quadruplet")(torch.float16)
+    x, filters, weight, *rest = case.inputs
+    low = weight.half()
+    out, exact = case.call(x, filters, low, *rest), case.call(x, filters, low.float(), *rest)
+    assert relative_error(out, exact.double()) <= tolerance("op", torch.float16, 0)
+    with pytest.raises(ValueError, match="weight must be float32, got float16"):
+        case.call(x.requires_grad_(), filters, low, *rest).sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_equal_to_plain_torch(ops, dtype):
     """What runs on a GPU for ops without a CUDA kernel equals each backend's op, its backward and second backward."""

@@ -36,12 +36,26 @@ from ejmp_kernels.triton_kernels.quadruplet_values import input_range, inputs_of
 
 
 @triton.jit
+def _spread(e0, e, l, BLOCK_E: tl.constexpr, L: tl.constexpr, FLAT: tl.constexpr):
+    """Return edges and degrees of Y_l, as a tile [l, (e, k)] or its numbers in a row.
+
+    In the layout of the sums, which have channels too, threads make several of them, which is more work.
+    """
+    if FLAT:
+        i = tl.arange(0, L * BLOCK_E * L)
+        edge, degree = e0 + i // L % BLOCK_E, i // (BLOCK_E * L)
+    else:
+        edge, degree = e[None, :], l[:, None]
+    return edge, degree
+
+
+@triton.jit
 def _sums_kernel(
     v_u, vm_u, w_ptr, v_ptr, vm_ptr, ptr, source_ptr, image_ptr, m_ptr, m_source, m_image,
     value_u, value, out_u, out, K,
     C: tl.constexpr, CP: tl.constexpr, A: tl.constexpr, AP: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
     EPS: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, DOUBLE: tl.constexpr, CONTRACT: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """Write the op's result with CONTRACT, or else the sums [E, S, S, C]; with DOUBLE their derivatives too."""
     atom = tl.program_id(0).to(tl.int64)
@@ -51,24 +65,29 @@ def _sums_kernel(
         e, k, ok_e = edge_rows(e0, e_last, BLOCK_E, L)
         ex, ey, ez = read3(v_ptr, e, ok_e)
         e_source, e_image = tl.load(source_ptr + e, ok_e, -1), tl.load(image_ptr + e, ok_e, 0)
+        edge, degree = _spread(e0, e, l, BLOCK_E, L, FLAT)
+        exists = edge < e_last
+        fx, fy, fz = read3(v_ptr, edge, exists)
+        edge_source, edge_image = tl.load(source_ptr + edge, exists, -1), tl.load(image_ptr + edge, exists, 0)
         sums = tl.zeros((L, BLOCK_E * L, CP), ACC)
         if DOUBLE:
             ex_u, ey_u, ez_u = read3(v_u, e, ok_e)
+            fx_u, fy_u, fz_u = read3(v_u, edge, exists)
             sums_u = tl.zeros((L, BLOCK_E * L, CP), ACC)
         for q in range(tl.load(m_ptr + atom), tl.load(m_ptr + atom + 1)):
             qx, qy, qz = read3(vm_ptr, q, True)
             b, q_image = tl.load(m_source + q), tl.load(m_image + q)
             first, last = input_range(ptr, b, K)
-            c_not_b = ok_e & ~((e_source == b) & (e_image == q_image))
-            cosine = ex * qx + ey * qy + ez * qz
-            y_l = tl.where(c_not_b[None, :], legendre(cosine[None, :], l[:, None], S, 0), 0.0)
+            c_not_b = exists & ~((edge_source == b) & (edge_image == q_image))
+            cosine = fx * qx + fy * qy + fz * qz
+            y_l = tl.reshape(tl.where(c_not_b, legendre(cosine, degree, S, 0), 0.0), (L, BLOCK_E * L))
             px, py, pz, _p_scale, p_regular = normal(ex, ey, ez, qx, qy, qz, EPS)
             u = tl.zeros((BLOCK_E * L, CP), ACC)
             if DOUBLE:
                 qx_u, qy_u, qz_u = read3(vm_u, q, True)
-                cosine_u = ex_u * qx + ey_u * qy + ez_u * qz + ex * qx_u + ey * qy_u + ez * qz_u
-                y_l_u = legendre(cosine[None, :], l[:, None], S, 1) * cosine_u[None, :]
-                y_l_u = tl.where(c_not_b[None, :], y_l_u, 0.0)
+                cosine_u = fx_u * qx + fy_u * qy + fz_u * qz + fx * qx_u + fy * qy_u + fz * qz_u
+                y_l_u = tl.where(c_not_b, legendre(cosine, degree, S, 1) * cosine_u, 0.0)
+                y_l_u = tl.reshape(y_l_u, (L, BLOCK_E * L))
                 px_u, py_u, pz_u, _p_slope = normal_along(
                     ex, ey, ez, qx, qy, qz, ex_u, ey_u, ez_u, qx_u, qy_u, qz_u, EPS
                 )
@@ -98,11 +117,11 @@ def _sums_kernel(
         if CONTRACT:
             by_edge = tl.permute(tl.reshape(sums, (L, BLOCK_E, L, CP)), (1, 0, 2, 3))
             by_edge = tl.reshape(by_edge, (BLOCK_E, L * L, CP))
-            edge, a = e0 + tl.arange(0, BLOCK_E), tl.arange(0, AP)
+            row, a = e0 + tl.arange(0, BLOCK_E), tl.arange(0, AP)
             lk = tl.arange(0, L * L)
-            exists = ((edge < e_last)[:, None] & (a < A)[None, :])[:, :, None]
+            exists = ((row < e_last)[:, None] & (a < A)[None, :])[:, :, None]
             exists = exists & ((lk // L < S) & (lk % L < S))[None, None, :]
-            place = (edge[:, None] * A + a[None, :])[:, :, None] * (S * S) + (lk // L * S + lk % L)[None, None, :]
+            place = (row[:, None] * A + a[None, :])[:, :, None] * (S * S) + (lk // L * S + lk % L)[None, None, :]
             w = tl.load(w_ptr + place, exists, 0.0).to(ACC)
             mixed = tl.reshape(tl.dot(w, by_edge, input_precision=DOT, out_dtype=ACC), (BLOCK_E * AP, CP))
             g = tl.arange(0, BLOCK_E * AP)
@@ -193,7 +212,7 @@ ARGUMENTS = (
 @launch.define(f"quadruplet({ARGUMENTS}) -> Tensor")
 def quadruplet(*arguments: Any) -> Tensor:
     """Sum input edges over quadruplets, see `ejmp_kernels.quadruplet.quadruplet`."""
-    problem = prepare(*arguments)
+    problem = prepare(*arguments, low_weight=True)
     x, _, weight, v, v_middle = problem.inputs
     value, _ = problem.values(None)
     out = x.new_empty(weight.shape[0], weight.shape[1] * x.shape[1])
@@ -202,8 +221,12 @@ def quadruplet(*arguments: Any) -> Tensor:
     return out
 
 
-def prepare(*arguments: Any) -> Problem:
+def prepare(*arguments: Any, low_weight: bool = False) -> Problem:
     """Check the arguments of the op.
+
+    Args:
+        arguments: of the op.
+        low_weight: whether the weight may be in the type of the features, and not only in that of sums.
 
     Raises:
         ValueError: if shapes, types or devices do not fit together.
@@ -221,7 +244,7 @@ def prepare(*arguments: Any) -> Problem:
         x.device,
         x=(x, launch.REAL, (num_edges, channels)),
         filter=(f, real, (num_middle, spherical, channels)),
-        weight=(weight, real, (num_edges, embedding, spherical**2)),
+        weight=(weight, (*real, x.dtype) if low_weight else real, (num_edges, embedding, spherical**2)),
         v=(v, real, (num_edges, 3)),
         v_middle=(v_middle, real, (num_middle, 3)),
         ptr=(ptr, ids, (num_atoms + 1,)),
