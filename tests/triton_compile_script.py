@@ -3,7 +3,7 @@
 python tests/triton_compile_script.py [--json FILE] [--architectures 80 90] [--types float32 ...]
 
 Each op of torch.ops.ejmp_triton is called with JMP-L's widths on CPU tensors, while Triton believes in a GPU and only
-compiles what it would launch. Prints shared memory, registers and stack (spilled registers) of each kernel.
+compiles what it would launch. Prints shared memory, registers, stack (spilled registers), instructions of each kernel.
 """
 
 import argparse
@@ -88,6 +88,8 @@ class Compiler:
             file.flush()
             command = [CUOBJDUMP, "--dump-resource-usage", file.name]
             usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            command = [CUOBJDUMP.with_name("nvdisasm"), "--print-code", file.name]
+            code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))
         return {
             "architecture": f"sm_{self.driver.capability}",
@@ -97,6 +99,7 @@ class Compiler:
             "settings": {key: x if isinstance(x, int | str) else str(x) for key, x in settings.items()},
             "shared": kernel.metadata.shared,
             "registers": registers,
+            "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/ +(?!NOP)\S", code)),
             "stack": stack,
             "tensor_cores": next((name for name in ("wgmma", "mma.sync") if name in kernel.asm["ptx"]), None),
         }
@@ -190,11 +193,12 @@ def linear_fused(ops, _graph):
     """
     n, r, atoms, none = 1024, 16, ops.wide(4, 1024), (None, None)
 
-    def call(m, n, k, *, factor=False, add=False, more=False, basis=False, rows=False, filter_sum=False):
+    def call(m, n, k, *, factor=False, add=False, more=False, basis=False, rows=False, filter_sum=False, sums=False):
         x, weight, out = ops.features(m, k), ops.features(n, k), ops.features(m, n)
         filters = (ops.features(m, r), ops.features(n, r)) if basis else none
         who = torch.zeros(m, dtype=torch.long)
-        wide = (out if given else None for given in (add, more))
+        residual = out.to(real(ops.dtype)) if sums else out  # as that of atoms
+        wide = (residual if given else None for given in (add, more))
         ops.linear_fused(
             x, weight, out if factor else None, *filters, *wide, *((atoms, who) * 2 if rows else none * 2),
             ALPHA, 1.0, 1.0, filter_sum,
@@ -209,6 +213,13 @@ def linear_fused(ops, _graph):
         call(8192, n, n, add=True, more=True)
         call(8192, n, n, add=True, basis=True, filter_sum=True)
         call(8192, n, n, rows=True)
+        for m in (8192, 64):
+            call(m, n, 256, add=True, sums=True)
+        if ops.driver.capability >= 90 and ops.dtype in launch.LOW:
+            launch.OVERRIDES["linear_activate"] = {"SPECIALIZED": True}
+            call(8192, n, n)
+            call(8192, n, n, factor=True, add=True, more=True)
+            launch.OVERRIDES.clear()
 
 
 CASES = (
@@ -233,12 +244,15 @@ def compile_all(architectures, types):
 
 
 def table(rows):
-    lines = [f"{'GPU':6} {'type':9} {'op':21} {'kernel':34} shared registers stack warps stages tensor cores"]
+    lines = [
+        f"{'GPU':6} {'type':9} {'op':21} {'kernel':34} shared registers stack instructions warps stages tensor cores"
+    ]
     for row in rows:
         warps, stages = (row["settings"].get(name, default) for name, default in (("num_warps", 4), ("num_stages", 3)))
         lines.append(
             f"{row['architecture']:6} {row['dtype']:9} {row['op']:21} {row['kernel']:34} {row['shared']:6} "
-            f"{row['registers']:9} {row['stack']:5} {warps:5} {stages:6} {row['tensor_cores'] or '-'}"
+            f"{row['registers']:9} {row['stack']:5} {row['instructions']:12} {warps:5} {stages:6} "
+            f"{row['tensor_cores'] or '-'}"
         )
     return "\n".join(lines) + "\n"
 

@@ -11,6 +11,7 @@ move 2 m n numbers more for the product and as many for the filter, 3 m n for `m
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +20,11 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ejmp_kernels.triton_kernels import launch
+from ejmp_kernels.triton_kernels import gemm_specialized, launch
 from ejmp_kernels.triton_kernels.gemm_kernels import by_descriptors, by_pointers
+from ejmp_kernels.triton_kernels.gemm_specialized import specialized
 
-NO_OPTIONS = ("fused", "TMA", "FLATTEN", "PROGRAMS", "RATE")
+NO_OPTIONS = ("fused", "TMA", "FLATTEN", "SPECIALIZED", "PROGRAMS", "RATE")
 """Names of settings that are not handed to both kernels as they are."""
 MOST_BASIS = 128
 """The largest number of columns of a basis, whose product is one step."""
@@ -55,7 +57,7 @@ class Kind:
     n: int
     k: int
     r: int
-    """Columns of the basis, 1 without one."""
+    """Columns of the basis, 0 without one."""
     rows: bool
     """Whether there are rows of atoms."""
     filter_sum: bool
@@ -69,9 +71,10 @@ class Kind:
 class Launch:
     """How a product is launched; made once for every `Kind`, as making it takes longer than the launch itself."""
 
+    kernel: Any
     grid: tuple[int]
-    blocks: tuple[list[int], ...] | None
-    """Blocks of the descriptors of x, weight, factor, basis, filter, add, more, out; None for pointers."""
+    described: list[Callable[[Tensor], Any] | None]
+    """What makes a descriptor of x, weight, factor, basis, filter, add, more, out; None where a pointer is passed."""
     scalars: tuple[int, ...]
     options: dict[str, Any]
 
@@ -102,21 +105,27 @@ def prepare(kind: Kind) -> Launch:
     """Return how a product is launched."""
     chosen, like = settings(kind), torch.empty(0, dtype=kind.dtype, device=kind.device)
     options = {name: value for name, value in chosen.items() if name not in NO_OPTIONS}
+    block_m, block_n, block_k = (options[f"BLOCK_{letter}"] for letter in "MNK")
+    tiles = triton.cdiv(kind.m, block_m) * triton.cdiv(kind.n, block_n)
+    grid = (min(tiles, launch.processors(kind.device) * chosen["PROGRAMS"]),)
+    described: list[Any] = [None] * 8
+    if chosen["SPECIALIZED"] and chosen["TMA"] and not kind.r and not kind.rows and kind.out_dtype == kind.dtype:
+        described[:2] = gemm_specialized.described([block_m, block_k]), gemm_specialized.described([block_n, block_k])
+        options["STAGES"] = options.pop("num_stages")
+        return Launch(specialized, grid, described, (kind.m, kind.n, kind.k), options)
     # numbers in the type of sums need twice the memory in the epilogue
     parts = 4 if kind.rows or kind.out_dtype != kind.dtype else 2
     options |= {"SUM": launch.accumulator(like), "PRECISION": precision(like), "FILTER_SUM": kind.filter_sum}
     options |= {"BLOCK_R": launch.power_of_2(kind.r, 16), "PARTS": parts}
-    block_m, block_n, block_k, block_r = (options[f"BLOCK_{letter}"] for letter in "MNKR")
-    tiles = triton.cdiv(kind.m, block_m) * triton.cdiv(kind.n, block_n)
-    grid = (min(tiles, launch.processors(kind.device) * chosen["PROGRAMS"]),)
-    blocks, part = None, block_n // parts
+    kernel = by_pointers
     if chosen["TMA"]:
-        tile, narrow = [block_m, part], ([block_m, block_r], [part, block_r])
+        kernel, part, options["FLATTEN"] = by_descriptors, block_n // parts, chosen["FLATTEN"]
+        tile, narrow = [block_m, part], ([block_m, options["BLOCK_R"]], [part, options["BLOCK_R"]])
         blocks = ([block_m, block_k], [block_n, block_k], tile, *narrow, tile, tile, tile)
-        options["FLATTEN"] = chosen["FLATTEN"]
+        described = [functools.partial(TensorDescriptor.from_tensor, block_shape=block) for block in blocks]
     else:
         options["EVEN_K"] = kind.k % block_k == 0
-    return Launch(grid, blocks, (kind.m, kind.n, kind.k, kind.r), options)
+    return Launch(kernel, grid, described, (kind.m, kind.n, kind.k, kind.r), options)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -256,18 +265,18 @@ def run(
     """
     arrays, rows = launch.packed(arrays), launch.packed(rows)
     x, _, _, basis, *_, out = arrays
-    r, tf32 = 1 if basis is None else basis.shape[1], precision(x) == "tf32"
+    r, tf32 = 0 if basis is None else basis.shape[1], precision(x) == "tf32"
     aligned = all(map(_aligned, arrays))
     kind = Kind(x.device, x.dtype, out.dtype, *out.shape, x.shape[1], r, rows[0] is not None, filter_sum, aligned, tf32)
     how = prepare(kind) if launch.OVERRIDES else _prepared(launch.architecture(x.device), kind)
+    given = [t if t is None or make is None else make(t) for t, make in zip(arrays, how.described, strict=True)]
+    if how.kernel is specialized:
+        _, _, factor, _, _, add, more, _ = given
+        given = [*given[:2], factor, add, more, given[-1]]
+    else:
+        given += rows
     with launch.on_device(x):
-        if how.blocks is None:
-            by_pointers[how.grid](*arrays, *rows, *how.scalars, *scales, **how.options)
-        else:
-            described = [
-                t if t is None else TensorDescriptor.from_tensor(t, b) for t, b in zip(arrays, how.blocks, strict=True)
-            ]
-            by_descriptors[how.grid](*described, *rows, *how.scalars, *scales, **how.options)
+        how.kernel[how.grid](*given, *how.scalars, *scales, **how.options)
 
 
 def _aligned(x: Tensor | None) -> bool:

@@ -36,6 +36,8 @@ BY_DESCRIPTORS = (
     (128, 256, 64, 8, 3, 1), (256, 128, 64, 8, 3, 1), (128, 128, 64, 4, 3, 2), (128, 128, 64, 8, 4, 1),
     (64, 256, 64, 4, 3, 1), (64, 128, 64, 4, 4, 2),
 )  # fmt: skip
+SPECIALIZED = ((128, 256, 64, 8, 3, 1),)
+"""For the kernel whose warps have different tasks; it has sums for one such tile."""
 
 
 def candidates(kernel: str, settings: Settings) -> Iterator[Settings]:
@@ -47,6 +49,8 @@ def candidates(kernel: str, settings: Settings) -> Iterator[Settings]:
         for tiles in BY_DESCRIPTORS if settings["TMA"] else ():
             for flatten in (True, False):
                 yield {"fused": True, "TMA": True, "FLATTEN": flatten, **dict(zip(TILES, tiles, strict=True))}
+        for tiles in SPECIALIZED if settings["TMA"] else ():
+            yield {"fused": True, "TMA": True, "SPECIALIZED": True, **dict(zip(TILES, tiles, strict=True))}
         return
     for name, value in settings.items():
         if type(value) is not int:
