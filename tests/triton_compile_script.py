@@ -176,6 +176,7 @@ def sums(ops, graph):
         ops.gather_add(x, rows, rows, main.source, main.swap, main.ptr)
     for order in (None, main.swap):
         ops.edge_sum(m, order, main.ptr)
+    ops.atom_sum_filtered(m, ops.features(len(m), 32), ops.features(1024, 32), main.ptr)
     ops.atom_sum_backward(ops.atom_sum(m, m, main.ptr), m, m, main.ptr)
 
 

@@ -282,7 +282,7 @@ class FusedExecutor(Executor):
 
     def atom_sum(self, layer: AtomUpdate, m: Tensor, rbf: Tensor) -> Tensor:
         """Sum edges into atoms through a filter of the radial basis and scale, [E, M] to [N, M]."""
-        filters = linear(*self.filter(layer.dense_rbf, rbf, layer.scale_sum), backend=self.backend)
+        filters = self.filter(layer.dense_rbf, rbf, layer.scale_sum)
         return atom_sum(m, filters, self.graph.main.ptr, backend=self.backend)
 
     def embed(self, bases: Bases, h: Tensor) -> Tensor:

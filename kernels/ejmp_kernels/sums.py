@@ -10,18 +10,32 @@ Source: GemNet-OC (arXiv 2204.02782), atom update.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.library import register_autograd
+from torch.utils.flop_counter import register_flop_formula
 
-from ejmp_kernels.registry import Backend, by_atom, like, ops_of, register_bilinear, register_shape, when_loaded, wide
+from ejmp_kernels.dense import LOW, Filter, is_recorded, made
+from ejmp_kernels.registry import (
+    NAMESPACES,
+    Backend,
+    by_atom,
+    like,
+    ops_of,
+    register_bilinear,
+    register_shape,
+    when_loaded,
+    wide,
+)
 
 
-def atom_sum(m: Tensor, filters: Tensor, ptr: Tensor, *, backend: Backend = "native") -> Tensor:
+def atom_sum(m: Tensor, filters: Tensor | Filter, ptr: Tensor, *, backend: Backend = "native") -> Tensor:
     """Sum edges times their filter into atoms.
 
     Args:
         m: [E, M], float32, float64 or bfloat16.
-        filters: [E, M] of the same type.
+        filters: [E, M] of the same type, or what they are the product of; in 16 bits Triton makes them on the way,
+            where no derivatives are asked for.
         ptr: [N + 1] int64, CSR pointers of the edges over targets.
         backend: whose kernels to use.
 
@@ -31,7 +45,9 @@ def atom_sum(m: Tensor, filters: Tensor, ptr: Tensor, *, backend: Backend = "nat
     Raises:
         ValueError: if shapes, types or devices do not fit together.
     """
-    return ops_of(backend).atom_sum(m, filters, ptr)
+    if isinstance(filters, Filter) and backend == "triton" and m.dtype in LOW and not is_recorded(m, *filters):
+        return ops_of(backend).atom_sum_filtered(m, *filters, ptr)
+    return ops_of(backend).atom_sum(m, made(filters, backend), ptr)
 
 
 def edge_sum(x: Tensor, ptr: Tensor, *, backend: Backend = "native") -> Tensor:
@@ -66,5 +82,10 @@ def _register(namespace: str) -> None:
         return (rows, None, None)
 
     register_bilinear(f"{namespace}::atom_sum", lambda m, filters, ptr: wide(m, ptr.shape[0] - 1))
+    if namespace == NAMESPACES["triton"]:
+        register_shape(f"{namespace}::atom_sum_filtered", lambda m, basis, filters, ptr: wide(m, ptr.shape[0] - 1))
+        register_flop_formula([torch.ops.ejmp_triton.atom_sum_filtered])(
+            lambda m, basis, *_, out_shape=None: 2 * m[0] * m[1] * basis[1]
+        )
     register_shape(f"{namespace}::edge_sum", lambda x, order, ptr: wide(x, ptr.shape[0] - 1))
     register_autograd(f"{namespace}::edge_sum", backward, setup_context=setup)

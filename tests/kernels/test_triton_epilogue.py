@@ -29,7 +29,8 @@ from support.gemm_cases import (
 
 from ejmp_kernels import specification
 from ejmp_kernels.dense import After, AtomRows, Filter, dense, linear_swap_add
-from ejmp_kernels.triton_kernels import gemm, gemm_kernels, gemm_swap, launch
+from ejmp_kernels.sums import atom_sum
+from ejmp_kernels.triton_kernels import gemm, gemm_kernels, gemm_swap, launch, sums
 
 __all__ = ["kernel", "launches"]  # fixtures
 GAMMA = 0.41
@@ -152,8 +153,8 @@ def test_the_function_gives_the_same_on_each_way(dtype, launches):
 def emulated_silu(z, power_error, reciprocal_error):
     """Float32 z sigmoid(z) as the kernel orders it, its two instructions off by given relative errors."""
     one = np.float32(1)
-    power = np.exp2((z * np.float32(-1.4426950408889634)).astype(np.float64)) * (1 + power_error)
     with np.errstate(over="ignore", under="ignore"):
+        power = np.exp2((z * np.float32(-1.4426950408889634)).astype(np.float64)) * (1 + power_error)
         power = power.astype(np.float32)
     power[np.abs(power) < np.finfo(np.float32).tiny] = 0
     reciprocal = (1 / (one + power).astype(np.float64) * (1 + reciprocal_error)).astype(np.float32)
@@ -225,3 +226,35 @@ def test_wrong_messages_are_refused(index, wrong, message):
     given[index] = wrong(given[index])
     with pytest.raises(ValueError, match=message):
         linear_swap_add(*given, backend="triton")
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *LOW])
+@pytest.mark.parametrize(("degrees", "width", "r"), [((0, 40, 3, 17), 150, 32), ((1,), 1, 1), ((0, 0), 5, 9)])
+def test_sums_make_their_filters(degrees, width, r, dtype):
+    ptr = torch.tensor([0, *degrees], device=DEVICE).cumsum(0)
+    m, basis, filters = (randn(*shape, dtype=dtype) for shape in ((sum(degrees), width), (sum(degrees), r), (width, r)))
+    out = torch.ops.ejmp_triton.atom_sum_filtered(m, basis, filters, ptr)
+    exact = torch.zeros(len(degrees), width, dtype=torch.float64, device=DEVICE)
+    atoms = torch.repeat_interleave(torch.arange(len(degrees), device=DEVICE), torch.tensor(degrees, device=DEVICE))
+    exact.index_add_(0, atoms, m.double() * (basis.double() @ filters.double().mT))
+    assert out.dtype == launch.sums_dtype(m)
+    assert relative_error(out, exact) < 10 * allowed(torch.float32 if dtype != torch.float64 else dtype)
+
+
+def test_sums_make_their_filters_where_nothing_is_recorded(monkeypatch):
+    m, basis, filters, ptr = randn(6, 8), randn(6, 3), randn(8, 3), torch.tensor([0, 2, 6], device=DEVICE)
+    made = []
+    monkeypatch.setattr(sums, "_filtered_kernel", {(2, 1): lambda *_, **__: made.append(1)})
+    low = [t.half() for t in (m, basis, filters)]
+    atom_sum(low[0], Filter(*low[1:]), ptr, backend="triton")
+    assert made == [1]
+    exact = atom_sum(m, basis @ filters.mT, ptr, backend="triton")
+    assert relative_error(atom_sum(m, Filter(basis, filters), ptr, backend="triton"), exact) < 1e-13
+    low[2].requires_grad_()
+    out = atom_sum(low[0], Filter(*low[1:]), ptr, backend="triton")
+    wide = [t.detach().double() for t in low]
+    exact = atom_sum(wide[0], Filter(*wide[1:]), ptr, backend="triton")
+    assert relative_error(out.detach(), exact) < allowed(torch.float16)
+    out.sum().backward()
+    assert made == [1]

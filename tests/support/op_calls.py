@@ -72,6 +72,7 @@ def calls(dtype=torch.float32):
         "pair": {"h": draw(N, C), "radial": draw(E, R), "ptr": main["ptr"], "source": main["source"]}
         | {"grad": draw(N, R * C)},
         "atom_sum": sums,
+        "atom_sum_filtered": {"m": draw(E, M), "basis": draw(E, 2), "filter": draw(M, 2), "ptr": main["ptr"]},
         "edge_sum": {"x": draw(E, M), "order": torch.tensor([3, 1, 0, 5, 4, 2]), "ptr": main["ptr"]},
         "gather_add": rows | {"x": draw(E, M), "ptr": main["ptr"]},
         "activate": flat | scales,

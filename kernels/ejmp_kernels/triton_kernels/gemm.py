@@ -26,8 +26,6 @@ from ejmp_kernels.triton_kernels.gemm_specialized import specialized
 
 NO_OPTIONS = ("fused", "TMA", "FLATTEN", "SPECIALIZED", "PROGRAMS", "RATE")
 """Names of settings that are not handed to both kernels as they are."""
-MOST_BASIS = 128
-"""The largest number of columns of a basis, whose product is one step."""
 
 
 def precision(x: Tensor) -> str:
@@ -187,8 +185,8 @@ def _check_filter(x: Tensor, weight: Tensor, basis: Tensor | None, filter_weight
         return
     launch.check_rows("linear_fused", "basis", basis, 2)
     width = basis.shape[1]
-    if not 0 < width <= MOST_BASIS:
-        raise ValueError(f"linear_fused: basis must have 1..{MOST_BASIS} columns, got {width}")
+    if not 0 < width <= launch.MOST_BASIS:
+        raise ValueError(f"linear_fused: basis must have 1..{launch.MOST_BASIS} columns, got {width}")
     launch.check_arguments(
         "linear_fused",
         x.device,

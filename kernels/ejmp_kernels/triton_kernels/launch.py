@@ -20,6 +20,8 @@ LOW = (torch.float16, torch.bfloat16)
 REAL = (torch.float32, torch.float64, *LOW)
 MOST_SPHERICAL = 16
 """The largest number of spherical functions."""
+MOST_BASIS = 128
+"""The largest number of columns of a basis of which filters are made, whose product is one step."""
 MOST_COLUMNS = 1 << 20
 """The largest size of an axis that does not count rows."""
 MOST_IMAGE = 1 << 60

@@ -36,6 +36,26 @@ def _sum_kernel(
 
 
 @triton.jit
+def _filtered_kernel(
+    x_ptr, basis, weight, ptr, out, M, R, ACC: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Sum with factors that are made here, basis weight^T, whose columns of a block of channels stay in registers."""
+    n = tl.program_id(0).to(tl.int64)
+    first, last = tl.load(ptr + n), tl.load(ptr + n + 1)
+    c, r = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
+    w = tl.load(weight + c[None, :] * R + r[:, None], (r < R)[:, None] & (c < M)[None, :], 0.0)
+    sums = tl.zeros((BLOCK_E, BLOCK_C), ACC)
+    for start in range(first, last, BLOCK_E):
+        e = start + tl.arange(0, BLOCK_E)
+        exists = e < last
+        b = tl.load(basis + e[:, None] * R + r[None, :], exists[:, None] & (r < R)[None, :], 0.0)
+        factor = tl.dot(b, w, input_precision=DOT, out_dtype=ACC)
+        sums += factor * tl.load(x_ptr + e[:, None] * M + c[None, :], exists[:, None] & (c < M)[None, :], 0.0).to(ACC)
+    tl.store(out + n * M + c, tl.sum(sums, 0), c < M)
+
+
+@triton.jit
 def _backward_kernel(
     grad, m_ptr, factor, ptr, to_m, to_factor, M, ACC: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr
 ):
@@ -94,6 +114,30 @@ def atom_sum(m: Tensor, factor: Tensor, ptr: Tensor) -> Tensor:
     _check_rows("atom_sum", "m", m, ptr)
     launch.check_arguments("atom_sum", m.device, factor=(factor, (m.dtype,), tuple(m.shape)))
     return _sum(m, factor, None, ptr)
+
+
+@launch.define("atom_sum_filtered(Tensor m, Tensor basis, Tensor filter, Tensor ptr) -> Tensor")
+def atom_sum_filtered(m: Tensor, basis: Tensor, filter: Tensor, ptr: Tensor) -> Tensor:  # noqa: A002
+    """Sum edges times basis filter^T into atoms, [E, M], [E, R], [M, R] -> [N, M]; it has no derivative."""
+    op = "atom_sum_filtered"
+    _check_rows(op, "m", m, ptr)
+    launch.check_rows(op, "basis", basis, 2)
+    width, like = basis.shape[1], (m.dtype,)
+    if not 0 < width <= launch.MOST_BASIS:
+        raise ValueError(f"{op}: basis must have 1..{launch.MOST_BASIS} columns, got {width}")
+    launch.check_arguments(
+        op, m.device, basis=(basis, like, (m.shape[0], width)), filter=(filter, like, (m.shape[1], width))
+    )
+    num_atoms, channels = ptr.shape[0] - 1, m.shape[1]
+    out = m.new_empty(num_atoms, channels, dtype=launch.sums_dtype(m))
+    settings = launch.config(op, m)
+    options = {"ACC": launch.accumulator(m), "DOT": launch.dot_precision(m), "BLOCK_R": launch.power_of_2(width, 16)}
+    if out.numel():
+        with launch.on_device(m):
+            grid = (num_atoms, triton.cdiv(channels, settings["BLOCK_C"]))
+            arrays = launch.packed((m, basis, filter, ptr))
+            _filtered_kernel[grid](*arrays, out, channels, width, **options, **settings)
+    return out
 
 
 @launch.define("atom_sum_backward(Tensor grad, Tensor m, Tensor factor, Tensor ptr) -> (Tensor, Tensor)")

@@ -98,6 +98,8 @@ def graph_ops(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[st
     narrow, up = features(count, c), features(2 * sizes.wide, c)
     calls["linear_swap_add"] = lambda: ops.linear_swap_add(narrow, up, swap, m, SCALED_SILU)
     calls["gather_add"] = lambda: ops.gather_add(m, rows, rows, source, swap, ptr)
+    basis, filters = features(count, c // 2), features(sizes.wide, c // 2)
+    calls["atom_sum_filtered"] = lambda: ops.atom_sum_filtered(m, basis, filters, ptr)
     calls["edge_sum"] = lambda: ops.edge_sum(m, swap, ptr)
     return calls
 
