@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 import time
+from collections.abc import Callable
 from statistics import median
 
 import bench_kernels
@@ -230,4 +231,23 @@ def chain_calls(setting: Setting, chain: torch.nn.Sequential, x: torch.Tensor, p
             calls[backend] = functools.partial(fused, backend)
         else:
             left_out[backend] = why
+    calls |= second_products(calls, low)
     return {name: within(call) for name, call in calls.items()}, left_out
+
+
+def second_products(calls: dict[str, Callable], low: torch.dtype) -> dict[str, Callable]:
+    """Return Triton's call again with the second kernel for products, which is for 16 bits."""
+    if "triton" not in calls or low == torch.float32:
+        return {}
+    return {"triton, warps with different tasks": functools.partial(specialized, calls["triton"])}
+
+
+def specialized(call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Call with the second kernel for products in 16 bits; where the device has none the first one runs."""
+    from ejmp_kernels.triton_kernels import launch  # only where Triton is
+
+    launch.OVERRIDES["linear_activate"] = {"SPECIALIZED": True}
+    try:
+        return call()
+    finally:
+        launch.OVERRIDES.clear()

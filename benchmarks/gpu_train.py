@@ -23,7 +23,7 @@ from ejmp.train.task import Task, Tasks
 
 TUNED = (
     "linear_activate", "linear_activate_middle", "linear_activate_small", "quadruplet", "quadruplet_values", "triplet",
-    "activate", "swap_add", "edge_sum", "pair",
+    "linear_swap_add", "atom_sum_filtered", "activate", "swap_add", "edge_sum", "pair",
 )  # fmt: skip
 """Kernels to tune, those that take most of a forward pass first."""
 LOSS_TOLERANCE = {"fp32": 1e-3, "tf32": 5e-2, "fp16": 5e-2, "bf16": 2e-1}

@@ -99,9 +99,7 @@ class Compiled:
         compiler: of torch.compile, or None for none.
     """
 
-    def __init__(
-        self, model: Compilable, mode: Mode, buckets: Buckets | None = None, compiler: str | None = "inductor"
-    ) -> None:
+    def __init__(self, model: Compilable, mode: Mode, buckets: Buckets | None, compiler: str | None) -> None:
         if mode not in get_args(Mode):
             raise ValueError(f"mode: expected one of {get_args(Mode)}, got {mode!r}")
         self.record: Recorder | None = None

@@ -197,7 +197,7 @@ class JMP(nn.Module):
         return _resolve(self.requested_backend, self.device.type, LOW_PRECISION.get(self.precision, self.dtype))
 
     def compile(
-        self, mode: Mode = "throughput", *, buckets: Buckets | None = None, compiler: str | None = "inductor"
+        self, mode: Mode = "throughput", *, buckets: Buckets | None = None, compiler: str | None = "auto"
     ) -> None:
         """Make `model(graph)` and `gradient_forces` fast for batches of a few shapes; this is the one switch for it.
 
@@ -213,7 +213,8 @@ class JMP(nn.Module):
                 autograd records goes as in "throughput", so predict under torch.no_grad()); "off" undoes
                 it.
             buckets: the ladder; default: one that grows with the graphs that come.
-            compiler: torch.compile's backend; None leaves only padding and CUDA graphs.
+            compiler: torch.compile's backend; None leaves only padding and CUDA graphs. "auto" is inductor, but for
+                "latency" on kernels None: inductor cannot look into them, and would cast weights in each replay.
 
         Raises:
             ValueError: for an unknown mode, or a model in 8 bits; and, when called, for a graph that fits in none of
@@ -222,6 +223,8 @@ class JMP(nn.Module):
         """
         if self.precision in EIGHT_BITS and mode != "off":
             raise ValueError(f'compile: a model at precision="{self.precision}" runs as it is, and cannot be compiled')
+        if compiler == "auto":
+            compiler = None if mode == "latency" and self.backend != "reference" else "inductor"
         # where nn.Module.compile puts what it made: a call takes it, `forward` does not, no copy and no pickle has it
         self._compiled_call_impl = None if mode == "off" else Compiled(self, mode, buckets, compiler)
 

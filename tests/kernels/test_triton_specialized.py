@@ -10,10 +10,14 @@ from support.tolerances import relative_error
 
 pytest.importorskip("triton")
 
-from support.gemm_cases import ALPHA, BETA, make, randn
+from support.gemm_cases import ALPHA, BETA, allowed, launches, make, op, randn
 from support.gluon_emulator import Descriptor, launch
 
-from ejmp_kernels.triton_kernels import gemm_specialized
+from ejmp_kernels.availability import interpreted
+from ejmp_kernels.triton_kernels import gemm, gemm_specialized
+from ejmp_kernels.triton_kernels import launch as launch_settings
+
+__all__ = ["launches"]  # a fixture
 
 GAMMA = 0.41
 OPTIONS = {"APPROXIMATE": False, "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2, "STAGES": 3}
@@ -59,6 +63,40 @@ def test_rings_of_other_lengths(stages):
 def test_more_programs_than_tiles():
     out, exact = run(16, 32, 32, (), programs=3)
     assert relative_error(out, exact) < 4e-3
+
+
+@pytest.mark.skipif(interpreted() or torch.cuda.get_device_capability() < (9, 0), reason="it is for sm_90")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [(5000, 1024, 1024), (300, 72, 520), (130, 64, 64)])
+@pytest.mark.parametrize("given", [(), ("factor", "add")])
+def test_values_on_a_gpu(size, given, dtype, launches, monkeypatch):
+    monkeypatch.setattr(launch_settings, "OVERRIDES", {"linear_activate": {"SPECIALIZED": True, "RATE": 1e9}})
+    x, weight, *optional = (t.cuda() for t in make(*size, dtype))
+    weight = weight / size[1] ** 0.5
+    factor, add = optional if given else (None, None)
+    out = op(x, weight, factor, add)
+    z = ALPHA * torch.nn.functional.silu(x.double() @ weight.double().mT)
+    exact = z * factor.double() + BETA * add.double() if given else z
+    assert len(launches) == 1
+    assert relative_error(out, exact) < 4 * allowed(dtype)
+
+
+def test_it_is_chosen_by_its_setting_and_where_it_can(monkeypatch):
+    monkeypatch.setattr(launch_settings, "architecture", lambda _: "sm_90")
+    monkeypatch.setattr(launch_settings, "processors", lambda _: 132)
+    monkeypatch.setattr(launch_settings, "OVERRIDES", {"linear_activate": {"SPECIALIZED": True}})
+    plain = {"r": 0, "rows": False, "filter_sum": False, "aligned": True, "tf32": False}
+
+    def kernel_of(m, out_dtype=torch.bfloat16, **options):
+        sizes = {"m": m, "n": 1024, "k": 1024}
+        kind = gemm.Kind(torch.device("cpu"), torch.bfloat16, out_dtype, **sizes, **plain | options)
+        return gemm.prepare(kind).kernel
+
+    assert kernel_of(32_768) is gemm_specialized.specialized
+    for other in ({"r": 32}, {"rows": True}, {"aligned": False}, {"out_dtype": torch.float32}):
+        assert kernel_of(32_768, **other) is not gemm_specialized.specialized
+    monkeypatch.setattr(launch_settings, "OVERRIDES", {})
+    assert kernel_of(32_768) is not gemm_specialized.specialized
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,17 @@ def test_refusals(tiny_config):
         model(graph_of(model, "H2O").to(dtype=torch.float32))
 
 
+@pytest.mark.parametrize(
+    ("backend", "mode", "compiler"),
+    [("native", "throughput", "inductor"), ("native", "latency", None), ("reference", "latency", "inductor")],
+)
+def test_cuda_graphs_of_kernels_are_recorded_without_a_compiler(tiny_config, monkeypatch, backend, mode, compiler):
+    asked = []
+    monkeypatch.setattr("ejmp.model.jmp.Compiled", lambda model, *given: asked.append(given))
+    make_model(tiny_config, backend).compile(mode)
+    assert asked == [(mode, None, compiler)]
+
+
 class Recorded:
     """Stands for CUDA graphs on the CPU: replaying runs the function again on its inputs, into the same outputs."""
 

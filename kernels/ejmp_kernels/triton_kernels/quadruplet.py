@@ -7,7 +7,8 @@ out[e, a, c] = sum_lk weight[e, a, S l + k] sums[e, l, k, c]
 
 A program takes one atom a and BLOCK_E edges e. For each q the scores Y_k are a tile with rows (e, k) and columns d;
 scores value is a matrix product U[(e, k), c], which enters the sums once per l. Written and read again: 4 Q K C bytes
-of values, K = max_degree; the other arrays once.
+of values, K = max_degree; the other arrays once. Mixing out to fewer channels stays a product of its own: here it
+would read all its weights for every BLOCK_E edges.
 
 With DOUBLE a kernel also gives the derivative along directions of its inputs (suffix _u), by the product rule.
 """
