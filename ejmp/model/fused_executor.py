@@ -202,7 +202,7 @@ class FusedExecutor(Executor):
         Derivatives by all blocks are summed in the type that it has here.
         """
         dtype = x.dtype if self.low is None or torch.is_grad_enabled() else self.low
-        return x.to(dtype, memory_format=torch.contiguous_format)
+        return x.to(dtype).contiguous()
 
     def _radial_product(self, bases: Bases, edges: str, weight: Tensor) -> Tensor:
         """Return the radial basis of an edge set times a weight, [E, R] x [R, out]."""
