@@ -19,6 +19,7 @@ from ejmp.model.config import JMPConfig, Precision
 from ejmp.model.outputs import Features, Output
 from ejmp.model.precision import tf32_products
 from ejmp_kernels.derived import RecordedCopies
+from ejmp_kernels.registry import is_recorded
 
 Mode = Literal["throughput", "latency", "off"]
 Location = tuple[Mapping[str, Tensor | None], str]
@@ -176,7 +177,7 @@ class Compiled:
     def _recorded(self, graph: AtomGraph) -> bool:
         """Return whether autograd records a call."""
         given = (graph.positions, graph.main.distance, graph.main.vector)
-        return torch.is_grad_enabled() and any(x.requires_grad for x in (*given, *self.model.parameters()))
+        return is_recorded(*given, *self.model.parameters())
 
     def _run(self, model: Compilable, graph: AtomGraph, shape: GraphShape, *, forces: bool) -> Output:
         """Run traced code, and trace it for a new shape."""

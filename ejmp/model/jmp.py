@@ -27,6 +27,7 @@ from ejmp.model.reference_executor import ReferenceExecutor
 from ejmp.model.regions import region
 from ejmp.model.task import Task, check_tasks
 from ejmp_kernels.derived import forget
+from ejmp_kernels.registry import is_recorded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -271,7 +272,7 @@ class JMP(nn.Module):
         backend, low = self.backend, LOW_PRECISION.get(self.precision)
         if self.precision in EIGHT_BITS:
             exact = [self.get_submodule(name) for name in self.config.bf16_layers]
-            recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (graph.positions, *self.parameters()))
+            recorded = is_recorded(graph.positions, *self.parameters())
             kind = "int8 training" if self._trains_for_8_bits else self.precision
             return in_eight_bits(graph, kind, backend, exact, recorded=recorded)
         if backend == "reference":

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd
 
-from ejmp_kernels.registry import Backend, like, ops_of, refuse_third_derivative, register_shape, when_loaded, zeros_for
+from ejmp_kernels.registry import (
+    Backend,
+    is_recorded,
+    like,
+    ops_of,
+    refuse_third_derivative,
+    register_shape,
+    when_loaded,
+    zeros_for,
+)
 
 SCALED_SILU = 1 / 0.6
 
@@ -42,8 +51,7 @@ def activate(
     Raises:
         ValueError: if shapes, types or devices do not fit together.
     """
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, factor, add))
-    in_place = in_place and not recorded and x.is_contiguous() and not torch.compiler.is_compiling()
+    in_place = in_place and not is_recorded(x, factor, add) and x.is_contiguous() and not torch.compiler.is_compiling()
     space = ops_of(backend)
     op = space.activate_ if in_place else space.activate
     return op(x, factor, add, scale * SCALED_SILU, add_scale)

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ejmp_kernels.activation import SCALED_SILU, activate, swap_add
 from ejmp_kernels.edge_embedding import gather_add
 from ejmp_kernels.linear import linear
-from ejmp_kernels.registry import NAMESPACES, Backend, ops_of, register_shape, when_loaded
+from ejmp_kernels.registry import NAMESPACES, Backend, is_recorded, ops_of, register_shape, when_loaded
 
 LOW = (torch.float16, torch.bfloat16)
 """The types in which Triton's op takes rows of atoms; in others its products are the vendor's."""
@@ -139,11 +139,6 @@ def finish(out: Tensor, after: After, *, backend: Backend = "native") -> Tensor:
     """Return (out + more_scale more) outer, [rows, out], by passes of their own."""
     out = out if after.more is None else torch.add(out, after.more, alpha=after.more_scale)
     return out if after.outer is None else out * linear(*after.outer, backend=backend)
-
-
-def is_recorded(*tensors: Tensor | None) -> bool:
-    """Return whether derivatives will be asked for of what is computed of some tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _fused(x: Tensor, weight: Tensor, after: After) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ejmp_kernels.registry import is_recorded
+
 Made = TypeVar("Made")
 
 _held: MutableMapping[Tensor, dict[Hashable, tuple[Hashable, Any]]] = WeakTensorKeyDictionary()
@@ -122,7 +124,7 @@ def held(make: Callable[..., Tensor], sources: tuple[nn.Parameter | Tensor, ...]
         sources: parameters, or buffers after the first.
         options: what else it takes.
     """
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in sources)
+    recorded = is_recorded(*sources)
     compiling = torch.compiler.is_compiling()
     copies = None if recorded or compiling else _recorded_copies.get()
     if copies is not None:

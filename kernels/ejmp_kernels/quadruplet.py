@@ -24,7 +24,15 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ejmp_kernels.edges import Edges
 from ejmp_kernels.linear import linear
-from ejmp_kernels.registry import NAMESPACES, Backend, ops_of, register_nonlinear, register_shape, when_loaded
+from ejmp_kernels.registry import (
+    NAMESPACES,
+    Backend,
+    is_recorded,
+    ops_of,
+    register_nonlinear,
+    register_shape,
+    when_loaded,
+)
 from ejmp_kernels.specification import collinear_eps
 
 
@@ -87,10 +95,7 @@ def quadruplet_linear(
     Raises:
         ValueError: if shapes, types or devices do not fit together, or an index is out of range.
     """
-    recorded = torch.is_grad_enabled() and any(
-        t.requires_grad for t in (x, filters, weight, main.vector, middle.vector, mix)
-    )
-    if recorded or not x.is_cpu or backend != "native":
+    if is_recorded(x, filters, weight, main.vector, middle.vector, mix) or not x.is_cpu or backend != "native":
         return linear(quadruplet(x, filters, weight, main, middle, backend=backend), mix, backend=backend)
     ids = (main.ptr, main.source, main.image, middle.ptr, middle.source, middle.image)
     options = (collinear_eps(x.dtype), main.max_degree)

@@ -71,6 +71,11 @@ def ops_of(backend: Backend) -> Any:
     return _ops[backend]
 
 
+def is_recorded(*tensors: Tensor | None) -> bool:
+    """Return whether derivatives will be asked for of what is computed of some tensors."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def when_loaded(register: Callable[[str], None]) -> Callable[[str], None]:
     """Call a function with the namespace of each backend: now if the backend is loaded, or else when it will be."""
     _registrations.append(register)

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
-from ejmp_kernels.dense import LOW, Filter, is_recorded, made
+from ejmp_kernels.dense import LOW, Filter, made
 from ejmp_kernels.registry import (
     NAMESPACES,
     Backend,
     by_atom,
+    is_recorded,
     like,
     ops_of,
     register_bilinear,

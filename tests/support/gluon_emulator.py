@@ -215,6 +215,7 @@ class World:
         numbers = lambda *bounds: (torch.tensor(i) for i in range(*map(int, bounds)))  # noqa: E731 - they have .to
         return {
             "gl": gl,
+            "tl": gl,
             "mbarrier": barriers,
             "tma": types.SimpleNamespace(async_copy_global_to_shared=self.copy),
             "warpgroup_mma": mma,

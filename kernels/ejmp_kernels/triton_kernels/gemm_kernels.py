@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _origin(tile, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+def origin(tile, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """Return the first row and column of a tile: down the rows of a group, then to its next column."""
     rows, columns = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     group = tile // (GROUP_M * columns)
@@ -132,7 +132,7 @@ def by_pointers(
     """Write alpha silu(x weight^T + rows) factor filter + beta add + gamma more; see `gemm`."""
     tiles = tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
-        first_row, first_column = _origin(tile, m, n, BLOCK_M, BLOCK_N, GROUP_M)
+        first_row, first_column = origin(tile, m, n, BLOCK_M, BLOCK_N, GROUP_M)
         inner = tl.arange(0, BLOCK_K)
         # rows past the end are read as the last one, and what becomes of them is not stored
         x_row = tl.minimum(tl.arange(0, BLOCK_M), m - 1 - first_row)
@@ -168,7 +168,7 @@ def by_descriptors(
     """Write what `by_pointers` does; all but the rows of atoms are descriptors of arrays."""
     tiles = tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
-        row, column = _origin(tile, m, n, BLOCK_M, BLOCK_N, GROUP_M)
+        row, column = origin(tile, m, n, BLOCK_M, BLOCK_N, GROUP_M)
         z = tl.zeros((BLOCK_M, BLOCK_N), SUM)
         for start in tl.range(0, k, BLOCK_K):
             # what lies past an end comes as zeros

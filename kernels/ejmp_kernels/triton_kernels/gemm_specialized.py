@@ -23,6 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ejmp_kernels.triton_kernels.gemm_kernels import origin
+
 PART: gl.constexpr = gl.constexpr(32)
 """Columns that go through the epilogue at a time."""
 
@@ -34,16 +36,6 @@ def described(block: list[int]) -> Callable[[Tensor], TensorDescriptor]:
 
 
 @gluon.jit
-def _origin(tile, m, n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr):
-    """Return the first row and column of a tile: down the rows of a group, then to its next column."""
-    rows, columns = gl.cdiv(m, BLOCK_M), gl.cdiv(n, BLOCK_N)
-    group = tile // (GROUP_M * columns)
-    within = tile % (GROUP_M * columns)
-    height = gl.minimum(rows - group * GROUP_M, GROUP_M)
-    return (group * GROUP_M + within % height) * BLOCK_M, within // height * BLOCK_N
-
-
-@gluon.jit
 def _request(
     step, wanted, x, weight, a, b, full, m, n, k,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
@@ -52,7 +44,7 @@ def _request(
     steps = gl.cdiv(k, BLOCK_K)
     tile = gl.program_id(0) + step // steps * gl.num_programs(0)
     wanted = wanted & (tile < gl.cdiv(m, BLOCK_M) * gl.cdiv(n, BLOCK_N))
-    row, column = _origin(tile, m, n, BLOCK_M, BLOCK_N, GROUP_M)
+    row, column = origin(tile, m, n, BLOCK_M, BLOCK_N, GROUP_M)
     stage, start = step % STAGES, step % steps * BLOCK_K
     mbarrier.expect(full.index(stage), (BLOCK_M + BLOCK_N) * BLOCK_K * x.dtype.primitive_bitwidth // 8, pred=wanted)
     tma.async_copy_global_to_shared(x, [row, start], full.index(stage), a.index(stage), pred=wanted)
@@ -118,7 +110,7 @@ def _finish(
     i = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))[:, None]
     j = gl.arange(0, PART, layout=gl.SliceLayout(0, layout))[None, :]
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        row, column = _origin(tile, m, n, BLOCK_M, BLOCK_N, GROUP_M)
+        row, column = origin(tile, m, n, BLOCK_M, BLOCK_N, GROUP_M)
         mbarrier.wait(product_full, count & 1)
         for first in gl.static_range(0, BLOCK_N, PART):
             inside = (i < m - row) & (j < n - column - first)
