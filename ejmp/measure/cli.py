@@ -196,7 +196,7 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_profile)
     _add_workload(parser)
     parser.add_argument("--blocks", type=int, default=4, help="default: 4")
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16", "fp16"), help="default: fp32")
+    parser.add_argument("--precision", default="fp32", choices=get_args(Precision), help="default: fp32")
     parser.add_argument("--device", help="default: cuda if there is one, or else cpu")
     parser.add_argument("--small", action="store_true", help="JMP-S instead of JMP-L")
     parser.add_argument("--model", type=Path, metavar="PATH", help="or what ejmp.load reads, with its own graphs")

@@ -71,11 +71,13 @@ class QuantizedExecutor(FusedExecutor):
     def dense(
         self, layer: Dense, x: Tensor, factor: Tensor | Filter | None = None, add: Tensor | None = None, **rest: Any
     ) -> Tensor:
-        """Apply a linear layer and its activation, multiply by a factor and add, both of the output's shape."""
+        """Apply a linear layer and what `After` says, such as its activation."""
         if layer in self.exact:
             return super().dense(layer, x, factor, add, **rest)
-        weight, dtype = quantized.packed(layer.linear.weight), self.dtype if add is None else add.dtype
-        return quantized.linear_activate(self.rows(x), weight, made(factor, self.backend), add, dtype=dtype, **rest)
+        after, dtype = After(**rest), self.dtype if add is None else add.dtype
+        weight, scales = quantized.packed(layer.linear.weight), {"scale": after.scale, "add_scale": after.add_scale}
+        factor = made(factor, self.backend)
+        return finish(quantized.linear_activate(self.rows(x), weight, factor, add, dtype=dtype, **scales), after)
 
     def residual(self, layer: nn.Module, x: Tensor, scale: float = 1.0, **rest: Any) -> Tensor:
         """Apply a residual layer and scale, and what `After` can say of its sum."""

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from support.inputs import require_8_bits
 from torch.utils.flop_counter import FlopCounterMode
 
 import ejmp
@@ -158,6 +159,20 @@ def test_command_line(tmp_path, capsys):
     assert profile_report.text(result) in printed
     assert {row["module"] for row in result["modules"]} >= {"bases", "angles", "block 0 atom_pairs", "output block 1"}
     assert {"cpu", "torch", "commit", "date"} <= set(result["provenance"])
+
+
+def test_eight_bits(tmp_path):
+    """The products are those of bfloat16, and counted."""
+    require_8_bits()
+    arguments = ["profile", "--device", "cpu", "--small", "--blocks", "1", "--workload", "rocksalt", "--rounds", "1"]
+    done = {}
+    for precision in ("bf16", "int8"):
+        output = tmp_path / f"{precision}.json"
+        assert cli.main([*arguments, "--precision", precision, "--no-fvcore", "--output", str(output)]) == 0
+        done[precision] = json.loads(output.read_text())
+    assert done["int8"]["totals"]["run_gflop"] == done["bf16"]["totals"]["run_gflop"]
+    (products,) = [op for op in done["int8"]["ops"] if op["op"] == "onednn::qlinear_pointwise"]
+    assert products["gflop"] > 0.8 * done["int8"]["totals"]["run_gflop"]
 
 
 def test_a_missing_package_is_named_before_measuring(monkeypatch, capsys):
