@@ -81,7 +81,7 @@ class FusedExecutor(Executor):
         """Return features in the low type, if there is one."""
         return x if self.low is None else x.to(self.low)
 
-    def made(self, make: Callable[..., Tensor], *sources: Tensor, options: tuple[Hashable, ...]) -> Tensor:
+    def of_weights(self, make: Callable[..., Tensor], *sources: Tensor, options: tuple[Hashable, ...]) -> Tensor:
         """Return what a function makes of weights; what is made of parameters may be held."""
         if self.hold and isinstance(sources[0], nn.Parameter):
             return held(make, sources, *options)
@@ -92,12 +92,12 @@ class FusedExecutor(Executor):
         weight = layer.linear.weight
         if self.low is None:
             return x, weight[:, first:] if first else weight
-        return x.to(self.low), self.made(columns, weight, options=(self.low, first))
+        return x.to(self.low), self.of_weights(columns, weight, options=(self.low, first))
 
     def folded(self, layer: Linear, scale: ScaleFactor, dtype: torch.dtype | None = None) -> Tensor:
         """Return a layer's weight times a scale factor, in a type (default: that of linear maps)."""
         weight = layer.linear.weight
-        return self.made(scaled, weight, scale.scale_factor, options=(dtype or self.low or weight.dtype,))
+        return self.of_weights(scaled, weight, scale.scale_factor, options=(dtype or self.low or weight.dtype,))
 
     def filter(self, layer: Linear, rbf: Tensor, scale: ScaleFactor) -> Filter:
         """Return the filter that a linear layer makes of a radial basis, with a scale factor folded into its weight."""
@@ -140,7 +140,7 @@ class FusedExecutor(Executor):
     def atom_rows(self, layer: Dense, h: Tensor) -> AtomRows:
         """Return what atoms add to the product of edges in a dense layer of [h_source, h_target, m]."""
         main, weight, size = self.graph.main, layer.linear.weight, h.shape[1]
-        both = self.made(of_atoms, weight, options=(size,))
+        both = self.of_weights(of_atoms, weight, options=(size,))
         from_source, to_target = linear(h, both, backend=self.backend).chunk(2, dim=1)  # cheap: not in the low type
         return AtomRows(from_source, to_target, main.source, main.target, self.swap, main.ptr)
 
@@ -232,7 +232,7 @@ class FusedExecutor(Executor):
         """Up-project messages for edges and counter-edges and add half their sum / sqrt(2), [E, M]."""
         assert layer.up_projection_ac is not None
         weights = layer.up_projection_ca.linear.weight, layer.up_projection_ac.linear.weight
-        weight = self.made(stacked, *weights, options=(self.low or y.dtype,))
+        weight = self.of_weights(stacked, *weights, options=(self.low or y.dtype,))
         return linear_swap_add(
             self.low_features(y), weight, self.swap, add, scale=0.5 * INV_SQRT_2, backend=self.backend
         )
@@ -290,7 +290,7 @@ class FusedExecutor(Executor):
         with region("edge_embedding"):
             layer = bases.edge_emb.dense
             x = self._radial_product(bases, "main", layer.linear.weight[:, 2 * h.shape[1] :].mT)
-            m = self.activate_edges(x if self.low is None else x.to(self.low), self.atom_rows(layer, h))
+            m = self.activate_edges(self.low_features(x), self.atom_rows(layer, h))
         with region("bases"):
             self.bases = self.project(bases)
         return m

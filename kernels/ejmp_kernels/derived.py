@@ -120,7 +120,7 @@ def held(make: Callable[..., Tensor], sources: tuple[nn.Parameter | Tensor, ...]
     but for one that has `RecordedCopies`.
 
     Args:
-        make: function of the sources and the options, known by its name alone: it has no other state.
+        make: function of the sources and the options alone, the same object in each pass.
         sources: parameters, or buffers after the first.
         options: what else it takes.
     """

@@ -195,8 +195,9 @@ def test_a_residual_in_float32_stays_in_float32(launches):
 
 
 def kind(m, n, dtype, *, aligned=True):
-    options = {"r": 1, "rows": False, "filter_sum": False, "aligned": aligned, "tf32": False}
-    return gemm.Kind(torch.device("cpu"), dtype, dtype, m, n, 1024, **options)
+    sizes = {"m": m, "n": n, "k": 1024, "r": 0}
+    options = {"rows": False, "wide": False, "filter_sum": False, "aligned": aligned, "tf32": False}
+    return gemm.Kind(device=torch.device("cpu"), dtype=dtype, **sizes, **options)
 
 
 @pytest.mark.parametrize(

@@ -85,15 +85,16 @@ def test_it_is_chosen_by_its_setting_and_where_it_can(monkeypatch):
     monkeypatch.setattr(launch_settings, "architecture", lambda _: "sm_90")
     monkeypatch.setattr(launch_settings, "processors", lambda _: 132)
     monkeypatch.setattr(launch_settings, "OVERRIDES", {"linear_activate": {"SPECIALIZED": True}})
-    plain = {"r": 0, "rows": False, "filter_sum": False, "aligned": True, "tf32": False}
+    plain = {"r": 0, "rows": False, "wide": False, "filter_sum": False, "aligned": True, "tf32": False}
 
-    def kernel_of(m, out_dtype=torch.bfloat16, **options):
-        sizes = {"m": m, "n": 1024, "k": 1024}
-        kind = gemm.Kind(torch.device("cpu"), torch.bfloat16, out_dtype, **sizes, **plain | options)
+    def kernel_of(m, **options):
+        kind = gemm.Kind(
+            device=torch.device("cpu"), dtype=torch.bfloat16, m=m, n=1024, k=1024, **plain | options
+        )  # fmt: skip
         return gemm.prepare(kind).kernel
 
     assert kernel_of(32_768) is gemm_specialized.specialized
-    for other in ({"r": 32}, {"rows": True}, {"aligned": False}, {"out_dtype": torch.float32}):
+    for other in ({"r": 32}, {"rows": True}, {"aligned": False}, {"wide": True}):
         assert kernel_of(32_768, **other) is not gemm_specialized.specialized
     monkeypatch.setattr(launch_settings, "OVERRIDES", {})
     assert kernel_of(32_768) is not gemm_specialized.specialized

@@ -13,7 +13,7 @@ move 2 m n numbers more for the product and as many for the filter, 3 m n for `m
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -44,13 +44,11 @@ def fuses(x: Tensor) -> bool:
     return launch.config("linear_activate", x)["fused"] and precision(x) != "tf32x3"
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """What the launch of a product depends on."""
 
     device: torch.device
     dtype: torch.dtype
-    out_dtype: torch.dtype
     m: int
     n: int
     k: int
@@ -58,6 +56,8 @@ class Kind:
     """Columns of the basis, 0 without one."""
     rows: bool
     """Whether there are rows of atoms."""
+    wide: bool
+    """Whether something of the size of out is in the type of sums."""
     filter_sum: bool
     aligned: bool
     """Whether the rows of all arrays begin at multiples of 16 bytes."""
@@ -107,12 +107,12 @@ def prepare(kind: Kind) -> Launch:
     tiles = triton.cdiv(kind.m, block_m) * triton.cdiv(kind.n, block_n)
     grid = (min(tiles, launch.processors(kind.device) * chosen["PROGRAMS"]),)
     described: list[Any] = [None] * 8
-    if chosen["SPECIALIZED"] and chosen["TMA"] and not kind.r and not kind.rows and kind.out_dtype == kind.dtype:
+    if chosen["SPECIALIZED"] and chosen["TMA"] and not (kind.r or kind.rows or kind.wide):
         described[:2] = gemm_specialized.described([block_m, block_k]), gemm_specialized.described([block_n, block_k])
         options["STAGES"] = options.pop("num_stages")
         return Launch(specialized, grid, described, (kind.m, kind.n, kind.k), options)
     # numbers in the type of sums need twice the memory in the epilogue
-    parts = 4 if kind.rows or kind.out_dtype != kind.dtype else 2
+    parts = 4 if kind.rows or kind.wide else 2
     options |= {"SUM": launch.accumulator(like), "PRECISION": precision(like), "FILTER_SUM": kind.filter_sum}
     options |= {"BLOCK_R": launch.power_of_2(kind.r, 16), "PARTS": parts}
     kernel = by_pointers
@@ -262,10 +262,20 @@ def run(
         filter_sum: whether the filter multiplies the sum.
     """
     arrays, rows = launch.packed(arrays), launch.packed(rows)
-    x, _, _, basis, *_, out = arrays
-    r, tf32 = 0 if basis is None else basis.shape[1], precision(x) == "tf32"
-    aligned = all(map(_aligned, arrays))
-    kind = Kind(x.device, x.dtype, out.dtype, *out.shape, x.shape[1], r, rows[0] is not None, filter_sum, aligned, tf32)
+    x, _, _, basis, _, *wide, out = arrays
+    kind = Kind(
+        device=x.device,
+        dtype=x.dtype,
+        m=out.shape[0],
+        n=out.shape[1],
+        k=x.shape[1],
+        r=0 if basis is None else basis.shape[1],
+        rows=rows[0] is not None,
+        wide=any(t is not None and t.dtype != x.dtype for t in (*wide, out)),
+        filter_sum=filter_sum,
+        aligned=all(map(_aligned, arrays)),
+        tf32=precision(x) == "tf32",
+    )
     how = prepare(kind) if launch.OVERRIDES else _prepared(launch.architecture(x.device), kind)
     given = [t if t is None or make is None else make(t) for t, make in zip(arrays, how.described, strict=True)]
     if how.kernel is specialized:

@@ -2,8 +2,9 @@
 
 A program takes one atom and a block of channels, walks the atom's CSR rows, through `order` if there is one, and keeps
 one sum per lane, so that the result is the same every run. x [E, M] and factor are read once, out [N, M] is written
-once in the type of sums: 8 E M + 4 N M bytes in float32. The gradients are elementwise, a row of grad for all edges of
-an atom. See `ejmp_kernels.sums`.
+once in the type of sums: 8 E M + 4 N M bytes in float32. A factor that is a product of a narrow basis [E, R] is made on
+the way, 2 E M R FLOP, and not read. The gradients are elementwise, a row of grad for all edges of an atom. See
+`ejmp_kernels.sums`.
 """
 
 import torch
