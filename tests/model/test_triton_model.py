@@ -1,5 +1,7 @@
 """The model on Triton's kernels, interpreted unless there is a GPU: golden outputs, derivatives, precisions."""
 
+import importlib
+
 import pytest
 import torch
 from support.inputs import load_golden
@@ -26,6 +28,23 @@ def models(tiny_config, tiny_weights):
     return found
 
 
+@pytest.fixture(params=[False, True], ids=["vendor's products", "fused"])
+def fused(request, monkeypatch):
+    """Whether products in float64, too, take along what follows them, as those in 16 bits do."""
+    gemm = importlib.import_module("ejmp_kernels.triton_kernels.gemm")
+    launched, run = [], gemm.run
+    monkeypatch.setattr(gemm, "run", lambda *given, **options: (launched.append(given), run(*given, **options)))
+    if request.param:
+        monkeypatch.setattr(gemm, "fuses", lambda x: True)
+        for module in ("dense", "sums"):
+            monkeypatch.setattr(f"ejmp_kernels.{module}.LOW", (torch.float64,))
+    yield
+    assert bool(launched) == request.param
+    kinds = {tuple(t is not None for t in (*arrays[2:7], rows[0])) for arrays, rows, _ in launched}
+    assert len(kinds) == (6 if request.param else 0)  # plain; with filter, residual, two, both, rows
+
+
+@pytest.mark.usefixtures("fused")
 def test_equals_golden(models):
     golden = load_golden("ethanol")
     with torch.no_grad():
@@ -66,10 +85,12 @@ def test_precisions(models, precision):
         pytest.skip("the interpreter has no bfloat16 products")
     graph = ejmp.build_graph(HYDROGEN_PEROXIDE, 8.0, device=DEVICE)
     with torch.no_grad():
-        energy = models[1].on(precision=precision)(graph).energy
-        expected = models[0].double()(graph.to(dtype=torch.float64)).energy
-    assert energy.dtype == torch.float32
-    assert relative_error(energy, expected) <= tolerance("Triton's model", precision)
+        out = models[1].on(precision=precision)(graph)
+        expected = models[0].double()(graph.to(dtype=torch.float64))
+    allowed = tolerance("Triton's model", precision)
+    assert out.energy.dtype == torch.float32
+    assert relative_error(out.energy, expected.energy) <= allowed
+    assert relative_error(out.forces, expected.forces) <= allowed
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter runs programs one after another, always alike")
