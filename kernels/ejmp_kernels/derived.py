@@ -1,4 +1,4 @@
-"""What is made of a parameter and held until it changes: copies in 16 bits, layouts for 8-bit products.
+"""What is made of parameters and held until they change: copies in 16 bits, scaled ones, layouts for 8-bit products.
 
 A change is noticed by the parameter's version and place in memory. An optimizer that writes through another view of the
 same memory, as DeepSpeed's do, changes neither; so what is held must be dropped between training and evaluation
@@ -33,10 +33,10 @@ def derived(parameter: Tensor, key: Hashable, make: Callable[[], Made], *others:
         others: what it is made of too, whose changes are noticed in the same way.
     """
     state = _places((parameter, *others))
-    held = _held.setdefault(parameter, {})
-    found = held.get(key)
+    by_key = _held.setdefault(parameter, {})
+    found = by_key.get(key)
     if found is None or found[0] != state:
-        found = held[key] = (state, make())
+        found = by_key[key] = (state, make())
     return found[1]
 
 
@@ -115,7 +115,8 @@ _recorded_copies: ContextVar[RecordedCopies | None] = ContextVar("recorded copie
 def held(make: Callable[..., Tensor], sources: tuple[nn.Parameter | Tensor, ...], *options: Hashable) -> Tensor:
     """Return what is made of weights, which is held unless derivatives are recorded, until one of them changes.
 
-    So a model in 16 bits needs half as much memory again for its weights, and saves to cast each of them in each pass.
+    So a model in 16 bits needs half as much memory again for its weights, and saves to cast each of them in each pass;
+    one in 32 bits holds those that are scaled or joined, less than a tenth.
     Where gradients go to a weight, and in `torch.compile`, it is made anew; so it is in the capture of a CUDA graph,
     but for one that has `RecordedCopies`.
 
