@@ -231,23 +231,18 @@ def chain_calls(setting: Setting, chain: torch.nn.Sequential, x: torch.Tensor, p
             calls[backend] = functools.partial(fused, backend)
         else:
             left_out[backend] = why
-    calls |= second_products(calls, low)
+    calls |= second_products(calls, y)
     return {name: within(call) for name, call in calls.items()}, left_out
 
 
-def second_products(calls: dict[str, Callable], low: torch.dtype) -> dict[str, Callable]:
-    """Return Triton's call again with the second kernel for products, which is for 16 bits."""
-    if "triton" not in calls or low == torch.float32:
+def second_products(calls: dict[str, Callable], y: torch.Tensor) -> dict[str, Callable]:
+    """Return Triton's call again with the second kernel for products, which is for 16 bits and sm_90."""
+    if "triton" not in calls or y.dtype == torch.float32:
         return {}
-    return {"triton, warps with different tasks": functools.partial(specialized, calls["triton"])}
-
-
-def specialized(call: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Call with the second kernel for products in 16 bits; where the device has none the first one runs."""
     from ejmp_kernels.triton_kernels import launch  # only where Triton is
 
-    launch.OVERRIDES["linear_activate"] = {"SPECIALIZED": True}
-    try:
-        return call()
-    finally:
-        launch.OVERRIDES.clear()
+    def call() -> torch.Tensor:
+        with launch.overriding("linear_activate", {"SPECIALIZED": True}):
+            return calls["triton"]()
+
+    return {"triton, warps with different tasks": call} if launch.config("linear_activate", y)["TMA"] else {}

@@ -217,10 +217,9 @@ def linear_fused(ops, _graph):
         for m in (8192, 64):
             call(m, n, 256, add=True, sums=True)
         if ops.driver.capability >= 90 and ops.dtype in launch.LOW:
-            launch.OVERRIDES["linear_activate"] = {"SPECIALIZED": True}
-            call(8192, n, n)
-            call(8192, n, n, factor=True, add=True, more=True)
-            launch.OVERRIDES.clear()
+            with launch.overriding("linear_activate", {"SPECIALIZED": True}):
+                call(8192, n, n)
+                call(8192, n, n, factor=True, add=True, more=True)
 
 
 CASES = (

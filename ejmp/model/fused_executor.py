@@ -27,9 +27,8 @@ from ejmp.model.interactions import (
 from ejmp.model.layers import INV_SQRT_2, INV_SQRT_3, Dense, FinalMLP, Linear, Residual, ScaleFactor
 from ejmp.model.regions import region
 from ejmp_kernels.activation import activate
-from ejmp_kernels.dense import After, AtomRows, Filter, dense, finish, linear_swap_add
+from ejmp_kernels.dense import After, AtomRows, Filter, dense, finish, linear_swap_add, passes
 from ejmp_kernels.derived import columns, held
-from ejmp_kernels.edge_embedding import gather_add
 from ejmp_kernels.linear import linear
 from ejmp_kernels.pair import pair
 from ejmp_kernels.quadruplet import quadruplet_linear
@@ -148,12 +147,6 @@ class FusedExecutor(Executor):
         """Apply a dense layer to [h_source, h_target, m], of whose weight only the part of m runs on edges."""
         x, weight = self.operands(layer, m, 2 * h.shape[1])
         return dense(x, weight, After(rows=self.atom_rows(layer, h)), backend=self.backend)
-
-    def activate_edges(self, x: Tensor, rows: AtomRows) -> Tensor:
-        """Add what atoms add to the product of edges, and activate."""
-        source_rows, target_rows, source, _, swap, ptr = rows
-        x = gather_add(x, source_rows, target_rows, source, swap, ptr, backend=self.backend)
-        return activate(x, in_place=True, backend=self.backend)
 
     def _wide(self, x: Tensor) -> Tensor:
         """Give sums over neighbours the type of the geometry; Triton's kernels take low types and sum in float32."""
@@ -290,7 +283,7 @@ class FusedExecutor(Executor):
         with region("edge_embedding"):
             layer = bases.edge_emb.dense
             x = self._radial_product(bases, "main", layer.linear.weight[:, 2 * h.shape[1] :].mT)
-            m = self.activate_edges(self.low_features(x), self.atom_rows(layer, h))
+            m = passes(self.low_features(x), After(rows=self.atom_rows(layer, h)), backend=self.backend)
         with region("bases"):
             self.bases = self.project(bases)
         return m

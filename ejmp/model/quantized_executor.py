@@ -20,8 +20,7 @@ from ejmp.model.fused_executor import FusedExecutor
 from ejmp.model.interactions import QuadrupletInteraction, TripletInteraction
 from ejmp.model.layers import INV_SQRT_2, Dense, Linear, Residual, ScaleFactor
 from ejmp_kernels import float8, quantized
-from ejmp_kernels.activation import activate
-from ejmp_kernels.dense import After, Filter, finish, made
+from ejmp_kernels.dense import After, Filter, finish, made, passes
 from ejmp_kernels.linear import linear
 from ejmp_kernels.quantized import QuantizedRows
 from ejmp_kernels.registry import Backend
@@ -119,7 +118,7 @@ class QuantizedExecutor(FusedExecutor):
         if layer in self.exact:
             return super().embed_edges(layer, h, m)
         x = quantized.linear(self.rows(m), quantized.packed(layer.linear.weight, 2 * h.shape[1]), self.dtype)
-        return self.activate_edges(x, self.atom_rows(layer, h))
+        return passes(x, After(rows=self.atom_rows(layer, h)))
 
 
 class Float8Executor(FusedExecutor):
@@ -148,18 +147,14 @@ class Float8Executor(FusedExecutor):
         """Apply a linear layer and what `After` says, such as its activation."""
         if self._exact(layer):
             return super().dense(layer, x, factor, add, **rest)
-        after, z = After(**rest), self._product(layer, x).to(LOW if add is None else add.dtype)
-        factor, scales = made(factor, self.backend), {"scale": after.scale, "add_scale": after.add_scale}
-        return finish(
-            activate(z, factor, add, in_place=True, backend=self.backend, **scales), after, backend=self.backend
-        )
+        return passes(self._product(layer, x), After(factor=factor, add=add, **rest), backend=self.backend)
 
     def embed_edges(self, layer: Dense, h: Tensor, m: Tensor) -> Tensor:
         """Apply a dense layer to [h_source, h_target, m], of whose weight only the part of m runs on edges."""
         first = 2 * h.shape[1]
         if self._exact(layer, first):
             return super().embed_edges(layer, h, m)
-        return self.activate_edges(self._product(layer, m, first), self.atom_rows(layer, h))
+        return passes(self._product(layer, m, first), After(rows=self.atom_rows(layer, h)), backend=self.backend)
 
 
 class FakeQuantizedExecutor(FusedExecutor):

@@ -18,10 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ejmp_kernels.activation import SCALED_SILU, activate, swap_add
 from ejmp_kernels.edge_embedding import gather_add
 from ejmp_kernels.linear import linear
-from ejmp_kernels.registry import NAMESPACES, Backend, is_recorded, ops_of, register_shape, when_loaded
-
-LOW = (torch.float16, torch.bfloat16)
-"""The types in which Triton's op takes rows of atoms; in others its products are the vendor's."""
+from ejmp_kernels.registry import LOW, NAMESPACES, Backend, is_recorded, ops_of, register_shape, when_loaded
 
 
 class Filter(NamedTuple):
@@ -118,25 +115,30 @@ def dense(x: Tensor, weight: Tensor, after: After, *, backend: Backend = "native
     Raises:
         ValueError: if shapes, types or devices do not fit together.
     """
-    dtype = x.dtype if after.add is None else after.add.dtype  # the atoms' residual stream stays in float32
     recorded = is_recorded(x, weight, *after.tensors())
+    # in other types Triton's products are the vendor's, and rows of atoms are quickest added atom by atom
     if backend == "triton" and not recorded and (x.dtype in LOW or after.rows is None):
         return _fused(x, weight, after)
-    factor, scales = made(after.factor, backend), {"scale": after.scale, "add_scale": after.add_scale}
-    if backend == "native" and recorded and dtype == x.dtype and after.rows is None:
-        alpha = after.scale * SCALED_SILU
+    same_type = after.add is None or after.add.dtype == x.dtype  # the atoms' residual stream stays in float32
+    if backend == "native" and recorded and same_type and after.rows is None:
+        factor, alpha = made(after.factor, backend), after.scale * SCALED_SILU
         out = ops_of(backend).linear_activate(x, weight, factor, after.add, alpha, after.add_scale)
-    else:
-        out = linear(x, weight, backend=backend)
-        if after.rows is not None:
-            source_rows, target_rows, source, _, swap, ptr = after.rows
-            out = gather_add(out, source_rows, target_rows, source, swap, ptr, backend=backend)
-        out = activate(out.to(dtype), factor, after.add, in_place=True, backend=backend, **scales)
-    return finish(out, after, backend=backend)
+        return finish(out, after, backend=backend)
+    return passes(linear(x, weight, backend=backend), after, backend=backend)
+
+
+def passes(z: Tensor, after: After, *, backend: Backend = "native") -> Tensor:
+    """Return what follows a product that nothing else refers to, [rows, out], by passes of their own."""
+    if after.rows is not None:
+        source_rows, target_rows, source, _, swap, ptr = after.rows
+        z = gather_add(z, source_rows, target_rows, source, swap, ptr, backend=backend)
+    z = z if after.add is None else z.to(after.add.dtype)
+    factor, scales = made(after.factor, backend), {"scale": after.scale, "add_scale": after.add_scale}
+    return finish(activate(z, factor, after.add, in_place=True, backend=backend, **scales), after, backend=backend)
 
 
 def finish(out: Tensor, after: After, *, backend: Backend = "native") -> Tensor:
-    """Return (out + more_scale more) outer, [rows, out], by passes of their own."""
+    """Return (out + more_scale more) outer, [rows, out]: the last of the passes."""
     out = out if after.more is None else torch.add(out, after.more, alpha=after.more_scale)
     return out if after.outer is None else out * linear(*after.outer, backend=backend)
 
@@ -198,7 +200,9 @@ def _fake_fused(
     return x.new_empty(x.shape[0], weight.shape[0], dtype=x.dtype if add is None else add.dtype)
 
 
-def _fused_flops(x: torch.Size, weight: torch.Size, _: Any, basis: torch.Size | None, *rest: Any, **named: Any) -> int:
+def _fused_flops(
+    x: torch.Size, weight: torch.Size, _factor: Any, basis: torch.Size | None, *_: Any, out_shape: Any = None
+) -> int:
     return _flops(x, weight) + (0 if basis is None else 2 * basis[0] * basis[1] * weight[0])
 
 

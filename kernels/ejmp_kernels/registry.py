@@ -20,6 +20,8 @@ from ejmp_kernels import availability, unfused
 
 Shape = Callable[..., Tensor]
 Backend = Literal["native", "triton"]
+LOW = (torch.float16, torch.bfloat16)
+"""The types of 16 bits."""
 NAMESPACES: dict[Backend, str] = {"native": "ejmp", "triton": "ejmp_triton"}
 """Where the ops of each backend are, below torch.ops."""
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
-from ejmp_kernels.dense import LOW, Filter, made
+from ejmp_kernels.dense import Filter, made
 from ejmp_kernels.registry import (
+    LOW,
     NAMESPACES,
     Backend,
     by_atom,

@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 
+import gpu_ops
 import pytest
 import torch
 from support import gluon_emulator
@@ -98,6 +99,17 @@ def test_it_is_chosen_by_its_setting_and_where_it_can(monkeypatch):
         assert kernel_of(32_768, **other) is not gemm_specialized.specialized
     monkeypatch.setattr(launch_settings, "OVERRIDES", {})
     assert kernel_of(32_768) is not gemm_specialized.specialized
+
+
+def test_the_campaign_measures_it_where_it_can_run(monkeypatch):
+    x = torch.zeros(1, dtype=torch.bfloat16)
+    calls = {"triton": lambda: dict(launch_settings.OVERRIDES)}
+    assert gpu_ops.second_products(calls, x) == {}
+    monkeypatch.setattr(launch_settings, "architecture", lambda _: "sm_90")
+    assert gpu_ops.second_products({}, x) == gpu_ops.second_products(calls, x.float()) == {}
+    (again,) = gpu_ops.second_products(calls, x).values()
+    assert again() == {"linear_activate": {"SPECIALIZED": True}}
+    assert not launch_settings.OVERRIDES
 
 
 @pytest.mark.parametrize(

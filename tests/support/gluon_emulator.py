@@ -199,7 +199,7 @@ class World:
         gl = types.SimpleNamespace(
             constexpr=None, float32=torch.float32, int64=torch.int64, minimum=min, cdiv=lambda a, b: -(-a // b),
             program_id=lambda _: self.program, num_programs=lambda _: self.programs,
-            arange=lambda start, end, layout: torch.arange(start, end), exp2=torch.exp2,
+            arange=lambda start, end, layout: torch.arange(start, end), sigmoid=torch.sigmoid,
             zeros=lambda shape, dtype, layout: Product(torch.full(shape, torch.nan), []),
             static_range=range, load=load, store=store, allocate_shared_memory=self.allocate,
             warp_specialize=self.specialize, NVMMADistributedLayout=layout, NVMMASharedLayout=layout,

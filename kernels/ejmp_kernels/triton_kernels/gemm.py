@@ -158,9 +158,9 @@ def linear_fused(
     _check_filter(x, weight, basis, filter)
     rows = (source_rows, source, target_rows, target)
     _check_atoms(x, weight, *rows)
-    arrays, scales = (x, weight, factor, basis, filter, add, more), (float(alpha), float(beta), float(gamma))
+    arrays, scales = [x, weight, factor, basis, filter, add, more], (float(alpha), float(beta), float(gamma))
     if not fuses(x):
-        return _by_passes(*arrays, *rows, *scales, filter_sum)
+        return _by_passes(arrays, rows, scales, filter_sum=filter_sum)
     out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype if add is None else add.dtype, device=x.device)
     if out.numel():
         run([*arrays, out], rows, scales, filter_sum=filter_sum)
@@ -216,23 +216,11 @@ def _check_atoms(x: Tensor, weight: Tensor, *rows: Tensor | None) -> None:
 
 
 def _by_passes(
-    x: Tensor,
-    weight: Tensor,
-    factor: Tensor | None,
-    basis: Tensor | None,
-    filter_weight: Tensor | None,
-    add: Tensor | None,
-    more: Tensor | None,
-    source_rows: Tensor | None,
-    source: Tensor | None,
-    target_rows: Tensor | None,
-    target: Tensor | None,
-    alpha: float,
-    beta: float,
-    gamma: float,
-    filter_sum: bool,
+    arrays: list[Any], rows: tuple[Any, ...], scales: tuple[float, float, float], *, filter_sum: bool
 ) -> Tensor:
-    """Return it by the vendor's product and passes after it, where those are faster."""
+    """Return it by the vendor's product and passes after it, where those are faster; arguments as for `run`."""
+    (x, weight, factor, basis, filter_weight, add, more), (source_rows, source, target_rows, target) = arrays, rows
+    alpha, beta, gamma = scales
     z = torch.nn.functional.linear(x, weight)
     if source_rows is not None:
         z = (source_rows.index_select(0, source) + target_rows.index_select(0, target) + z).to(z.dtype)

@@ -40,8 +40,8 @@ def _part(z, part: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def silu(z, alpha, APPROXIMATE: tl.constexpr):
-    """Return alpha z sigmoid(z); alpha comes in float64 and is rounded to the type of z.
+def sigmoid(z, APPROXIMATE: tl.constexpr):
+    """Return 1 / (1 + e^-z).
 
     Approximately, 1 / (1 + 2^(-z / ln 2)) is two instructions of the special-function unit as they are, 2^-22 and one
     unit in the last place off (PTX ISA, ex2.approx.ftz and rcp.approx.ftz); otherwise each is fenced by scalings for
@@ -51,10 +51,16 @@ def silu(z, alpha, APPROXIMATE: tl.constexpr):
         power: tl.constexpr = "ex2.approx.ftz.f32 $0, $1;"
         reciprocal: tl.constexpr = "rcp.approx.ftz.f32 $0, $1;"
         below = tl.inline_asm_elementwise(power, "=f,f", [z * -1.4426950408889634], tl.float32, is_pure=True, pack=1)
-        sigmoid = tl.inline_asm_elementwise(reciprocal, "=f,f", [1.0 + below], tl.float32, is_pure=True, pack=1)
+        found = tl.inline_asm_elementwise(reciprocal, "=f,f", [1.0 + below], tl.float32, is_pure=True, pack=1)
     else:
-        sigmoid = tl.sigmoid(z)
-    return tl.full((1, 1), alpha, z.dtype) * z * sigmoid
+        found = tl.sigmoid(z)
+    return found
+
+
+@triton.jit
+def silu(z, alpha, APPROXIMATE: tl.constexpr):
+    """Return alpha z sigmoid(z); alpha comes in float64 and is rounded to the type of z."""
+    return tl.full((1, 1), alpha, z.dtype) * z * sigmoid(z, APPROXIMATE)
 
 
 @triton.jit

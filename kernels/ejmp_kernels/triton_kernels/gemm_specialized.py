@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ejmp_kernels.triton_kernels.gemm_kernels import origin
+from ejmp_kernels.triton_kernels.gemm_kernels import origin, sigmoid
 
 PART: gl.constexpr = gl.constexpr(32)
 """Columns that go through the epilogue at a time."""
@@ -86,19 +86,6 @@ def _multiply(
 
 
 @gluon.jit
-def _silu(z, alpha, APPROXIMATE: gl.constexpr):
-    """Return alpha z sigmoid(z), as `gemm_kernels.silu` does."""
-    if APPROXIMATE:
-        power: gl.constexpr = "ex2.approx.ftz.f32 $0, $1;"
-        reciprocal: gl.constexpr = "rcp.approx.ftz.f32 $0, $1;"
-        below = gl.inline_asm_elementwise(power, "=f,f", [z * -1.4426950408889634], gl.float32, is_pure=True, pack=1)
-        sigmoid = gl.inline_asm_elementwise(reciprocal, "=f,f", [1.0 + below], gl.float32, is_pure=True, pack=1)
-    else:
-        sigmoid = 1.0 / (1.0 + gl.exp2(z * -1.4426950408889634))
-    return alpha * z * sigmoid
-
-
-@gluon.jit
 def _finish(
     factor, add, more, out, product, product_full, product_empty, m, n, alpha, beta, gamma,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr, APPROXIMATE: gl.constexpr,
@@ -115,7 +102,8 @@ def _finish(
         for first in gl.static_range(0, BLOCK_N, PART):
             inside = (i < m - row) & (j < n - column - first)
             at = row.to(gl.int64) * n + column + first + (i * n + j)
-            z = _silu(product.slice(first, PART, dim=1).load(layout).to(gl.float32), alpha, APPROXIMATE)
+            z = product.slice(first, PART, dim=1).load(layout).to(gl.float32)
+            z = alpha * z * sigmoid(z, APPROXIMATE)
             if first + PART == BLOCK_N:
                 mbarrier.arrive(product_empty)
             if factor is not None:

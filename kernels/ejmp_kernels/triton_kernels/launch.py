@@ -3,8 +3,8 @@
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import Library
 
-from ejmp_kernels.registry import check_storage
+from ejmp_kernels.registry import LOW, check_storage
 
 LIBRARY = Library("ejmp_triton", "DEF")
-LOW = (torch.float16, torch.bfloat16)
 REAL = (torch.float32, torch.float64, *LOW)
 MOST_SPHERICAL = 16
 """The largest number of spherical functions."""
@@ -27,7 +26,17 @@ MOST_COLUMNS = 1 << 20
 MOST_IMAGE = 1 << 60
 """The largest packed cell offset."""
 OVERRIDES: dict[str, dict[str, Any]] = {}
-"""Settings by kernel that take precedence over those of the table; for `tune`."""
+"""Settings by kernel that take precedence over those of the table; for `overriding`."""
+
+
+@contextmanager
+def overriding(kernel: str, settings: dict[str, Any]) -> Iterator[None]:
+    """Have settings of a kernel take precedence over those of the table for a while, to measure them."""
+    OVERRIDES[kernel] = settings
+    try:
+        yield
+    finally:
+        del OVERRIDES[kernel]
 
 
 def define(schema: str) -> Callable[[Callable], Callable]:

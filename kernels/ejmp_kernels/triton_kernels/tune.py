@@ -104,17 +104,15 @@ def tune(
         if time.perf_counter() > until:
             sys.stdout.write("  there is no time for more\n")
             break
-        launch.OVERRIDES[kernel] = candidate
         try:
-            if not all(agree(call(), e, x.dtype) for call, e in zip(calls, expected, strict=True)):
-                sys.stdout.write(f"  {candidate}: other results\n")
-                continue
-            times = [seconds(call, dry=dry) for call in calls]
+            with launch.overriding(kernel, candidate):
+                if not all(agree(call(), e, x.dtype) for call, e in zip(calls, expected, strict=True)):
+                    sys.stdout.write(f"  {candidate}: other results\n")
+                    continue
+                times = [seconds(call, dry=dry) for call in calls]
         except (triton.runtime.errors.OutOfResources, triton.CompilationError, RuntimeError) as error:
             sys.stdout.write(f"  {candidate}: {type(error).__name__}\n")
             continue
-        finally:
-            del launch.OVERRIDES[kernel]
         ratio = math.prod(t / r for t, r in zip(times, reference, strict=True)) ** (1 / len(times))
         sys.stdout.write(f"  {candidate}: {' '.join(f'{1e6 * t:.0f}' for t in times)} us, {ratio:.3f}\n")
         if ratio < min(shortest, WORTH_CHANGING):
